@@ -1,0 +1,24 @@
+"""Budgeted reasoning on TPUs: E1-Math-7B and Elastic Reasoning (arXiv 2505.05315) in JAX."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": "e1jax.engine",
+    "Completion": "e1jax.engine",
+    "SamplingParams": "e1jax.config",
+}
+__all__ = ["Completion", "Engine", "SamplingParams", "__version__"]
+
+if TYPE_CHECKING:
+    from e1jax.config import SamplingParams
+    from e1jax.engine import Completion, Engine
+
+
+def __getattr__(name: str):
+    # Loaded on first use, so that importing one module of the package does not import them all.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'e1jax' has no attribute {name!r}")

@@ -1,0 +1,131 @@
+"""Rotary position embedding and grouped-query attention: over a whole sequence, and over the cache.
+
+Shapes: B rows, T queries, S cache positions, H query heads, K key/value heads, G = H / K, C head dim.
+Query heads of one group are folded into the query dimension ([B, K, G*T, C]), so that both products are
+plain batched matrix products: the five-dimensional einsum runs several times slower on a CPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
+
+
+def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """Inverse frequencies [C/2], float32, to the last bit those of the Hugging Face code.
+
+    The exponent is rounded to float32 and so is the power, which is then inverted: at position 32,767 one
+    unit in the last place of a frequency turns the angle by 2e-3, far outside the parity tolerance.
+    """
+    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    return np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
+
+
+def rope_angles(
+    positions: Int[Array, "B T"], frequencies: np.ndarray
+) -> tuple[Array, Array]:
+    """Cosines and sines [B, 1, T, C/2]. Angles are float32: bfloat16 cannot tell position 256 from 257."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "B N T C"], rope: tuple[Array, Array]
+) -> Float[Array, "B N T C"]:
+    """Turns the pairs (i, i + C/2) of each head by the angle of its position."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return turned.astype(x.dtype)
+
+
+def causal_attention(
+    q: Float[Array, "B H T C"], k: Float[Array, "B K T C"], v: Float[Array, "B K T C"]
+) -> Float[Array, "B H T C"]:
+    """Every query sees the keys at its own index and before; for training, without a cache.
+
+    Rows are left-aligned, so padding at their end is never seen by a real token and needs no mask.
+    """
+    batch, heads, length, head_dim = q.shape
+    folded = _fold(q, k.shape[1])
+    scores = _scores(folded, k)
+    index = jnp.arange(length)
+    visible = jnp.tile(index[:, None] >= index[None, :], (heads // k.shape[1], 1))
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(
+        v.dtype
+    )
+    return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(
+        batch, heads, length, head_dim
+    )
+
+
+def cached_attention(
+    q: Float[Array, "B H T C"],
+    k_cache: Float[Array, "L B K S C"],
+    v_cache: Float[Array, "L B K S C"],
+    layer: Int[Array, ""],
+    positions: Int[Array, "B T"],
+    block_len: int,
+) -> Float[Array, "B H T C"]:
+    """Attention of queries at `positions` over the cached keys at positions up to their own.
+
+    Work follows the filled length, not the capacity S: blocks of `block_len` positions are visited up to
+    the last one that any row has reached (a dynamic trip count in one compiled program), and merged by
+    online softmax in float32. A block beyond a row's length adds exactly zero to it, so a row's result does
+    not depend on how far the others are. S is a multiple of `block_len`.
+    """
+    _, batch, kv_heads, _, head_dim = k_cache.shape
+    heads, length = q.shape[1], q.shape[2]
+    folded = _fold(q, kv_heads)
+    query_positions = jnp.tile(positions, (1, heads // kv_heads))[
+        :, None, :, None
+    ]  # [B, 1, G*T, 1]
+
+    def visit(block, carry):
+        peak, total, sums = carry
+        start = block * block_len
+        at = (layer, 0, 0, start, 0)
+        size = (1, batch, kv_heads, block_len, head_dim)
+        k = jax.lax.dynamic_slice(k_cache, at, size)[0]
+        v = jax.lax.dynamic_slice(v_cache, at, size)[0]
+        scores = _scores(folded, k)
+        scores = jnp.where(
+            start + jnp.arange(block_len) <= query_positions, scores, MASKED
+        )
+        new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - new_peak)
+        shrink = jnp.exp(peak - new_peak)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        product = jnp.einsum(
+            "bkqs,bksc->bkqc",
+            weights.astype(v.dtype),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        return new_peak, total, sums * shrink + product
+
+    rows = (*folded.shape[:-1], 1)
+    start = (
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(folded.shape, jnp.float32),
+    )
+    num_blocks = jnp.max(positions) // block_len + 1
+    _, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
+    return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
+
+
+def _fold(q: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, H, T, C] -> [B, K, G*T, C], scaled; query heads of one group are neighbours in H."""
+    batch, heads, length, head_dim = q.shape
+    return (q * head_dim**-0.5).reshape(
+        batch, kv_heads, heads // kv_heads * length, head_dim
+    )
+
+
+def _scores(folded: jax.Array, k: jax.Array) -> jax.Array:
+    return jnp.einsum("bkqc,bksc->bkqs", folded, k, preferred_element_type=jnp.float32)

@@ -1,0 +1,277 @@
+"""Qwen2 in Flax, with a fixed-shape key/value cache.
+
+Dimensions: B rows, T tokens, S cache positions, L layers, D hidden ("embed"), F mlp, H query heads, K key/value
+heads, C head dim, V vocabulary. *axis* is a logical or mesh axis, *dim* a dimension of an array.
+
+The Flax API stays inside this file. Everybody else holds `params`, a nested dict of arrays whose layers are
+stacked on a leading dim L, and calls `forward` and `unembed`.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from e1jax import attention
+from e1jax.config import ModelConfig
+from e1jax.sharding import sharding
+
+Params = dict[str, Any]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["block_len"]
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers. Rows are left-aligned: position p of a row lies at index p of dim S."""
+
+    k: jax.Array  # [L, B, K, S, C]
+    v: jax.Array  # [L, B, K, S, C]
+    block_len: int  # positions that attention visits at a time; divides S
+
+
+CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias), with the logical axes of the kernel [in, out]."""
+
+    def __init__(
+        self,
+        sizes: tuple[int, int],
+        axes: tuple[str, str],
+        *,
+        use_bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        init = nnx.initializers.normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), sizes, jnp.float32), axes=axes)
+        self.bias = (
+            nnx.Param(jnp.zeros(sizes[1:], jnp.float32), axes=axes[1:])
+            if use_bias
+            else None
+        )
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = x @ self.kernel[...]
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig):
+        self.scale = nnx.Param(
+            jnp.ones((config.hidden_size,), jnp.float32), axes=(None,)
+        )
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Normalised in float32: the mean of squares of a bfloat16 vector loses all but its first digits."""
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
+        )
+        return wide.astype(x.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, c = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_heads * c, config.num_kv_heads * c
+        self.q = Linear((d, heads), ("embed", "heads"), use_bias=True, rngs=rngs)
+        self.k = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
+        self.v = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
+        self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
+        self.head_dim = c
+
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions):
+        q = attention.apply_rope(self._heads(self.q(x)), rope)
+        k = attention.apply_rope(self._heads(self.k(x)), rope)
+        v = self._heads(self.v(x))
+        if cache is None:
+            out = attention.causal_attention(q, k, v)
+        else:
+            cache = write(cache, layer, k, v, positions)
+            out = attention.cached_attention(
+                q, cache.k, cache.v, layer, positions, cache.block_len
+            )
+        batch, heads, length, head_dim = out.shape
+        return self.o(
+            out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
+        ), cache
+
+    def _heads(self, x: Float[Array, "B T N"]) -> Float[Array, "B H T C"]:
+        batch, length, _ = x.shape
+        return x.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate = Linear((d, f), ("embed", "mlp"), rngs=rngs)
+        self.up = Linear((d, f), ("embed", "mlp"), rngs=rngs)
+        self.down = Linear((f, d), ("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions):
+        attended, cache = self.attention(
+            self.attention_norm(x), rope, cache, layer, positions
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Qwen2(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        init = nnx.initializers.normal(0.02)
+        sizes = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(
+            init(rngs.params(), sizes, jnp.float32), axes=("vocab", None)
+        )
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear(sizes[::-1], (None, "vocab"), rngs=rngs)
+        )
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Final hidden states of the tokens, and the cache with their keys and values written.
+
+    With a cache, row b's tokens are written at `positions[b]` (consecutive) and see every position up to
+    their own; without one, tokens see the earlier ones of the same call. `remat` recomputes each layer in the
+    backward pass instead of keeping its activations.
+    """
+    model = nnx.merge(_structure(config)[0], params)
+    layer_def, layers = nnx.split(model.layers)
+    rope = attention.rope_angles(
+        positions, attention.rope_frequencies(config.head_dim, config.rope_theta)
+    )
+
+    def layer_step(carry, inputs):
+        x, cache = carry
+        state, layer = inputs
+        return nnx.merge(layer_def, state)(x, rope, cache, layer, positions), None
+
+    step = jax.checkpoint(layer_step) if remat else layer_step
+    with _matmul_precision(params):
+        x = model.embedding[...][tokens]
+        # The cache is part of the carry, not of the scanned inputs and outputs: as such it would be copied
+        # layer by layer, in and out, at every step.
+        (x, cache), _ = jax.lax.scan(
+            step, (x, cache), (layers, jnp.arange(config.num_layers))
+        )
+        return model.norm(x), cache
+
+
+def unembed(
+    config: ModelConfig, params: Params, hidden: Float[Array, "... D"]
+) -> Float[Array, "... V"]:
+    """Logits, float32."""
+    kernel = (
+        params["embedding"].T
+        if config.tie_word_embeddings
+        else params["lm_head"]["kernel"]
+    )
+    with _matmul_precision(params):
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def write(
+    cache: KVCache, layer, k: Float[Array, "B K T C"], v, positions: Int[Array, "B T"]
+) -> KVCache:
+    """The cache with keys and values written at `positions` (consecutive in a row) of a layer, in place."""
+    rows = jnp.arange(k.shape[0])
+
+    def write_one(buffer, new):
+        new = new.astype(buffer.dtype)
+        if new.shape[2] == 1:
+            return buffer.at[layer, rows, :, positions[:, 0]].set(
+                new[:, :, 0], unique_indices=True
+            )
+
+        def write_row(row, buffer):
+            at = (layer, row, 0, positions[row, 0], 0)
+            return jax.lax.dynamic_update_slice(buffer, new[row][None, None], at)
+
+        return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
+
+    return dataclasses.replace(cache, k=write_one(cache.k, k), v=write_one(cache.v, v))
+
+
+def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
+    """Shape, dtype and sharding of every parameter; no memory is used."""
+
+    def leaf(variable: nnx.Variable):
+        axes = variable.get_metadata()["axes"]
+        axes = ("layers", *axes) if variable.ndim > len(axes) else axes
+        return jax.ShapeDtypeStruct(
+            variable.shape, dtype, sharding=sharding(mesh, axes, variable.shape)
+        )
+
+    _, state = _structure(config)
+    return nnx.to_pure_dict(
+        jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    )
+
+
+def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
+    """Random parameters, made where they will lie."""
+    abstract = abstract_params(config, mesh, dtype)
+
+    def build():
+        params = nnx.to_pure_dict(nnx.state(Qwen2(config, rngs=nnx.Rngs(seed))))
+        return jax.tree.map(lambda p: p.astype(dtype), params)
+
+    return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
+def init_cache(
+    config: ModelConfig, rows: int, length: int, block_len: int, dtype: Any
+) -> KVCache:
+    """An empty cache for `rows` rows of at least `length` positions (rounded up to whole blocks)."""
+    length = -(-length // block_len) * block_len
+    shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), block_len)
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The module's graph, and its parameters as shapes with their logical axes."""
+    return nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))
+
+
+def _matmul_precision(params: Params):
+    """float32 products in full: by default a TPU rounds their inputs to bfloat16, and a GPU to tf32."""
+    wide = params["embedding"].dtype == jnp.float32
+    return jax.default_matmul_precision("highest" if wide else "default")

@@ -1,0 +1,119 @@
+"""Device meshes, and the one table that says where every array dimension lies on them.
+
+Model code names logical axes ("embed", "heads", ...); `RULES` maps them to the mesh axes `data` and
+`tensor`. Changing the parallelism of the model means changing that table and nothing else.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from e1jax.config import ModelConfig, UserError
+
+MESH_AXES = ("data", "tensor")
+
+# Weights are sharded in two dimensions (hidden over `data`, heads and mlp over `tensor`), the cache by rows
+# over `data` and by heads over `tensor`. The embedding lies on its vocabulary alone: sharded on the hidden
+# dimension, it costs a relayout copy per call.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "layers": None,
+    "rows": "data",
+    "embed": "data",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": ("data", "tensor"),
+}
+
+
+def make_mesh(
+    text: str | None, config: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh that `text` ("data=1,tensor=4") names, over all devices; None picks one that suits the model.
+
+    Raises UserError if it does not match the device count or does not divide the heads.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = _default_shape(config, len(devices)) if text is None else _parse(text)
+    needed = math.prod(shape.values())
+    if needed != len(devices):
+        axes = ",".join(f"{name}={size}" for name, size in shape.items())
+        raise UserError(
+            f"mesh {axes} needs {needed} devices, and JAX sees {len(devices)}; make the sizes multiply to it"
+        )
+    check_divides(config, shape)
+    grid = np.asarray(devices).reshape([shape[name] for name in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
+    """Refuses a mesh whose `tensor` axis would cut a head or the mlp unevenly."""
+    tensor = shape["tensor"]
+    for name in ("num_kv_heads", "num_heads", "intermediate_size"):
+        size = getattr(config, name)
+        if size % tensor:
+            fits = [
+                str(n)
+                for n in range(1, config.num_kv_heads + 1)
+                if _divides_all(config, n)
+            ]
+            raise UserError(
+                f"mesh tensor={tensor} does not divide {name}={size}; use tensor={' or '.join(fits)}"
+            )
+
+
+def sharding(
+    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding:
+    """Where an array whose dims have these logical axes lies. A dim that its mesh axes do not divide (an odd
+    vocabulary, say) stays whole."""
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        part = RULES[axis] if axis else None
+        names = (part,) if isinstance(part, str) else part or ()
+        parts.append(
+            part if size % math.prod(mesh.shape[name] for name in names) == 0 else None
+        )
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _divides_all(config: ModelConfig, tensor: int) -> bool:
+    return not (
+        config.num_kv_heads % tensor
+        or config.num_heads % tensor
+        or config.intermediate_size % tensor
+    )
+
+
+def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
+    """The largest `tensor` axis that divides the devices and the model; the rest is `data`."""
+    sizes = [
+        n
+        for n in range(1, num_devices + 1)
+        if num_devices % n == 0 and _divides_all(config, n)
+    ]
+    return {"data": num_devices // max(sizes), "tensor": max(sizes)}
+
+
+def _parse(text: str) -> dict[str, int]:
+    shape = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if (
+            name not in MESH_AXES
+            or not size.isascii()
+            or not size.isdigit()
+            or int(size) < 1
+        ):
+            raise UserError(
+                f"mesh {text!r}: {part!r} is not an axis; write it like data=1,tensor=4"
+            )
+        shape[name] = int(size)
+    return shape

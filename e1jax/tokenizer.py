@@ -1,0 +1,157 @@
+"""Text to token ids and back: chat template, special ids looked up by text, splitting of a response.
+
+`tokenizer.json` is loaded exactly as it is. Going through a transformers tokenizer class would not do:
+DeepSeek-R1-Distill checkpoints label theirs `LlamaTokenizerFast`, and several transformers 5 releases then
+replace its byte-level pre-tokenizer (transformers issues 45488 and 48206), losing spaces and newlines.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from e1jax.config import UserError
+
+THINK_END = "</think>"
+
+# Files that make up a tokenizer; conversion copies those that are there.
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+_PROBE = "  two spaces,\n\na blank line,\ttabs, 3*(x+1)=\\boxed{7} and é漢🙂 \n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer and the special ids that sampling needs."""
+
+    backend: tokenizers.Tokenizer
+    eos_id: int
+    think_end_id: int | None  # None: the model has no `</think>`
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
+    chat_template: str | None
+
+    @classmethod
+    def from_dir(cls, path: Path) -> "Tokenizer":
+        """Reads `tokenizer.json`, `tokenizer_config.json` and, if there, `chat_template.jinja`.
+
+        Raises UserError if a file is missing or broken, if the EOS token is not known, or if the tokenizer
+        loses characters of ordinary text.
+        """
+        backend = _load_backend(path / "tokenizer.json")
+        config = read_json(path / "tokenizer_config.json")
+        special = {
+            k: _token_text(v)
+            for k, v in config.items()
+            if k.endswith("_token") and _token_text(v)
+        }
+        if "eos_token" not in special:
+            raise UserError(
+                f"{path / 'tokenizer_config.json'} names no eos_token, so no response could ever end"
+            )
+        eos_id = backend.token_to_id(special["eos_token"])
+        if eos_id is None:
+            raise UserError(
+                f"{path / 'tokenizer.json'} has no token {special['eos_token']!r}, its eos_token"
+            )
+        back = backend.decode(
+            backend.encode(_PROBE, add_special_tokens=False).ids,
+            skip_special_tokens=False,
+        )
+        if back != _PROBE:
+            raise UserError(
+                f"{path / 'tokenizer.json'} does not round-trip text: {_PROBE!r} came back as {back!r}; "
+                "take the file from the original model repository"
+            )
+        template = path / "chat_template.jinja"
+        chat_template = (
+            template.read_text(encoding="utf-8")
+            if template.exists()
+            else config.get("chat_template")
+        )
+        return cls(
+            backend, eos_id, backend.token_to_id(THINK_END), special, chat_template
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text as it is; nothing is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where the model answers."""
+        if self.chat_template is None:
+            raise UserError(
+                "this tokenizer has no chat template; pass text as it is (--raw) or prompt_ids"
+            )
+        try:
+            rendered, _ = render_jinja_template(
+                [list(messages)],
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                **self.special_tokens,
+            )
+        except (
+            Exception
+        ) as error:  # templates raise what they like, jinja2's own errors included
+            raise UserError(
+                f"the chat template refuses these messages: {error}"
+            ) from None
+        return self.encode(rendered[0])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens included; ids that the tokenizer does not know have no text."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last complete `\boxed{...}` of a text, braces balanced, or None."""
+    start = text.rfind(r"\boxed{")
+    while start >= 0:
+        depth = 0
+        for i in range(start + len(r"\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len(r"\boxed{") : i]
+        start = text.rfind(r"\boxed{", 0, start)
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises UserError if it is missing or is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _load_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; e1jax reads the fast tokenizer file that Hugging Face models carry"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+    backend.no_truncation()  # a file saved during training may carry its batch's settings
+    backend.no_padding()
+    return backend
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as a string or as an object with `content`."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
