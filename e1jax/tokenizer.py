@@ -48,11 +48,8 @@ class Tokenizer:
         """
         backend = _load_backend(path / "tokenizer.json")
         config = read_json(path / "tokenizer_config.json")
-        special = {
-            k: _token_text(v)
-            for k, v in config.items()
-            if k.endswith("_token") and _token_text(v)
-        }
+        texts = {k: _token_text(v) for k, v in config.items() if k.endswith("_token")}
+        special = {k: text for k, text in texts.items() if text is not None}
         if "eos_token" not in special:
             raise UserError(
                 f"{path / 'tokenizer_config.json'} names no eos_token, so no response could ever end"
@@ -155,3 +152,55 @@ def _token_text(value: Any) -> str | None:
     """A special token is written as a string or as an object with `content`."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
+
+
+# The chat template has the shape of the E1 / DeepSeek-R1-Distill one: the thinking of earlier turns is dropped,
+# and the prompt ends inside a freshly opened <think>.
+_CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ message['content'] }}
+{%- elif message['role'] == 'user' -%}{{ '<｜User｜>' + message['content'] }}
+{%- elif message['role'] == 'assistant' -%}
+{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}
+{%- else -%}{{ raise_exception('roles are system, user and assistant, not ' + message['role']) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<｜Assistant｜><think>\\n' }}{%- endif -%}
+"""
+
+
+def write_byte_tokenizer(path: Path, words: Sequence[str] = ()) -> int:
+    """Writes the files of a byte-level tokenizer without merges, and returns its number of ids.
+
+    Every byte is one token, so any text round-trips, and so is each of `words`. The special tokens are those
+    of the E1 family.
+    """
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {character: i for i, character in enumerate(alphabet)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    bos, eos = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    special = [eos, "<｜User｜>", "<｜Assistant｜>", bos]
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(text, normalized=False) for text in special]
+    )
+    plain = ["<think>", THINK_END, *words]
+    backend.add_tokens(
+        [tokenizers.AddedToken(text, normalized=False) for text in plain]
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
+    (path / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return backend.get_vocab_size()
