@@ -4,12 +4,22 @@ Every rule about a value is checked here, before any work is done, and this modu
 mistake is reported at once.
 """
 
+import argparse
+import contextlib
+import argparse
 import dataclasses
 import difflib
+import json
 import math
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
 
 UNLIMITED = 2**31 - 1
 
@@ -25,13 +35,29 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted {error}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # The reader (`| head`) has gone: not a fault, and Python would complain once more at exit.
         sys.stderr.close()
         sys.exit(0)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are UserErrors, one sentence, instead of a usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse_budget(text: str) -> int | None:
+    """A budget flag: a number of tokens, or "none" for unlimited."""
+    if text == "none":
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (0 or more) or none")
+    return int(text)
 
 
 def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -65,6 +91,10 @@ def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) 
         or not ok(value)
     ):
         raise UserError(f"{name} must be a number {rule}, not {value!r}")
+
+
+def check_share(name: str, value: Any) -> None:
+    check_number(name, value, "from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,3 +261,227 @@ def _rope_theta(hf: dict[str, Any], where: str) -> float:
             f"{where}: neither rope_theta nor rope_parameters.rope_theta is there"
         )
     return theta
+
+
+# Training. A field's docstring is its text in --help; its default holds where the YAML file is silent.
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceMix:
+    """How the solutions of one phase of nano fine-tuning are written, and batched."""
+
+    batch_size: int = 32
+    """Solutions in a step."""
+    terse: float = 0.5
+    """Share of solutions thought through in the terse style, the rest being verbose."""
+    rechecks: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    """Probabilities that the thinking is checked again 0, 1 and 2 times; they sum to 1."""
+    recap: float = 0.0
+    """Share of solutions that repeat steps, tersely, between </think> and the box."""
+
+    def __post_init__(self):
+        check_integer("batch_size", self.batch_size, 1)
+        for name in ("terse", "recap"):
+            check_share(name, getattr(self, name))
+        for share in self.rechecks:
+            check_share("rechecks", share)
+        if not math.isclose(sum(self.rechecks), 1, abs_tol=1e-6):
+            raise UserError(f"rechecks must sum to 1, not {sum(self.rechecks)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """Muon for the matrices inside the layers, Adam for embeddings, norms and biases."""
+
+    learning_rate: float = 4e-3
+    """Peak learning rate of both."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    final: float = 0.02
+    """Learning rate of the last step, as a share of the peak; the way there is a cosine."""
+    adam_b2: float = 0.98
+    """Decay of Adam's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(name, getattr(self, name), "above 0", lambda v: v > 0)
+        for name in ("warmup", "final"):
+            check_share(name, getattr(self, name))
+        check_number("adam_b2", self.adam_b2, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of a run."""
+
+    every: int = 100
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    keep: int = 2
+    """Latest checkpoints kept."""
+
+    def __post_init__(self):
+        check_integer("every", self.every, 1)
+        check_integer("keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning of a new model on the nano task, in two phases."""
+
+    model: ModelConfig
+    steps: int
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Fixes the initial parameters and the data."""
+    first_phase: float = 0.5
+    """Share of the steps that train on the mix `first`; the others train on `second`."""
+    first: TraceMix = TraceMix()
+    second: TraceMix = TraceMix()
+    optimizer: MuonConfig = MuonConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: str | None = None
+    """Device mesh, like data=4,tensor=1; by default one that suits the model."""
+
+    def __post_init__(self):
+        check_integer("steps", self.steps, 1)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        check_share("first_phase", self.first_phase)
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(
+    cls: type[ConfigT], argv: Sequence[str], prog: str
+) -> tuple[ConfigT, Path]:
+    """The configuration (a dataclass) and run directory that a training command names.
+
+    `--config FILE.yaml` is read first, then flags `--section.key value` set what they
+    name in it: YAML keys, flags and dataclass fields are the same names. The run
+    directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
+    or flag, a value of the wrong type, and whatever the dataclasses refuse.
+    """
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with these settings; required"
+    )
+    parser.add_argument(
+        "--run-dir", help="directory of the run (default: runs/NAME-OF-THE-YAML-FILE)"
+    )
+    parser.add_class_arguments(cls)
+    try:
+        if not {"-h", "--help"} & set(argv):
+            _check_names(cls, argv, prog)
+        parsed = parser.instantiate(parser.parse_args(list(argv)))
+    except argparse.ArgumentError as error:
+        # "Parser key "steps": Expected a <class 'int'>. Got value: x", over two lines.
+        text = " ".join(str(error).split()).removeprefix("Parser key ")
+        raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text)) from None
+    run_dir = parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem
+    return cls(**{name: parsed[name] for name in _defaults(cls)}), Path(run_dir)
+
+
+def record_config(config: Any, run_dir: Path) -> None:
+    """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
+
+    Raises UserError naming the settings that differ from those the run began with.
+    """
+    now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
+    path = run_dir / "config.yaml"
+    try:
+        if not path.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+            return
+    except OSError as error:
+        raise UserError(
+            f"{run_dir} cannot be written: {error.strerror or error}"
+        ) from None
+    then, now = dict(_flatten(read_yaml(path))), dict(_flatten(now))
+    changes = [
+        f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"{run_dir} was begun with other settings: {', '.join(changes)}; "
+            "repeat those, or take another --run-dir"
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; raises UserError if it is missing or is not one."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")
+    return value
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and Ctrl-C, so that a loop can stop where its state is whole.
+
+    A second one has its usual effect, at once.
+    """
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
+    """Refuses flags and YAML keys that name no setting, offering the nearest one."""
+    names = [f"--{name}" for name, _ in _flatten(_defaults(cls))]
+    known = [*names, "--config", "--run-dir", "--print_config"]
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    check_known(flags, known, prog)
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    if path is None:
+        raise UserError(f"{prog} needs --config FILE.yaml; see configs/")
+    _check_keys(cls, read_yaml(Path(path)), path)
+
+
+def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    check_known(values, fields, where)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            _check_keys(fields[key], value, f"{where}: {key}")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of nested dicts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The fields of a dataclass, nested ones as dicts."""
+    return {
+        f.name: _defaults(f.type) if dataclasses.is_dataclass(f.type) else None
+        for f in dataclasses.fields(cls)
+    }
