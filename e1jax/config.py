@@ -6,7 +6,6 @@ mistake is reported at once.
 
 import argparse
 import contextlib
-import argparse
 import dataclasses
 import difflib
 import json

@@ -5,7 +5,10 @@ Model code names logical axes ("embed", "heads", ...); `RULES` maps them to the 
 """
 
 import math
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -78,6 +81,17 @@ def sharding(
             part if size % math.prod(mesh.shape[name] for name in names) == 0 else None
         )
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs in $JAX_COMPILATION_CACHE_DIR, by default
+    ~/.cache/e1jax/xla, and says so on stderr when it starts that directory."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        path = Path.home() / ".cache" / "e1jax" / "xla"
+        if not path.exists():
+            print(f"note: compiled programs are kept in {path}", file=sys.stderr)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

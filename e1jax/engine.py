@@ -1,0 +1,625 @@
+"""The sampling engine: slots, admission, jitted prefill and decode chunks.
+
+A request with n samples goes through these steps:
+1. host: the prompt becomes token ids, the budgets become numbers; a request that cannot fit is refused
+   before any work is done.
+2. device, `prefill`: keys and values of all prompt tokens but the last, once per request, into a buffer of
+   the next larger bucket length.
+3. device, `admit`: that buffer is copied into the free slots of the cache that take the request's samples.
+4. device, `decode`: all slots step together, from the prompt's last token on, until enough of them are
+   done; the host looks once per chunk, hands out the finished completions and refills their slots.
+
+The cache (rows over the mesh axis `data`, heads over `tensor`) is donated to every call and updated in
+place; everything else per slot is replicated.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from e1jax import model, sampling
+from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
+from e1jax.convert import load_model
+from e1jax.model import KVCache, Params
+from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
+from e1jax.sharding import replicated, sharding
+from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
+
+DEFAULT_CACHE_LEN = 32768
+CHUNK_STEPS = 64  # the most decode steps between two looks of the host
+_LOOK_SECONDS = 1.0
+_BLOCK_LEN = 128  # cache positions that attention visits at a time
+_PREFILL_LEN = 512  # prompt tokens that go through the model at a time
+_SHORTEST_BUCKET = 16
+_SHORTEST_FORCED = 8
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+
+class Rows(NamedTuple):
+    """Everything that a slot knows beside its keys and values. A slot without a request is DONE."""
+
+    token: (
+        jax.Array
+    )  # [B] int32: the last token, which the next step puts into the cache
+    position: jax.Array  # [B] int32: where it stands, prompt included
+    sampling: Sampling
+    budget: Budget
+    state: BudgetState
+
+
+class Chunk(NamedTuple):
+    """What one decode call gave: row b's new tokens are its first `num_tokens` columns."""
+
+    tokens: jax.Array  # [B, CHUNK_STEPS] int32
+    logprobs: jax.Array  # [B, CHUNK_STEPS] float32
+    forced: jax.Array  # [B, CHUNK_STEPS] bool
+    num_steps: jax.Array  # [] int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled response. The three lists have the same length, forced tokens and EOS included."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]  # log-softmax of logits / temperature, before top-k and top-p
+    forced: list[bool]
+    thinking: str  # text before the first `</think>`
+    solution: str  # text after it
+    text: str  # the whole response, without a final EOS
+    answer: str | None  # content of the solution's last \boxed{}
+    thinking_tokens: int  # sampled tokens; forced ones are not counted
+    solution_tokens: int
+    thinking_end: str | None  # "model", "budget" or "eos"; None: `</think>` never came
+    finish_reason: str  # "stop", "solution_budget" or "length"
+    prompt_index: int  # which prompt of the call
+    sample: int  # which sample of the prompt
+
+
+@dataclasses.dataclass
+class Stats:
+    """What the last `generate` or `stream` did so far."""
+
+    prefills: int = 0
+    decode_steps: int = 0
+    slot_steps: int = 0  # decode steps x slots
+    tokens: int = (
+        0  # slot steps that gave a token; the rest was spent on finished or empty slots
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    index: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    budget: sampling.ResolvedBudget
+    forced_ids: list[int]
+
+
+@dataclasses.dataclass
+class _Active:
+    """A slot's unfinished completion."""
+
+    request: _Request
+    sample: int
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    forced: list[bool] = dataclasses.field(default_factory=list)
+
+
+class Engine:
+    """Samples from a model on a mesh. `params` may be assigned anew between calls (same shapes)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        cache_len: int | None = None,
+        slots: int = 16,
+    ):
+        """`cache_len`: positions of a slot, prompt and response together; None is 32,768 or the model's
+        max_position_embeddings if smaller. `slots`: rows sampled at a time, rounded up to a multiple of
+        the mesh axis `data`. Raises UserError for sizes below 1."""
+        default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
+        self.cache_len = default if cache_len is None else cache_len
+        check_integer("cache_len", self.cache_len, 1)
+        check_integer("slots", slots, 1)
+        self.config, self.params, self.tokenizer, self.mesh = (
+            config,
+            params,
+            tokenizer,
+            mesh,
+        )
+        self.slots = -(-slots // mesh.shape["data"]) * mesh.shape["data"]
+        self.stats = Stats()
+        self._cache: KVCache | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        mesh: str | None = None,
+        cache_len: int | None = None,
+        slots: int = 16,
+        dtype: str | None = None,
+    ) -> "Engine":
+        """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
+
+        `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or "bfloat16" (None: float32
+        on a CPU, bfloat16 elsewhere). Raises UserError, a ValueError, for anything wrong with them.
+        """
+        loaded = load_model(name, mesh, dtype)
+        return cls(
+            loaded.config,
+            loaded.params,
+            loaded.tokenizer,
+            loaded.mesh,
+            cache_len=cache_len,
+            slots=slots,
+        )
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of each prompt, in input order: a list per prompt, a Completion per sample.
+
+        A prompt is a text (put into the chat template as the user's message), a list of chat messages or
+        a list of token ids (used as they are). Raises UserError before any work for a request that cannot
+        fit, naming it.
+        """
+        results: list[list[Completion]] = [[] for _ in prompts]
+        for completion in self.stream(prompts, params):
+            results[completion.prompt_index].append(completion)
+        return [sorted(samples, key=lambda c: c.sample) for samples in results]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        skip: Callable[[int, int], bool] = lambda prompt_index, sample: False,
+        progress: Callable[[int], None] = lambda new_tokens: None,
+    ) -> Iterator[Completion]:
+        """Yields each Completion as it finishes. See `generate`.
+
+        Samples for which `skip(prompt_index, sample)` holds are left out (a resumed run has them already);
+        `progress` is told after each chunk how many tokens it gave.
+        """
+        requests = self._requests(prompts, params)
+        return self._run(requests, skip, progress)
+
+    def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
+        """Token ids of a prompt, checked; see `generate`."""
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) and all(isinstance(item, dict) for item in prompt):
+            prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        ids = list(prompt)
+        if not ids:
+            raise UserError(
+                f"{where} is empty; a response needs at least one token to start from"
+            )
+        vocab = self.config.vocab_size
+        for token in ids:
+            if (
+                isinstance(token, bool)
+                or not isinstance(token, int | np.integer)
+                or not 0 <= token < vocab
+            ):
+                raise UserError(
+                    f"{where}: {token!r} is not a token id of this model (0 to {vocab - 1})"
+                )
+        return [int(token) for token in ids]
+
+    def _requests(self, prompts, params) -> list[_Request]:
+        if isinstance(prompts, str):
+            raise UserError("prompts is one string; pass a list of prompts")
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise UserError(
+                f"{len(prompts)} prompts came with {len(params)} SamplingParams; give one or one each"
+            )
+        requests = [
+            self._request(i, *pair)
+            for i, pair in enumerate(zip(prompts, params, strict=True))
+        ]
+        cut = [request for request in requests if request.budget.was_cut]
+        if cut:
+            first = cut[0]
+            print(
+                f"note: thinking_budget={first.params.thinking_budget} is cut to {first.budget.thinking} tokens in "
+                f"{len(cut)} of {len(requests)} requests, so that the solution fits cache_len={self.cache_len}"
+                if len(cut) == 1
+                or len({(r.params.thinking_budget, r.budget.thinking) for r in cut})
+                == 1
+                else f"note: thinking_budget is cut in {len(cut)} of {len(requests)} requests (first: "
+                f"{first.params.thinking_budget} to {first.budget.thinking} tokens), so that the solution fits "
+                f"cache_len={self.cache_len}",
+                file=sys.stderr,
+            )
+        return requests
+
+    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> _Request:
+        where = f"prompt {index}"
+        prompt_ids = self.encode(prompt, where)
+        if THINK_END in params.end_of_thinking_text:
+            raise UserError(
+                f"{where}: end_of_thinking_text holds {THINK_END}, which is appended to it anyway"
+            )
+        think_end = self.tokenizer.think_end_id
+        forced = (
+            []
+            if think_end is None
+            else [*self.tokenizer.encode(params.end_of_thinking_text), think_end]
+        )
+        budget = sampling.resolve_budget(
+            params,
+            len(prompt_ids),
+            len(forced),
+            self.cache_len,
+            where,
+            can_think=think_end is not None,
+        )
+        return _Request(index, prompt_ids, params, budget, forced)
+
+    def _run(self, requests: list[_Request], skip, progress) -> Iterator[Completion]:
+        self.stats = Stats()
+        waiting = [
+            (
+                request,
+                [j for j in range(request.params.n) if not skip(request.index, j)],
+            )
+            for request in requests
+        ]
+        waiting = [(request, samples) for request, samples in waiting if samples][::-1]
+        width = _bucket(
+            max((len(r.forced_ids) for r in requests), default=1), _SHORTEST_FORCED
+        )
+        ids = TokenIds(
+            self.tokenizer.eos_id,
+            -1 if self.tokenizer.think_end_id is None else self.tokenizer.think_end_id,
+        )
+        active: list[_Active | None] = [None] * self.slots
+        rows = _empty_rows(self.slots, width)
+        rows = jax.device_put(rows, replicated(self.mesh))
+        cache, self._cache = self._cache or self._new_cache(), None
+        # Steps per look of the host: as many as take about a second, so that progress shows and Ctrl-C works
+        # on a slow device too.
+        num_steps = 8
+        prefix: KVCache | None = None
+        try:
+            while waiting or any(active):
+                while waiting and not all(active):
+                    request, samples = waiting[-1]
+                    if prefix is None:
+                        prefix = self._prefill(request.prompt_ids)
+                    free = [slot for slot in range(self.slots) if active[slot] is None][
+                        : len(samples)
+                    ]
+                    taken, samples[: len(free)] = samples[: len(free)], []
+                    new = _request_rows(request, free, taken, self.slots, width)
+                    cache, rows = admit(
+                        self.mesh,
+                        cache,
+                        prefix,
+                        rows,
+                        self._slot_list(free),
+                        len(free),
+                        new,
+                    )
+                    for slot, sample in zip(free, taken, strict=True):
+                        active[slot] = _Active(request, sample)
+                    if not samples:
+                        waiting.pop()
+                        prefix = None
+                # With work waiting, stop for a refill as soon as a few rows are done.
+                enough = max(1, self.slots // 16) if waiting else self.slots
+                start = time.monotonic()
+                cache, rows, chunk = decode(
+                    self.config,
+                    self.mesh,
+                    self.params,
+                    ids,
+                    cache,
+                    rows,
+                    enough,
+                    num_steps,
+                )
+                chunk, state = jax.device_get((chunk, rows.state))
+                seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
+                num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
+                progress(self._collect(chunk, state, active))
+                for slot, item in enumerate(active):
+                    if item is not None and state.phase[slot] == sampling.DONE:
+                        active[slot] = None
+                        yield self._completion(
+                            item, BudgetState(*(int(field[slot]) for field in state))
+                        )
+        finally:
+            self._cache = None if cache.k.is_deleted() else cache
+
+    def _prefill(self, prompt_ids: list[int]) -> KVCache:
+        capacity = -(-self.cache_len // _BLOCK_LEN) * _BLOCK_LEN
+        bucket = min(_bucket(len(prompt_ids) - 1, _SHORTEST_BUCKET), capacity)
+        tokens = np.zeros((1, bucket), np.int32)
+        tokens[0, : len(prompt_ids) - 1] = prompt_ids[:-1]
+        self.stats.prefills += 1
+        return prefill(self.config, self.mesh, self.params, tokens, len(prompt_ids) - 1)
+
+    def _new_cache(self) -> KVCache:
+        dtype = self.params["embedding"].dtype
+        return new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
+
+    def _slot_list(self, free: list[int]) -> np.ndarray:
+        return np.array(free + [0] * (self.slots - len(free)), np.int32)
+
+    def _collect(
+        self, chunk: Chunk, state: BudgetState, active: list[_Active | None]
+    ) -> int:
+        """Appends a chunk's tokens to the unfinished completions; returns how many there were."""
+        new_tokens = 0
+        for slot, item in enumerate(active):
+            if item is None:
+                continue
+            count = int(state.num_tokens[slot]) - len(item.token_ids)
+            item.token_ids += chunk.tokens[slot, :count].tolist()
+            item.logprobs += chunk.logprobs[slot, :count].tolist()
+            item.forced += chunk.forced[slot, :count].tolist()
+            new_tokens += count
+        self.stats.decode_steps += int(chunk.num_steps)
+        self.stats.slot_steps += int(chunk.num_steps) * self.slots
+        self.stats.tokens += new_tokens
+        return new_tokens
+
+    def _completion(self, item: _Active, state: Any) -> Completion:
+        if not all(map(math.isfinite, item.logprobs)):
+            raise UserError(
+                "the model's logits are not finite; its checkpoint is damaged, or --dtype is too narrow for it"
+            )
+        ids = item.token_ids
+        content = (
+            ids[:-1]
+            if ids[-1] == self.tokenizer.eos_id and not item.forced[-1]
+            else ids
+        )
+        think_end, decode_text = self.tokenizer.think_end_id, self.tokenizer.decode
+        if think_end is None:
+            thinking, solution, text = "", decode_text(content), decode_text(content)
+        elif think_end in content:
+            split = content.index(think_end)
+            thinking, solution = (
+                decode_text(content[:split]),
+                decode_text(content[split + 1 :]),
+            )
+            text = thinking + THINK_END + solution
+        else:
+            thinking, solution, text = decode_text(content), "", decode_text(content)
+        return Completion(
+            prompt_ids=item.request.prompt_ids,
+            token_ids=ids,
+            logprobs=item.logprobs,
+            forced=item.forced,
+            thinking=thinking,
+            solution=solution,
+            text=text,
+            answer=extract_boxed(solution),
+            thinking_tokens=state.thinking_tokens,
+            solution_tokens=state.solution_tokens,
+            thinking_end=sampling.THINKING_ENDS[state.end],
+            finish_reason=sampling.FINISH_REASONS[state.finish] or "",
+            prompt_index=item.request.index,
+            sample=item.sample,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: ModelConfig, mesh: Mesh, params: Params, tokens: jax.Array, length: int
+) -> KVCache:
+    """Keys and values of the first `length` of `tokens` [1, P], in a cache of P positions.
+
+    The prompt goes through the model in pieces, as many as it fills; no logits are made.
+    """
+    bucket = tokens.shape[1]
+    cache = model.init_cache(
+        config, 1, bucket, min(bucket, _BLOCK_LEN), params["embedding"].dtype
+    )
+    piece = math.gcd(bucket, _PREFILL_LEN)
+
+    def step(i, cache):
+        start = i * piece
+        positions = start + jnp.arange(piece)[None]
+        part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
+        return _cache_on_mesh(
+            mesh, model.forward(config, params, part, positions, cache)[1]
+        )
+
+    return jax.lax.fori_loop(0, -(-length // piece), step, _cache_on_mesh(mesh, cache))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 3))
+def admit(
+    mesh: Mesh,
+    cache: KVCache,
+    prefix: KVCache,
+    rows: Rows,
+    slots: jax.Array,
+    count: int,
+    new: tuple[jax.Array, Rows],
+) -> tuple[KVCache, Rows]:
+    """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their rows.
+
+    `new` is (which rows are new [B] bool, their contents).
+    """
+
+    def copy(i, cache):
+        at = (0, slots[i], 0, 0, 0)
+        put = jax.lax.dynamic_update_slice
+        return dataclasses.replace(
+            cache, k=put(cache.k, prefix.k, at), v=put(cache.v, prefix.v, at)
+        )
+
+    is_new, fresh = new
+
+    def merge(now, old):
+        return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), now, old)
+
+    cache = jax.lax.fori_loop(0, count, copy, _cache_on_mesh(mesh, cache))
+    return _cache_on_mesh(mesh, cache), _rows_on_mesh(
+        mesh, jax.tree.map(merge, fresh, rows)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def decode(
+    config: ModelConfig,
+    mesh: Mesh,
+    params: Params,
+    ids: TokenIds,
+    cache: KVCache,
+    rows: Rows,
+    enough: int,
+    num_steps: int,
+) -> tuple[KVCache, Rows, Chunk]:
+    """Steps all rows until `enough` of them are DONE, but `num_steps` (at most CHUNK_STEPS) times."""
+    batch = rows.token.shape[0]
+
+    def unfinished(carry):
+        _, rows, chunk = carry
+        return (chunk.num_steps < num_steps) & (
+            (rows.state.phase == sampling.DONE).sum() < enough
+        )
+
+    def step(carry):
+        cache, rows, chunk = carry
+        done = rows.state.phase == sampling.DONE
+        # A finished row stays at position 0, so that it does not lengthen the others' attention.
+        position = jnp.where(done, 0, rows.position)[:, None]
+        hidden, cache = model.forward(
+            config, params, rows.token[:, None], position, cache
+        )
+        logits = model.unembed(config, params, hidden[:, 0])
+        keys = sampling.row_keys(rows.sampling, rows.state.num_tokens)
+        sampled = sampling.draw(logits, keys, rows.sampling)
+        token, forced, state = sampling.advance(rows.state, sampled, rows.budget, ids)
+        logprobs = sampling.token_logprobs(logits, token, rows.sampling.temperature)
+        rows = rows._replace(token=token, position=rows.position + 1, state=state)
+        i = chunk.num_steps
+        chunk = Chunk(
+            chunk.tokens.at[:, i].set(token),
+            chunk.logprobs.at[:, i].set(logprobs),
+            chunk.forced.at[:, i].set(forced),
+            i + 1,
+        )
+        return _cache_on_mesh(mesh, cache), _rows_on_mesh(mesh, rows), chunk
+
+    shape = (batch, CHUNK_STEPS)
+    chunk = Chunk(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape),
+        jnp.zeros(shape, bool),
+        jnp.int32(0),
+    )
+    return jax.lax.while_loop(
+        unfinished, step, (_cache_on_mesh(mesh, cache), rows, chunk)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def new_cache(
+    config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
+) -> KVCache:
+    return _cache_on_mesh(
+        mesh, model.init_cache(config, slots, cache_len, _BLOCK_LEN, dtype)
+    )
+
+
+def _cache_on_mesh(mesh: Mesh, cache: KVCache) -> KVCache:
+    place = sharding(mesh, model.CACHE_AXES, cache.k.shape)
+    return jax.lax.with_sharding_constraint(cache, place)
+
+
+def _rows_on_mesh(mesh: Mesh, rows: Rows) -> Rows:
+    return jax.lax.with_sharding_constraint(rows, replicated(mesh))
+
+
+def _bucket(length: int, shortest: int) -> int:
+    """The next power of two, at least `shortest`: few lengths, so few compiled programs."""
+    return max(shortest, 1 << max(length - 1, 0).bit_length())
+
+
+def _empty_rows(slots: int, width: int) -> Rows:
+    zeros = np.zeros(slots, np.int32)
+    budget = Budget(
+        zeros,
+        zeros,
+        zeros,
+        zeros.astype(bool),
+        np.zeros((slots, width), np.int32),
+        zeros,
+    )
+    draw = Sampling(
+        zeros.astype(np.float32),
+        zeros.astype(np.float32),
+        zeros,
+        np.zeros((slots, 2), np.uint32),
+        zeros,
+    )
+    state = BudgetState(np.full(slots, sampling.DONE, np.int32), *[zeros] * 6)
+    return Rows(zeros, zeros, draw, budget, state)
+
+
+def _request_rows(
+    request: _Request, free: list[int], samples: list[int], slots: int, width: int
+) -> tuple[np.ndarray, Rows]:
+    """Which rows are new, and the request's rows: the same but for the number of the sample."""
+    is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
+    is_new[free], sample[free] = True, samples
+    params, budget = request.params, request.budget
+
+    def fill(value, dtype=np.int32):
+        return np.full(slots, value, dtype)
+
+    forced = np.zeros((slots, width), np.int32)
+    forced[:, : len(request.forced_ids)] = request.forced_ids
+    seed = np.array([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32)
+    phase = sampling.THINK if request.forced_ids else sampling.SOLVE
+    rows = Rows(
+        token=fill(request.prompt_ids[-1]),
+        position=fill(len(request.prompt_ids) - 1),
+        sampling=Sampling(
+            temperature=fill(params.temperature, np.float32),
+            top_p=fill(params.top_p, np.float32),
+            top_k=fill(params.top_k),
+            seed=np.tile(seed, (slots, 1)),
+            sample=sample,
+        ),
+        budget=Budget(
+            thinking=fill(budget.thinking),
+            solution=fill(budget.solution),
+            total=fill(budget.total),
+            plain=fill(budget.plain, bool),
+            forced_ids=forced,
+            num_forced=fill(len(request.forced_ids)),
+        ),
+        state=BudgetState(fill(phase), *[fill(0)] * 6),
+    )
+    return is_new, rows

@@ -1,0 +1,272 @@
+"""Elastic Reasoning's sampling as pure functions on arrays: budgets, and the draw of a token.
+
+A response is `thinking </think> solution <eos>`, and the two parts have separate budgets (arXiv 2505.05315,
+section 3.1, budget-constrained rollout). `resolve_budget` turns a request into numbers, once, on the host;
+`advance` is one step of the state machine for a batch of rows. Budgets, temperature, top-p, top-k and seeds are
+arrays [B], so one compiled program serves any mix of them.
+
+Differs from the reference implementation: an end-of-sequence token sampled while thinking is replaced by
+the forced `</think>` (the reference keeps it, and then masks the whole solution out of the loss).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from e1jax.config import UNLIMITED, SamplingParams, UserError
+
+THINK, FORCE, SOLVE, DONE = range(4)
+
+# Names of `BudgetState.end` and `BudgetState.finish`, as a Completion tells them.
+THINKING_ENDS = (None, "model", "budget", "eos")
+FINISH_REASONS = (None, "stop", "solution_budget", "length")
+BY_MODEL, BY_BUDGET, BY_EOS = 1, 2, 3
+STOP, SOLUTION_BUDGET, LENGTH = 1, 2, 3
+
+
+class TokenIds(NamedTuple):
+    """Special ids, read from the tokenizer. `think_end` is -1 in a model that has no `</think>`."""
+
+    eos: int
+    think_end: int
+
+
+class Budget(NamedTuple):
+    """What a row may use; constant over its response. Unlimited is a very large number."""
+
+    thinking: Int[Array, " B"]  # sampled tokens up to and with `</think>`
+    solution: Int[Array, " B"]  # sampled tokens after it
+    total: Int[
+        Array, " B"
+    ]  # tokens of any kind: what the cache holds beside the prompt
+    plain: Bool[Array, " B"]  # nothing is forced, EOS ends the response anywhere
+    forced_ids: Int[Array, "B F"]  # end_of_thinking_text and `</think>`
+    num_forced: Int[Array, " B"]  # how many of them count
+
+
+class BudgetState(NamedTuple):
+    """Where a row is in its response."""
+
+    phase: Int[Array, " B"]  # THINK, FORCE, SOLVE or DONE
+    thinking_tokens: Int[Array, " B"]  # sampled so far
+    solution_tokens: Int[Array, " B"]  # sampled so far
+    forced_tokens: Int[Array, " B"]
+    num_tokens: Int[Array, " B"]  # all of them
+    end: Int[Array, " B"]  # index into THINKING_ENDS
+    finish: Int[Array, " B"]  # index into FINISH_REASONS
+
+
+class Sampling(NamedTuple):
+    """How a row draws its tokens."""
+
+    temperature: Float[Array, " B"]  # 0 is greedy
+    top_p: Float[Array, " B"]
+    top_k: Int[Array, " B"]  # 0 is off
+    seed: UInt[Array, "B 2"]  # low and high half of the request's seed
+    sample: Int[Array, " B"]  # which sample of the request
+
+
+class ResolvedBudget(NamedTuple):
+    """A request's budgets as the state machine counts them; see `Budget`."""
+
+    thinking: int
+    solution: int
+    total: int
+    plain: bool
+    was_cut: bool  # a given thinking budget was lowered to leave room for the solution
+
+
+def resolve_budget(
+    params: SamplingParams,
+    num_prompt: int,
+    num_forced: int,
+    cache_len: int,
+    where: str,
+    *,
+    can_think: bool = True,
+) -> ResolvedBudget:
+    """Reserves room for the solution: thinking is cut so that prompt + thinking + forced tokens + solution
+    fits `cache_len`, the solution never.
+
+    `num_forced` is the number of tokens that a forced end inserts, `can_think` whether the model has a
+    `</think>`. Raises UserError, with the numbers, for a request that cannot fit at all.
+    """
+    thinking, solution = params.thinking_budget, params.solution_budget
+    if not can_think and thinking is not None:
+        raise UserError(
+            f"{where}: thinking_budget={thinking}, but this model has no </think> token; set it to none for "
+            "plain sampling under the solution budget"
+        )
+    plain = can_think and thinking is None and solution is None
+    forced = num_forced if can_think and not plain else 0
+    # An unlimited solution still gets at least one token.
+    reserved = 1 if solution is None else solution
+    room = cache_len - num_prompt
+    if room < forced + reserved:
+        what = (
+            "at least 1 token"
+            if solution is None
+            else f"a solution budget of {solution}"
+        )
+        end = f" + {forced} for the forced end of thinking" if forced else ""
+        raise UserError(
+            f"{where}: a prompt of {num_prompt} tokens{end} + {what} does not fit cache_len={cache_len}; "
+            "raise --cache-len or shorten the prompt or the solution budget"
+        )
+    longest = room - forced - reserved
+    wanted = UNLIMITED if thinking is None else thinking
+    return ResolvedBudget(
+        thinking=UNLIMITED if plain else min(wanted, longest),
+        solution=UNLIMITED if solution is None else solution,
+        total=room,
+        plain=plain,
+        was_cut=thinking is not None and thinking > longest,
+    )
+
+
+def start_state(phase: Int[Array, " B"]) -> BudgetState:
+    """State of rows that have no token yet: THINK, SOLVE (a model without `</think>`) or DONE (no request)."""
+    zeros = jnp.zeros_like(phase)
+    return BudgetState(phase, zeros, zeros, zeros, zeros, zeros, zeros)
+
+
+def advance(
+    state: BudgetState, sampled: Int[Array, " B"], budget: Budget, ids: TokenIds
+) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
+    """One step of the state machine: (next token of each row, whether it was forced, next state).
+
+    `sampled` is what the model drew. While thinking it is dropped, in favour of the first forced token, where
+    the budget is used up or where it is EOS; a dropped token counts nowhere. A row that is DONE keeps its
+    state, and its token means nothing.
+    """
+    thinking, solving = state.phase == THINK, state.phase == SOLVE
+    spent = thinking & (state.thinking_tokens >= budget.thinking)
+    stopped = thinking & ~spent & ~budget.plain & (sampled == ids.eos)
+    forced = spent | stopped | (state.phase == FORCE)
+    index = jnp.minimum(state.forced_tokens, budget.forced_ids.shape[1] - 1)
+    next_forced = jnp.take_along_axis(budget.forced_ids, index[:, None], axis=1)[:, 0]
+    token = jnp.where(forced, next_forced, sampled)
+
+    natural = thinking & ~forced & (token == ids.think_end)
+    forced_tokens = state.forced_tokens + forced
+    closes = natural | (forced & (forced_tokens == budget.num_forced))
+    phase = jnp.where(closes, SOLVE, jnp.where(forced, FORCE, state.phase))
+    end = jnp.where(natural, BY_MODEL, state.end)
+    end = jnp.where(spent, BY_BUDGET, jnp.where(stopped, BY_EOS, end))
+    thinking_tokens = state.thinking_tokens + (thinking & ~forced)
+    solution_tokens = state.solution_tokens + solving
+    num_tokens = state.num_tokens + (state.phase != DONE)
+
+    at_eos = (sampled == ids.eos) & (solving | (thinking & budget.plain))
+    finish = jnp.where(num_tokens >= budget.total, LENGTH, 0)
+    finish = jnp.where(
+        (phase == SOLVE) & (solution_tokens >= budget.solution), SOLUTION_BUDGET, finish
+    )
+    finish = jnp.where(at_eos, STOP, finish)
+    finish = jnp.where(state.phase == DONE, state.finish, finish)
+    phase = jnp.where(finish > 0, DONE, phase)
+    new = BudgetState(
+        phase, thinking_tokens, solution_tokens, forced_tokens, num_tokens, end, finish
+    )
+    # A slot without a request is DONE without a reason, and stays so.
+    done = state.phase == DONE
+    new = BudgetState(
+        *(jnp.where(done, old, now) for old, now in zip(state, new, strict=True))
+    )
+    return token, forced & ~done, new
+
+
+def row_keys(sampling: Sampling, index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """The key that token `index` of each row is drawn with: of (seed, sample, index) and nothing else."""
+
+    def key(seed, sample, index):
+        base = jax.random.fold_in(jax.random.key(seed[0], impl="threefry2x32"), seed[1])
+        return jax.random.fold_in(jax.random.fold_in(base, sample), index)
+
+    return jax.vmap(key)(sampling.seed, sampling.sample, index)
+
+
+def draw(
+    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
+) -> Int[Array, " B"]:
+    """Draws a token of each row from softmax(logits / temperature), cut by top-k, then top-p, renormalised.
+
+    The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
+    """
+    gaps = _gaps(logits, sampling.temperature)
+    filtering = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+    keep = jax.lax.cond(
+        filtering,
+        lambda: kept(gaps, sampling.top_k, sampling.top_p),
+        lambda: jnp.ones(logits.shape, bool),
+    )
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    noisy = jnp.where(keep, noise - gaps, -jnp.inf)
+    chosen = jnp.where((sampling.temperature == 0)[:, None], logits, noisy)
+    return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
+
+
+def kept(
+    gaps: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Bool[Array, "B V"]:
+    """Which tokens survive top-k and then top-p; `gaps` are log p(best) - log p(token), 0 or more.
+
+    Top-p keeps the smallest set of most probable tokens whose share of what top-k left reaches `top_p`: the
+    token that crosses is kept, and so is any token tied with the last one kept, in both. float32 sums over a
+    large vocabulary hold to about 1e-6, so a share that misses `top_p` by no more has reached it.
+
+    Nothing is sorted: the cut is found by bisection (see `_smallest_cut`).
+    """
+    ranks = jax.lax.bitcast_convert_type(gaps, jnp.int32)
+    vocab = gaps.shape[1]
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab).astype(jnp.float32)
+    keep = ranks <= _smallest_cut(ranks, jnp.ones_like(gaps), count)[:, None]
+    weights = jnp.where(keep, jnp.exp(-gaps), 0.0)
+    mass = top_p * (1 - 1e-6) * weights.sum(axis=-1)
+    cut = _smallest_cut(ranks, weights, mass)
+    return keep & ((ranks <= cut[:, None]) | (top_p >= 1)[:, None])
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    temperature: Float[Array, " B"],
+) -> Float[Array, " B"]:
+    """log-softmax of logits / temperature (of logits where greedy) at the tokens, before top-k and top-p:
+    what the ratio of a policy gradient needs."""
+    gaps = _gaps(logits, temperature)
+    chosen = jnp.take_along_axis(gaps, tokens[:, None], axis=1)[:, 0]
+    return -chosen - jnp.log(jnp.exp(-gaps).sum(axis=-1))
+
+
+def _gaps(
+    logits: Float[Array, "B V"], temperature: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """(largest logit - logit) / temperature; finite, so that a tiny temperature gives no infinity or NaN."""
+    scale = jnp.where(temperature == 0, 1.0, temperature)[:, None]
+    gaps = (logits.max(axis=-1, keepdims=True) - logits) / scale
+    return jnp.minimum(gaps, jnp.finfo(jnp.float32).max)
+
+
+def _smallest_cut(
+    ranks: Int[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]
+) -> Int[Array, " B"]:
+    """The smallest c for which the weights of all `ranks` <= c sum to `target`, else the largest int32.
+
+    Floats of one sign are ordered like their bits, so 31 halvings of the int32 range find the exact cut of a
+    [B, V] array of floats, each a single pass. A sort of 152,064 logits costs an accelerator far more.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = (
+            jnp.where(ranks <= middle[:, None], weights, 0.0).sum(axis=-1) >= target
+        )
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    low = jnp.zeros(target.shape, jnp.int32)
+    high = jnp.full(target.shape, jnp.iinfo(jnp.int32).max, jnp.int32)
+    return jax.lax.fori_loop(0, 31, halve, (low, high))[1]
