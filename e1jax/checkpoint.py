@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from e1jax.config import ModelConfig, UserError
 from e1jax.model import Params, abstract_params
+from e1jax.sharding import make_mesh
 from e1jax.tokenizer import read_json
 
 PARAMS = "params"
@@ -75,12 +76,8 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Para
 
     Raises UserError if the checkpoint is not whole or is that of another model.
     """
+    check_saved(path, config)
     abstract = abstract_params(config, mesh, dtype)
-    check_same(
-        {name: array.shape for name, array in named_leaves(saved_arrays(path)).items()},
-        {name: array.shape for name, array in named_leaves(abstract).items()},
-        str(path),
-    )
     restore_args = jax.tree.map(
         lambda array: ocp.ArrayRestoreArgs(
             sharding=array.sharding, global_shape=array.shape, dtype=array.dtype
@@ -105,8 +102,11 @@ def load_array(path: Path, name: str) -> np.ndarray:
     return array
 
 
-def saved_arrays(path: Path) -> Params:
-    """Shape and dtype of every parameter saved at `path`; raises UserError if broken."""
+def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """Shape and dtype of every parameter saved at `path`, by name.
+
+    Raises UserError if it cannot be read, or is of a model of other sizes.
+    """
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(path.absolute()).item_metadata
@@ -114,7 +114,22 @@ def saved_arrays(path: Path) -> Params:
         raise _broken(path, error) from None
     if metadata is None:
         raise _broken(path, "its metadata is missing")
-    return metadata.tree
+    saved = named_leaves(metadata.tree)
+    shapes = {name: array.shape for name, array in saved.items()}
+    check_same(shapes, named_shapes(config), str(path))
+    return saved
+
+
+def abstract_on_one(config: ModelConfig) -> Params:
+    """Shapes of a model's parameters, for who needs no mesh."""
+    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
+    return abstract_params(config, mesh, np.float32)
+
+
+def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a model, in the order of the tree."""
+    leaves = named_leaves(abstract_on_one(config))
+    return {name: array.shape for name, array in leaves.items()}
 
 
 def named_leaves(params: Params) -> dict[str, Any]:

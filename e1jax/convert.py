@@ -8,8 +8,15 @@ host memory, and everything is written to a sibling of DST that gets its name at
 very end, so that an interrupted conversion leaves nothing at DST.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import math
 import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +26,21 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from e1jax.checkpoint import check_same, find_params, load_params, named_leaves
-from e1jax.config import ModelConfig, UserError
+from e1jax.checkpoint import (
+    PARAMS,
+    LazyArray,
+    abstract_on_one,
+    check_same,
+    check_saved,
+    find_params,
+    load_array,
+    load_params,
+    named_shapes,
+    save_params,
+)
+from e1jax.config import ModelConfig, Parser, UserError, run_command
 from e1jax.model import Params, abstract_params
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import FILES, Tokenizer, read_json
@@ -78,7 +97,7 @@ def load_model(
     path = resolve(model)
     saved = find_params(path)
     files = saved[1] if saved else path
-    config, tokenizer = read_model_files(files)
+    config, tokenizer = read_config(files), read_tokenizer(files)
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -121,24 +140,28 @@ def resolve(model: str) -> Path:
         ) from None
 
 
-def read_model_files(path: Path) -> tuple[ModelConfig, Tokenizer]:
-    """What `config.json` and the tokenizer files of a model say."""
-    if not (path / "config.json").is_file():
+def read_config(path: Path) -> ModelConfig:
+    """Sizes of the model in a directory."""
+    file = path / "config.json"
+    if not file.is_file():
         raise UserError(
             f"{path} holds no config.json, so it is not a model directory; give a "
             "Hugging Face directory, an e1jax checkpoint or a run directory"
         )
-    config = ModelConfig.from_hf(
-        read_json(path / "config.json"), str(path / "config.json")
-    )
+    return ModelConfig.from_hf(read_json(file), str(file))
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model, checked to have no id beyond the model's."""
     tokenizer = Tokenizer.from_dir(path)
     largest = max(tokenizer.backend.get_vocab().values())
-    if largest >= config.vocab_size:
+    vocab_size = read_config(path).vocab_size
+    if largest >= vocab_size:
         raise UserError(
-            f"{path / 'tokenizer.json'} has the id {largest}, and vocab_size in "
-            f"config.json is {config.vocab_size}; they are of different models"
+            f"{path / 'tokenizer.json'} has the id {largest}, but vocab_size in "
+            f"config.json is {vocab_size}; the two are of different models"
         )
-    return config, tokenizer
+    return tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,18 +259,12 @@ def hf_names(config: ModelConfig, name: str) -> list[str]:
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a model in Hugging Face form."""
     shapes = {}
-    for name, array in named_leaves(_abstract(config)).items():
+    for name, shape in named_shapes(config).items():
         pattern, turned = TABLE[name]
-        shape = array.shape[1:] if "{}" in pattern else array.shape
+        shape = shape[1:] if "{}" in pattern else shape
         for hf_name in hf_names(config, name):
             shapes[hf_name] = shape[::-1] if turned else shape
     return shapes
-
-
-def _abstract(config: ModelConfig) -> Params:
-    """Shapes of the parameters, on any one device."""
-    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
-    return abstract_params(config, mesh, jnp.float32)
 
 
 def _load_hf(path: Path, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Params:
@@ -260,7 +277,7 @@ def _load_hf(path: Path, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Pa
         loaded = jax.make_array_from_callback(
             array.shape,
             array.sharding,
-            lambda index: _read_part(sources, name, index, dtype),
+            lambda index: _read_part(name, sources, array.shape, index, dtype),
         )
         return loaded.block_until_ready()  # else copies to the device would pile up
 
@@ -268,15 +285,297 @@ def _load_hf(path: Path, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Pa
 
 
 def _read_part(
-    sources: list[_Tensor], name: str, index: Any, dtype: np.dtype
+    name: str,
+    sources: Sequence[_Tensor],
+    shape: tuple[int, ...],
+    index: Any,
+    dtype: np.dtype,
+    seen: Callable[[_Tensor, np.ndarray], None] = lambda source, array: None,
 ) -> np.ndarray:
-    """A part of our parameter `name`, as `index`, a slice per dim, says."""
+    """A part of our parameter `name`, as `index`, a slice per dim, says.
+
+    `seen` is given each source that was read, as it is stored.
+    """
     pattern, turned = TABLE[name]
+    stacked = "{}" in pattern
+    if not stacked:
+        shape, index = (1, *shape), (slice(None), *index)
+    sizes = [len(range(size)[part]) for size, part in zip(shape, index, strict=True)]
+    part = np.empty(sizes, dtype)
 
-    def read(source: _Tensor, index: tuple[slice, ...]) -> np.ndarray:
-        return source.read(index[::-1]).T if turned else source.read(index)
+    def read(layer: int, source: _Tensor) -> None:
+        array = source.read(index[:0:-1] if turned else index[1:])
+        seen(source, array)
+        _copy(array.T if turned else array, part[layer])
 
-    if "{}" in pattern:
-        parts = [read(source, index[1:]) for source in sources[index[0]]]
-        return np.stack(parts, dtype=dtype, casting="unsafe")
-    return np.ascontiguousarray(read(sources[0], index), dtype=dtype)
+    # Two threads, because reading, hashing and copying leave Python's lock alone.
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(sizes[0]), sources[index[0]]))
+    return part if stacked else part[0]
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """target[...] = source, several times faster where source is a transpose.
+
+    In strips of 64 columns, which stay in the processor's cache until they are used.
+    """
+    for start in range(0, source.shape[-1], 64):
+        target[..., start : start + 64] = source[..., start : start + 64]
+
+
+def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
+    """Writes an e1jax checkpoint of a Hugging Face model at `dst`.
+
+    `dtype` None keeps the stored one. The manifest holds, per tensor of the source, its
+    shape, dtype and the sha256 of its bytes as they were stored there.
+    """
+    path = resolve(source)
+    if find_params(path):
+        raise UserError(f"{path} is an e1jax checkpoint already; nothing to convert")
+    config, _ = read_config(path), read_tokenizer(path)
+    tensors = hf_tensors(path, config)
+    stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
+    if dtype is None and len(stored) > 1:
+        raise UserError(
+            f"{path} stores its tensors as {' and '.join(stored)}; choose with --dtype"
+        )
+    dtype = dtype or stored[0]
+    manifest = {
+        "format_version": 1,
+        "source": source,
+        "revision": path.name if path.parent.name == "snapshots" else None,
+        "dtype": dtype,
+        "tensors": {},
+    }
+
+    with _progress(tensors) as progress, _written_whole(dst) as partial:
+
+        def seen(tensor: _Tensor, array: np.ndarray) -> None:
+            manifest["tensors"][tensor.name] = {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype),
+                "sha256": hashlib.sha256(array.view(np.uint8).data).hexdigest(),
+            }
+            progress.update(array.nbytes)
+
+        def lazy(keys, array: jax.ShapeDtypeStruct) -> LazyArray:
+            name = jax.tree_util.keystr(keys, simple=True, separator="/")
+            sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
+            index = (slice(None),) * array.ndim
+            part = (name, sources, array.shape, index, jnp.dtype(dtype), seen)
+            return LazyArray(array.shape, jnp.dtype(dtype), lambda: _read_part(*part))
+
+        save_params(
+            partial / PARAMS, jax.tree.map_with_path(lazy, abstract_on_one(config))
+        )
+        _copy_files(path, partial, dtype)
+        _write_json(partial / "manifest.json", manifest)
+
+
+def to_hf(source: str, dst: Path) -> None:
+    """Writes a Hugging Face directory of an e1jax checkpoint or a run at `dst`."""
+    path = resolve(source)
+    saved = find_params(path)
+    if not saved:
+        raise UserError(
+            f"{path} is not an e1jax checkpoint or a run directory; "
+            "a Hugging Face directory needs no conversion"
+        )
+    params_dir, files_dir = saved
+    config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
+    arrays = check_saved(params_dir, config)
+    dtype = jnp.dtype(arrays["embedding"].dtype)
+    with _progress(arrays) as progress, _written_whole(dst) as partial:
+
+        def read(name: str) -> np.ndarray:
+            array = load_array(params_dir, name)
+            progress.update(array.nbytes)
+            return array
+
+        write_hf_weights(partial, config, dtype, read)
+        _copy_files(files_dir, partial, str(dtype))
+        bos = tokenizer.special_tokens.get("bos_token")
+        ids = {
+            "bos_token_id": tokenizer.backend.token_to_id(bos) if bos else None,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        _write_json(partial / "generation_config.json", ids)
+
+
+def write_hf_weights(
+    path: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    read: Callable[[str], np.ndarray],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes safetensors files at `path`, from `read(name)`, our parameter of that name.
+
+    One tensor after the other, each parameter read once: the library's own writer
+    wants a whole file in memory, twice.
+    """
+    shapes = hf_shapes(config)
+    shards: list[dict[str, int]] = [{}]  # of each file, the tensors and their bytes
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    arrays = _hf_arrays(config, read)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        one = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = path / (one if len(shards) > 1 else _SINGLE)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, size in shard.items():
+            header[name] = {
+                "dtype": next(key for key in _DTYPES if _DTYPES[key] == dtype),
+                "shape": list(shapes[name]),
+                "data_offsets": [end, end + size],
+            }
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name in shard:
+                array = next(arrays)
+                assert array.shape == shapes[name], (name, array.shape)
+                out.write(array.view(np.uint8).data)
+        weight_map |= dict.fromkeys(shard, file.name)
+    if len(shards) > 1:
+        total = sum(sum(shard.values()) for shard in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(path / _INDEX, index)
+
+
+def _hf_arrays(
+    config: ModelConfig, read: Callable[[str], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The tensors of a model in the order of `hf_shapes`."""
+    for name in named_shapes(config):
+        pattern, turned = TABLE[name]
+        array = read(name)
+        for part in array if "{}" in pattern else [array]:
+            if turned:
+                part, source = np.empty(part.shape[::-1], part.dtype), part.T
+                _copy(source, part)
+            yield part
+
+
+def _copy_files(src: Path, dst: Path, dtype: str) -> None:
+    """Copies the tokenizer, and config.json with the dtype of the new weights."""
+    for name in FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    config = read_json(src / "config.json")
+    # transformers 5 writes dtype, and still reads torch_dtype, the name of 4.
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    _write_json(dst / "config.json", config)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _written_whole(dst: Path) -> Iterator[Path]:
+    """A directory beside `dst` to write in, which becomes `dst` if all goes well."""
+    dst = dst.absolute()
+    partial = dst.with_name(f".{dst.name}.partial")
+    try:
+        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+            raise UserError(f"{dst} exists already; remove it or give another name")
+        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(dst)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or dst}: {error.strerror or error}; nothing was written"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _progress(tensors: Mapping[str, Any]) -> tqdm:
+    """A bar on stderr, if that is a terminal, for the bytes of the tensors."""
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+def inspect(model: str) -> str:
+    """What a model directory of any kind holds, as text."""
+    path = resolve(model)
+    saved = find_params(path)
+    files = saved[1] if saved else path
+    config = read_config(files)
+    tensors = check_saved(saved[0], config) if saved else hf_tensors(path, config)
+    manifest = files / "manifest.json"
+    origin = read_json(manifest) if saved and manifest.is_file() else {}
+    rows: dict[str, tuple[int, Any]] = {}  # one per kind of tensor: count, any of them
+    for name, tensor in tensors.items():
+        name = re.sub(r"\.\d+\.", ".*.", name)
+        rows[name] = (rows[name][0] + 1 if name in rows else 1, tensor)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    facts = {
+        "path": saved[0] if saved else path,
+        "kind": "e1jax checkpoint" if saved else "Hugging Face directory",
+        "source": origin.get("source"),
+        "revision": origin.get("revision"),
+        "parameters": f"{parameters:,}",
+        "dtype": ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()})),
+        "weights": f"{size / 1e9:.3f} GB",
+        **dataclasses.asdict(config),
+    }
+    lines = [f"{key:24}{value}" for key, value in facts.items() if value is not None]
+    lines.append("")
+    for name, (count, tensor) in rows.items():
+        times = f"{count} x " if count > 1 else ""
+        lines.append(f"{name:48}{times}{list(tensor.shape)} {tensor.dtype}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(
+        prog="python -m e1jax.convert",
+        description="Convert weights between Hugging Face files and e1jax checkpoints.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "from-hf", help="Hugging Face files to an e1jax checkpoint"
+    )
+    command.add_argument("src", metavar="SRC", help="hub id or directory")
+    command.add_argument("dst", metavar="DST", type=Path, help="new directory to write")
+    command.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "float16"],
+        help="number format of the written weights (default: as stored in SRC)",
+    )
+    command = commands.add_parser(
+        "to-hf", help="e1jax checkpoint to a directory that transformers loads"
+    )
+    command.add_argument(
+        "src",
+        metavar="SRC",
+        help="e1jax checkpoint, run directory (its best step) or RUN_DIR/STEP",
+    )
+    command.add_argument("dst", metavar="DST", type=Path, help="new directory to write")
+    command = commands.add_parser("inspect", help="show what a model directory holds")
+    command.add_argument("src", metavar="DIR", help="model directory of any kind")
+    args = parser.parse_args(argv)
+    # A conversion needs no accelerator, and must not take one from who uses it.
+    jax.config.update("jax_platforms", "cpu")
+    if args.command == "from-hf":
+        from_hf(args.src, args.dst, args.dtype)
+    elif args.command == "to-hf":
+        to_hf(args.src, args.dst)
+    else:
+        print(inspect(args.src))
+
+
+if __name__ == "__main__":
+    run_command(main)
