@@ -1,4 +1,4 @@
-"""Budgeted reasoning on TPUs: E1-Math-7B and Elastic Reasoning (arXiv 2505.05315) in JAX."""
+"""Budgeted reasoning on TPUs: Elastic Reasoning (arXiv 2505.05315) in JAX."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    # Loaded on first use, so that importing one module of the package does not import them all.
+    # On first use, so that importing one module does not import them all.
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'e1jax' has no attribute {name!r}")

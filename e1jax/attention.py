@@ -1,8 +1,9 @@
-"""Rotary position embedding and grouped-query attention: over a whole sequence, and over the cache.
+"""Rotary position embedding, and grouped-query attention with and without a cache.
 
-Shapes: B rows, T queries, S cache positions, H query heads, K key/value heads, G = H / K, C head dim.
-Query heads of one group are folded into the query dimension ([B, K, G*T, C]), so that both products are
-plain batched matrix products: the five-dimensional einsum runs several times slower on a CPU.
+Shapes: B rows, T queries, S cache positions, H query heads, K key/value heads,
+G = H / K, C head dim. Query heads of one group are folded into the query dimension
+([B, K, G*T, C]), so that both products are plain batched matrix products: the
+five-dimensional einsum runs several times slower on a CPU.
 """
 
 import jax
@@ -14,10 +15,11 @@ MASKED = -1e30  # finite, so that a block without any valid key gives zeros and 
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Inverse frequencies [C/2], float32, to the last bit those of the Hugging Face code.
+    """Inverse frequencies [C/2], float32, to the last bit those of Hugging Face.
 
-    The exponent is rounded to float32 and so is the power, which is then inverted: at position 32,767 one
-    unit in the last place of a frequency turns the angle by 2e-3, far outside the parity tolerance.
+    The exponent is rounded to float32 and so is the power, which is then inverted: at
+    position 32,767 one unit in the last place of a frequency turns the angle by 2e-3,
+    far outside the parity tolerance.
     """
     exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
     return np.float32(1) / (theta ** exponent.astype(np.float64)).astype(np.float32)
@@ -26,8 +28,10 @@ def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
 def rope_angles(
     positions: Int[Array, "B T"], frequencies: np.ndarray
 ) -> tuple[Array, Array]:
-    """Cosines and sines [B, 1, T, C/2]. Angles are float32: bfloat16 cannot tell position 256 from 257."""
-    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    """Cosines and sines [B, 1, T, C/2]. Angles are float32: bfloat16 cannot tell
+    position 256 from 257."""
+    angles = positions[:, None, :, None].astype(jnp.float32)
+    angles = angles * frequencies[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -46,9 +50,10 @@ def apply_rope(
 def causal_attention(
     q: Float[Array, "B H T C"], k: Float[Array, "B K T C"], v: Float[Array, "B K T C"]
 ) -> Float[Array, "B H T C"]:
-    """Every query sees the keys at its own index and before; for training, without a cache.
+    """Every query sees the keys at its own index and before; for training.
 
-    Rows are left-aligned, so padding at their end is never seen by a real token and needs no mask.
+    Rows are left-aligned, so padding at their end is never seen by a real token and
+    needs no mask.
     """
     batch, heads, length, head_dim = q.shape
     folded = _fold(q, k.shape[1])
@@ -71,12 +76,13 @@ def cached_attention(
     positions: Int[Array, "B T"],
     block_len: int,
 ) -> Float[Array, "B H T C"]:
-    """Attention of queries at `positions` over the cached keys at positions up to their own.
+    """Attention of queries over the cached keys at positions up to their own.
 
-    Work follows the filled length, not the capacity S: blocks of `block_len` positions are visited up to
-    the last one that any row has reached (a dynamic trip count in one compiled program), and merged by
-    online softmax in float32. A block beyond a row's length adds exactly zero to it, so a row's result does
-    not depend on how far the others are. S is a multiple of `block_len`.
+    Work follows the filled length, not the capacity S: blocks of `block_len` positions
+    are visited up to the last one that any row has reached (a dynamic trip count in one
+    compiled program), and merged by online softmax in float32. A block beyond a row's
+    length adds exactly zero to it, so a row's result does not depend on how far the
+    others are. S is a multiple of `block_len`.
     """
     _, batch, kv_heads, _, head_dim = k_cache.shape
     heads, length = q.shape[1], q.shape[2]
@@ -93,9 +99,8 @@ def cached_attention(
         k = jax.lax.dynamic_slice(k_cache, at, size)[0]
         v = jax.lax.dynamic_slice(v_cache, at, size)[0]
         scores = _scores(folded, k)
-        scores = jnp.where(
-            start + jnp.arange(block_len) <= query_positions, scores, MASKED
-        )
+        key_positions = start + jnp.arange(block_len)[None, None, None]
+        scores = jnp.where(key_positions <= query_positions, scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_peak)
         shrink = jnp.exp(peak - new_peak)
@@ -120,7 +125,7 @@ def cached_attention(
 
 
 def _fold(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, H, T, C] -> [B, K, G*T, C], scaled; query heads of one group are neighbours in H."""
+    """[B, H, T, C] -> [B, K, G*T, C], scaled; heads of one group are neighbours."""
     batch, heads, length, head_dim = q.shape
     return (q * head_dim**-0.5).reshape(
         batch, kv_heads, heads // kv_heads * length, head_dim

@@ -1,7 +1,7 @@
-"""Configuration: frozen dataclasses that are YAML keys, command-line flags and API fields at once.
+"""Configuration: frozen dataclasses that are YAML keys, flags and API fields at once.
 
-Every rule about a value is checked here, before any work is done, and this module imports no JAX, so a
-mistake is reported at once.
+Every rule about a value is checked here, before any work is done, and this module
+imports no JAX, so a mistake is reported at once.
 """
 
 import argparse
@@ -24,11 +24,11 @@ UNLIMITED = 2**31 - 1
 
 
 class UserError(ValueError):
-    """A mistake in the user's input: its message is one sentence saying what, where and the way out."""
+    """A user's mistake; its message is one sentence: what, where, and the way out."""
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command line: a user's mistake is one sentence on stderr and exit code 2, Ctrl-C is 130."""
+    """Runs a command: a user's mistake is one sentence and exit code 2, Ctrl-C 130."""
     try:
         main()
     except UserError as error:
@@ -38,13 +38,13 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"interrupted {error}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (`| head`) has gone: not a fault, and Python would complain once more at exit.
+        # The reader (`| head`) has gone: no fault, but Python would complain at exit.
         sys.stderr.close()
         sys.exit(0)
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are UserErrors, one sentence, instead of a usage dump."""
+    """A command line whose mistakes are UserErrors instead of a usage dump."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -55,7 +55,9 @@ def parse_budget(text: str) -> int | None:
     if text == "none":
         return None
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens (0 or more) or none")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of tokens (0 or more) or none"
+        )
     return int(text)
 
 
@@ -98,7 +100,7 @@ def check_share(name: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How one prompt is sampled. Budgets are in sampled tokens; None means unlimited."""
+    """How one prompt is sampled. Budgets are in sampled tokens, None is unlimited."""
 
     thinking_budget: int | None = 1024
     solution_budget: int | None = 1024
@@ -126,7 +128,8 @@ class SamplingParams:
             )
 
 
-# Keys of a Hugging Face config.json that say how a model computes, and the only values implemented here.
+# Keys of a Hugging Face config.json that say how a model computes, and the only values
+# implemented here.
 _ONLY_VALUES = {
     "model_type": ("qwen2",),
     "hidden_act": ("silu",),
@@ -137,7 +140,7 @@ _ONLY_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Qwen2 decoder; `from_hf` reads them all from config.json, none is assumed."""
+    """Sizes of a Qwen2 decoder, all read from config.json; none is assumed."""
 
     vocab_size: int
     hidden_size: int
@@ -176,9 +179,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Sizes from a Hugging Face config of a Qwen2 model, in the old and the new spelling of RoPE.
+        """Sizes from a Hugging Face config, in the old or new spelling of RoPE.
 
-        Raises UserError naming the first key whose value asks for something that is not implemented.
+        Raises UserError naming the first key whose value asks for something that is not
+        implemented.
         """
         for key, allowed in _ONLY_VALUES.items():
             value = hf.get(key, allowed[0] if key != "model_type" else None)
@@ -243,10 +247,10 @@ class ModelConfig:
 
 
 def _rope_theta(hf: dict[str, Any], where: str) -> float:
-    """The RoPE base: `rope_theta` (transformers 4) or `rope_parameters` (transformers 5).
+    """The RoPE base: `rope_theta` (transformers 4) or `rope_parameters` (5).
 
-    Qwen2.5 relatives share every shape and differ in it (1e4 against 1e6), which no shape check can see, so
-    it is never assumed.
+    Qwen2.5 relatives share every shape and differ in it (1e4 against 1e6), which no
+    shape check can see, so it is never assumed.
     """
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -262,7 +266,8 @@ def _rope_theta(hf: dict[str, Any], where: str) -> float:
     return theta
 
 
-# Training. A field's docstring is its text in --help; its default holds where the YAML file is silent.
+# Training. A field's docstring is its text in --help; its default holds where the YAML
+# file is silent.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +279,7 @@ class TraceMix:
     terse: float = 0.5
     """Share of solutions thought through in the terse style, the rest being verbose."""
     rechecks: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    """Probabilities that the thinking is checked again 0, 1 and 2 times; they sum to 1."""
+    """Probabilities that the thinking is checked again 0, 1, 2 times; sum to 1."""
     recap: float = 0.0
     """Share of solutions that repeat steps, tersely, between </think> and the box."""
 
@@ -290,14 +295,14 @@ class TraceMix:
 
 @dataclasses.dataclass(frozen=True)
 class MuonConfig:
-    """Muon for the matrices inside the layers, Adam for embeddings, norms and biases."""
+    """Muon for the matrices in the layers, Adam for embeddings, norms and biases."""
 
     learning_rate: float = 4e-3
     """Peak learning rate of both."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises from 0 to its peak."""
     final: float = 0.02
-    """Learning rate of the last step, as a share of the peak; the way there is a cosine."""
+    """Learning rate of the last step, as a share of the peak; in between a cosine."""
     adam_b2: float = 0.98
     """Decay of Adam's second moment."""
     max_grad_norm: float = 1.0
@@ -335,7 +340,7 @@ class SFTConfig:
     seed: int = 0
     """Fixes the initial parameters and the data."""
     first_phase: float = 0.5
-    """Share of the steps that train on the mix `first`; the others train on `second`."""
+    """Share of the steps that train on the mix `first`; the others on `second`."""
     first: TraceMix = TraceMix()
     second: TraceMix = TraceMix()
     optimizer: MuonConfig = MuonConfig()

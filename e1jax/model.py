@@ -1,10 +1,11 @@
 """Qwen2 in Flax, with a fixed-shape key/value cache.
 
-Dimensions: B rows, T tokens, S cache positions, L layers, D hidden ("embed"), F mlp, H query heads, K key/value
-heads, C head dim, V vocabulary. *axis* is a logical or mesh axis, *dim* a dimension of an array.
+Dimensions: B rows, T tokens, S cache positions, L layers, D hidden ("embed"), F mlp,
+H query heads, K key/value heads, C head dim, V vocabulary. *axis* is a logical or mesh
+axis, *dim* a dimension of an array.
 
-The Flax API stays inside this file. Everybody else holds `params`, a nested dict of arrays whose layers are
-stacked on a leading dim L, and calls `forward` and `unembed`.
+The Flax API stays inside this file. Everybody else holds `params`, a nested dict of
+arrays whose layers are stacked on a leading dim L, and calls `forward` and `unembed`.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ Params = dict[str, Any]
 )
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers. Rows are left-aligned: position p of a row lies at index p of dim S."""
+    """Keys and values of all layers; position p of a row lies at index p of dim S."""
 
     k: jax.Array  # [L, B, K, S, C]
     v: jax.Array  # [L, B, K, S, C]
@@ -45,7 +46,7 @@ class Linear(nnx.Module):
     def __init__(
         self,
         sizes: tuple[int, int],
-        axes: tuple[str, str],
+        axes: tuple[str | None, str],
         *,
         use_bias: bool = False,
         rngs: nnx.Rngs,
@@ -58,9 +59,9 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + self.bias[None, None]
 
 
 class RMSNorm(nnx.Module):
@@ -71,12 +72,12 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalised in float32: the mean of squares of a bfloat16 vector loses all but its first digits."""
+        """Normalised in float32: a bfloat16 mean of squares keeps two or three digits."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(
             jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
         )
-        return wide.astype(x.dtype) * self.scale[...]
+        return wide.astype(x.dtype) * self.scale[None, None]
 
 
 class Attention(nnx.Module):
@@ -153,7 +154,7 @@ class Qwen2(nnx.Module):
         self.lm_head = (
             None
             if config.tie_word_embeddings
-            else Linear(sizes[::-1], (None, "vocab"), rngs=rngs)
+            else Linear((sizes[1], sizes[0]), (None, "vocab"), rngs=rngs)
         )
 
 
@@ -166,11 +167,12 @@ def forward(
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Final hidden states of the tokens, and the cache with their keys and values written.
+    """Final hidden states, and the cache with the keys and values written.
 
-    With a cache, row b's tokens are written at `positions[b]` (consecutive) and see every position up to
-    their own; without one, tokens see the earlier ones of the same call. `remat` recomputes each layer in the
-    backward pass instead of keeping its activations.
+    With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
+    every position up to their own; without one, tokens see the earlier ones of the same
+    call. `remat` recomputes each layer in the backward pass instead of keeping its
+    activations.
     """
     model = nnx.merge(_structure(config)[0], params)
     layer_def, layers = nnx.split(model.layers)
@@ -186,8 +188,8 @@ def forward(
     step = jax.checkpoint(layer_step) if remat else layer_step
     with _matmul_precision(params):
         x = model.embedding[...][tokens]
-        # The cache is part of the carry, not of the scanned inputs and outputs: as such it would be copied
-        # layer by layer, in and out, at every step.
+        # The cache is part of the carry, not of the scanned inputs and outputs: as such
+        # it would be copied layer by layer, in and out, at every step.
         (x, cache), _ = jax.lax.scan(
             step, (x, cache), (layers, jnp.arange(config.num_layers))
         )
@@ -210,7 +212,8 @@ def unembed(
 def write(
     cache: KVCache, layer, k: Float[Array, "B K T C"], v, positions: Int[Array, "B T"]
 ) -> KVCache:
-    """The cache with keys and values written at `positions` (consecutive in a row) of a layer, in place."""
+    """The cache with keys and values of a layer written in place, at `positions`, which
+    are consecutive in a row."""
     rows = jnp.arange(k.shape[0])
 
     def write_one(buffer, new):
@@ -259,7 +262,7 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
 def init_cache(
     config: ModelConfig, rows: int, length: int, block_len: int, dtype: Any
 ) -> KVCache:
-    """An empty cache for `rows` rows of at least `length` positions (rounded up to whole blocks)."""
+    """An empty cache; `length` positions per row, rounded up to whole blocks."""
     length = -(-length // block_len) * block_len
     shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), block_len)
@@ -272,6 +275,6 @@ def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def _matmul_precision(params: Params):
-    """float32 products in full: by default a TPU rounds their inputs to bfloat16, and a GPU to tf32."""
+    """float32 products in full: else a TPU rounds inputs to bfloat16, a GPU to tf32."""
     wide = params["embedding"].dtype == jnp.float32
     return jax.default_matmul_precision("highest" if wide else "default")

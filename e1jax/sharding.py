@@ -1,13 +1,15 @@
 """Device meshes, and the one table that says where every array dimension lies on them.
 
-Model code names logical axes ("embed", "heads", ...); `RULES` maps them to the mesh axes `data` and
-`tensor`. Changing the parallelism of the model means changing that table and nothing else.
+Model code names logical axes ("embed", "heads", ...); `RULES` maps them to the mesh
+axes `data` and `tensor`. Changing the parallelism of the model means changing that
+table and nothing else.
 """
 
 import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 from pathlib import Path
 
 import jax
@@ -18,9 +20,10 @@ from e1jax.config import ModelConfig, UserError
 
 MESH_AXES = ("data", "tensor")
 
-# Weights are sharded in two dimensions (hidden over `data`, heads and mlp over `tensor`), the cache by rows
-# over `data` and by heads over `tensor`. The embedding lies on its vocabulary alone: sharded on the hidden
-# dimension, it costs a relayout copy per call.
+# Weights are sharded in two dimensions (hidden over `data`, heads and mlp over
+# `tensor`), the cache by rows over `data` and by heads over `tensor`. The embedding
+# lies on its vocabulary alone: sharded on the hidden dimension, it costs a relayout
+# copy per call.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "rows": "data",
@@ -33,9 +36,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(
-    text: str | None, config: ModelConfig, devices: Sequence[jax.Device] | None = None
+    text: str | None, config: ModelConfig, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """The mesh that `text` ("data=1,tensor=4") names, over all devices; None picks one that suits the model.
+    """The mesh that `text` ("data=1,tensor=4") names; None picks one for the model.
+
+    It takes in all `devices`, which are `jax.devices()` if none are given.
 
     Raises UserError if it does not match the device count or does not divide the heads.
     """
@@ -71,8 +76,8 @@ def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
 def sharding(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
-    """Where an array whose dims have these logical axes lies. A dim that its mesh axes do not divide (an odd
-    vocabulary, say) stays whole."""
+    """Where an array whose dims have these logical axes lies. A dim that its mesh axes
+    do not divide (an odd vocabulary, say) stays whole."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         part = RULES[axis] if axis else None
@@ -107,7 +112,7 @@ def _divides_all(config: ModelConfig, tensor: int) -> bool:
 
 
 def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
-    """The largest `tensor` axis that divides the devices and the model; the rest is `data`."""
+    """The largest `tensor` that divides devices and model; the rest is `data`."""
     sizes = [
         n
         for n in range(1, num_devices + 1)
@@ -117,7 +122,7 @@ def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
 
 
 def _parse(text: str) -> dict[str, int]:
-    shape = dict.fromkeys(MESH_AXES, 1)
+    shape: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if (

@@ -1,8 +1,9 @@
-"""Text to token ids and back: chat template, special ids looked up by text, splitting of a response.
+"""Text to token ids and back: chat template, special ids looked up by text.
 
-`tokenizer.json` is loaded exactly as it is. Going through a transformers tokenizer class would not do:
-DeepSeek-R1-Distill checkpoints label theirs `LlamaTokenizerFast`, and several transformers 5 releases then
-replace its byte-level pre-tokenizer (transformers issues 45488 and 48206), losing spaces and newlines.
+`tokenizer.json` is loaded exactly as it is. Going through a transformers tokenizer
+class would not do: DeepSeek-R1-Distill checkpoints label theirs `LlamaTokenizerFast`,
+and several transformers 5 releases then replace its byte-level pre-tokenizer
+(transformers issues 45488 and 48206), losing spaces and newlines.
 """
 
 import dataclasses
@@ -41,10 +42,10 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":
-        """Reads `tokenizer.json`, `tokenizer_config.json` and, if there, `chat_template.jinja`.
+        """Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
-        Raises UserError if a file is missing or broken, if the EOS token is not known, or if the tokenizer
-        loses characters of ordinary text.
+        Raises UserError if a file is missing or broken, if the EOS token is not known,
+        or if the tokenizer loses characters of ordinary text.
         """
         backend = _load_backend(path / "tokenizer.json")
         config = read_json(path / "tokenizer_config.json")
@@ -83,17 +84,18 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, up to where the model answers."""
+        """Token ids of a conversation in the chat template, up to the answer."""
         if self.chat_template is None:
             raise UserError(
                 "this tokenizer has no chat template; pass text as it is (--raw) or prompt_ids"
             )
         try:
+            special: dict[str, Any] = dict(self.special_tokens)
             rendered, _ = render_jinja_template(
                 [list(messages)],
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
-                **self.special_tokens,
+                **special,
             )
         except (
             Exception
@@ -104,12 +106,12 @@ class Tokenizer:
         return self.encode(rendered[0])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens included; ids that the tokenizer does not know have no text."""
+        """Text of the ids, special tokens included; unknown ids have no text."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}` of a text, braces balanced, or None."""
+    r"""The content of the last complete `\boxed{...}` of a text, or None."""
     start = text.rfind(r"\boxed{")
     while start >= 0:
         depth = 0
@@ -143,7 +145,8 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises plain Exception
         raise UserError(f"{path} is not a tokenizer file: {error}") from None
-    backend.no_truncation()  # a file saved during training may carry its batch's settings
+    # A file saved during training may carry the settings of its batches.
+    backend.no_truncation()
     backend.no_padding()
     return backend
 
@@ -154,8 +157,8 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-# The chat template has the shape of the E1 / DeepSeek-R1-Distill one: the thinking of earlier turns is dropped,
-# and the prompt ends inside a freshly opened <think>.
+# The chat template has the shape of the E1 / DeepSeek-R1-Distill one: the thinking of
+# earlier turns is dropped, and the prompt ends inside a freshly opened <think>.
 _CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -171,10 +174,10 @@ _CHAT_TEMPLATE = """\
 
 
 def write_byte_tokenizer(path: Path, words: Sequence[str] = ()) -> int:
-    """Writes the files of a byte-level tokenizer without merges, and returns its number of ids.
+    """Writes a byte-level tokenizer without merges; returns its number of ids.
 
-    Every byte is one token, so any text round-trips, and so is each of `words`. The special tokens are those
-    of the E1 family.
+    Every byte is one token, so any text round-trips, and so is each of `words`. The
+    special tokens are those of the E1 family.
     """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)}
