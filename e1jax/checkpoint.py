@@ -6,8 +6,10 @@ keeps `config.json` and the tokenizer files once, beside
 `checkpoints/<step>/params/`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def save_params(path: Path, params: Params) -> None:
     save_args = jax.tree.map(
         lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
     )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _orbax(f"{path} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             path.absolute(), args=ocp.args.PyTreeSave(params, save_args=save_args)
         )
@@ -107,13 +109,11 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
 
     Raises UserError if it cannot be read, or is of a model of other sizes.
     """
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(path.absolute()).item_metadata
-    except Exception as error:  # Orbax and tensorstore raise what they like
-        raise _broken(path, error) from None
+    handler = ocp.PyTreeCheckpointHandler()
+    with _orbax(_broken(path)), ocp.Checkpointer(handler) as checkpointer:
+        metadata = checkpointer.metadata(path.absolute()).item_metadata
     if metadata is None:
-        raise _broken(path, "its metadata is missing")
+        raise UserError(f"{_broken(path)}: its metadata is missing")
     saved = named_leaves(metadata.tree)
     shapes = {name: array.shape for name, array in saved.items()}
     check_same(shapes, named_shapes(config), str(path))
@@ -180,12 +180,14 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
     """
     if (path / CHECKPOINTS).is_dir():
         return path / CHECKPOINTS / str(_best_step(path)) / PARAMS, path
+    if (path / "config.json").is_file():
+        return (path / PARAMS, path) if (path / PARAMS).is_dir() else None
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         run_dir, step = path.parent.parent, path
     elif path.name.isdigit() and (path.parent / CHECKPOINTS).is_dir():
         run_dir, step = path.parent, path.parent / CHECKPOINTS / path.name
     else:
-        return (path / PARAMS, path) if (path / PARAMS).is_dir() else None
+        return None
     if not (step / PARAMS).is_dir():
         steps = ", ".join(map(str, _saved_steps(run_dir))) or "none"
         raise UserError(f"{run_dir} has no step {path.name}; its saved steps: {steps}")
@@ -211,18 +213,35 @@ def _best_step(run_dir: Path) -> int:
 
 
 def _restore(path: Path, args: Any) -> Any:
+    handler = ocp.PyTreeCheckpointHandler()
+    with _orbax(_broken(path)), ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(path.absolute(), args=args)
+
+
+def _broken(path: Path) -> str:
+    return f"{path} is not a whole Orbax checkpoint, convert or save it again"
+
+
+@contextlib.contextmanager
+def _orbax(problem: str) -> Iterator[None]:
+    """Whatever Orbax and tensorstore raise, in one sentence that starts with `problem`.
+
+    Meanwhile their log is off: it holds the traceback of what is then raised.
+    """
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(path.absolute(), args=args)
-    except Exception as error:  # Orbax and tensorstore raise what they like
-        raise _broken(path, error) from None
-
-
-def _broken(path: Path, reason: object) -> UserError:
-    text = " ".join(str(reason).split())[:300]
-    return UserError(
-        f"{path} is not a whole Orbax checkpoint ({text}); convert or save it again"
-    )
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if len(reason) > 300:  # tensorstore ends with the cause
+            reason = f"{reason[:150]} ... {reason[-150:]}"
+        raise UserError(f"{problem}: {reason}") from None
+    finally:
+        log.setLevel(level)
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:
