@@ -8,7 +8,11 @@ keeps `config.json` and the tokenizer files once, beside
 
 import contextlib
 import dataclasses
+import json
 import logging
+import math
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +21,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from e1jax.config import ModelConfig, UserError
+from e1jax.config import CheckpointConfig, ModelConfig, UserError
 from e1jax.model import Params, abstract_params
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import read_json
@@ -247,3 +252,166 @@ def _orbax(problem: str) -> Iterator[None]:
 def _listed(names: Sequence[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+# The state of a run.
+
+
+class RunCheckpoints:
+    """Checkpoints of a training run: RUN_DIR/checkpoints/STEP/{params,optimizer,record}.
+
+    Writing goes on in the background while training does. A step exists once it is whole:
+    one that was being written when the run was killed is ignored, and removed.
+    With `best`, the name of a metric, the step with its highest value is kept besides the
+    latest ones, and named in `best.json`.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, best: str | None = None
+    ):
+        policy: Any = ocp.checkpoint_managers.LatestN(config.keep)
+        if best:
+            highest = ocp.checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics[best], n=1
+            )
+            policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, highest])
+        self.directory = run_dir.absolute() / CHECKPOINTS
+        self.best = best
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True
+            ),
+        )
+
+    def save(
+        self, step: int, params: Params, optimizer: Any, record: dict[str, Any]
+    ) -> None:
+        """Starts to write a step. `record` is JSON: whatever else the run goes on from.
+
+        The arrays are copied before this returns, so they may be donated. With `best`,
+        `record["metrics"]` holds that metric if it was measured at this step.
+        """
+        metrics = record.get("metrics", {})
+        self.wait()
+        self.manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params),
+                optimizer=ocp.args.PyTreeSave(optimizer),
+                record=ocp.args.JsonSave(record),
+            ),
+            metrics=metrics if self.best in metrics else None,
+        )
+
+    def restore(
+        self, params: Params, optimizer: Any
+    ) -> tuple[int, Params, Any, dict[str, Any]] | None:
+        """Step, parameters, optimizer state and record of the latest step; None if none.
+
+        The arguments are abstract: shapes, dtypes and where each array shall lie.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            params=_restore_args(params),
+            optimizer=_restore_args(optimizer),
+            record=ocp.args.JsonRestore(),
+        )
+        with _orbax(_broken(self.directory / str(step))):
+            saved = self.manager.restore(step, args=args)
+        return step, saved["params"], saved["optimizer"], saved["record"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError if it cannot be."""
+        last = f"its last whole step is {self.manager.latest_step()}"
+        with _orbax(f"{self.directory} cannot be written, {last}"):
+            self.manager.wait_until_finished()
+        if self.best:
+            self._name_best(self.best)
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def _name_best(self, metric: str) -> None:
+        """Only a step that is whole can be the best one; of equals it is the latest."""
+        measured = [
+            (metrics[metric], step)
+            for step in self.manager.all_steps()
+            if (metrics := self.manager.metrics(step))
+        ]
+        if measured:
+            value, step = max(measured)
+            new = self.directory / "best.json.new"
+            new.write_text(json.dumps({"step": step, metric: value}) + "\n")
+            new.replace(self.directory / "best.json")
+
+
+class MetricsLog:
+    """RUN_DIR/metrics.jsonl, one object a step, and progress on stderr.
+
+    A step is written when the next one is added: its numbers are read from the device
+    while that computes. Lines beyond `step`, where the run goes on from, are dropped.
+    """
+
+    def __init__(self, run_dir: Path, step: int, steps: int, headline: Sequence[str]):
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.file = path.open("w", encoding="utf-8")
+        self.file.writelines(f"{line}\n" for line in lines if _step(line) <= step)
+        self.file.flush()
+        self.headline = headline
+        self.waiting: dict[str, Any] | None = None
+        self.clock = time.perf_counter()
+        self.bar = tqdm(initial=step, total=steps, disable=not sys.stderr.isatty())
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Notes a step's metrics, which may still be on the device."""
+        self.flush()
+        self.waiting = {"step": step, **metrics}
+
+    def flush(self, more: Mapping[str, float] | None = None) -> None:
+        """Writes the step that was added last, with more metrics of it.
+
+        Raises UserError if one of them is not a finite number: training has failed.
+        """
+        if self.waiting is None:
+            return
+        line = {key: np.asarray(v).item() for key, v in self.waiting.items()}
+        line |= more or {}
+        now = time.perf_counter()
+        line["seconds"] = round(now - self.clock, 4)
+        self.clock, self.waiting = now, None
+        for key, value in line.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {line['step']}: {key} is {value}; lower the learning rate "
+                    "(the last checkpoint is from before, and whole)"
+                )
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        shown = ", ".join(f"{key} {line[key]:.4g}" for key in self.headline)
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        if self.bar.disable and (line["step"] % 100 == 0 or line["step"] == 1):
+            print(f"step {line['step']}/{self.bar.total}: {shown}", file=sys.stderr)
+
+    def close(self) -> None:
+        self.file.close()
+        self.bar.close()
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinite if a kill has cut the line short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+    )

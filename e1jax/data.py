@@ -29,6 +29,7 @@ from e1jax.tokenizer import THINK_END, Tokenizer
 
 LABELS = "abcdef"
 WORDS = (r"\boxed{", "wait")  # single tokens of the nano tokenizer
+NUM_IDS = 256 + 6 + len(WORDS)  # of that tokenizer: bytes, special tokens, words
 MIN_STEPS = 2
 MODULUS = 100
 APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -84,6 +85,12 @@ def nano_problems(count: int, seed: int = 0, *, held_out: bool) -> list[NanoProb
         problem = draw_problem(rng, held_out=held_out)
         found[problem.text] = problem
     return list(found.values())
+
+
+def held_out_problems(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Distinct problems that no training run has seen: `problem` and `answer` texts."""
+    problems = nano_problems(count, seed, held_out=True)
+    return [{"problem": p.text, "answer": p.answer} for p in problems]
 
 
 def draw_problem(rng: np.random.Generator, *, held_out: bool) -> NanoProblem:

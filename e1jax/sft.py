@@ -1,0 +1,292 @@
+"""Command: supervised fine-tuning of a new model on the nano task.
+
+    python -m e1jax.sft --config configs/nano_sft.yaml
+
+In order:
+1. the configuration, checked, and the run directory, which holds it as `config.yaml`
+   beside `config.json` and the tokenizer files: the run directory is a model;
+2. parameters and optimizer state, new or from the latest checkpoint, on the mesh;
+3. each step: a batch from the host (Grain), split by rows over the mesh axis `data`, one
+   jitted update with donated state, and a line of `metrics.jsonl`, which is read from the
+   device once the next step is on its way;
+4. every few steps: how accurate each style of thinking is on held-out problems, and a
+   checkpoint with the position in the data, from which the run goes on bit for bit.
+"""
+
+import functools
+import json
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from e1jax.checkpoint import MetricsLog, RunCheckpoints
+from e1jax.config import (
+    ModelConfig,
+    MuonConfig,
+    SFTConfig,
+    UserError,
+    load_config,
+    record_config,
+    run_command,
+    stop_signals,
+)
+from e1jax.data import (
+    NUM_IDS,
+    WORDS,
+    Batch,
+    NanoProblem,
+    encode_prompt,
+    nano_problems,
+    pad_rows,
+    sft_batches,
+)
+from e1jax.model import Params, abstract_params, forward, init_params, unembed
+from e1jax.sharding import make_mesh, replicated, sharding
+from e1jax.tokenizer import Tokenizer, read_json, write_byte_tokenizer
+
+EVALUATED = 256  # held-out problems on which the styles of thinking are measured
+
+
+def main() -> None:
+    train(*load_config(SFTConfig, sys.argv[1:], "python -m e1jax.sft"))
+
+
+def train(config: SFTConfig, run_dir: Path) -> None:
+    """Trains to the last step, from where the run directory left off.
+
+    Raises UserError if the directory was begun with other settings, or once the loss is
+    not a finite number; KeyboardInterrupt, after saving, if Ctrl-C came.
+    """
+    mesh = make_mesh(config.mesh, config.model)
+    tokenizer = prepare(config, run_dir)
+    styles = style_batches(nano_problems(EVALUATED, held_out=True), tokenizer)
+    schedule = learning_rates(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    update = make_update(config.model, optimizer)
+    batches = sft_batches(config, tokenizer)
+
+    checkpoints = RunCheckpoints(run_dir, config.checkpoint)
+    shapes = abstract_params(config.model, mesh, jnp.float32)
+    state_shapes = abstract_state(optimizer, shapes, mesh)
+    restored = checkpoints.restore(shapes, state_shapes)
+    if restored:
+        begin, params, state, record = restored
+        batches.set_state(record["data"])
+    else:
+        begin, params = 0, init_params(config.model, mesh, jnp.float32, config.seed)
+        shardings = jax.tree.map(lambda s: s.sharding, state_shapes)
+        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+
+    log = MetricsLog(run_dir, begin, config.steps, ["loss", "token_accuracy"])
+    with closing(checkpoints), closing(log), stop_signals() as signals:
+        step = begin
+        for step in range(begin + 1, config.steps + 1):
+            batch = place(next(batches), mesh)
+            params, state, metrics = update(params, state, batch)
+            log.add(step, {**metrics, "learning_rate": schedule(step - 1)})
+            due = step % config.checkpoint.every == 0 or step == config.steps
+            if due or signals:
+                log.flush(style_accuracy(config.model, params, styles) if due else {})
+                record = {"seed": config.seed, "data": batches.get_state()}
+                checkpoints.save(step, params, state, record)
+            if signals:
+                break
+    if signals:
+        print(f"stopped after step {step}, saved; repeat the command to go on")
+    else:
+        print(f"{run_dir} is trained; python -m e1jax.sample --model {run_dir}")
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
+
+
+def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
+    """Writes what makes the run directory a model: settings, sizes and tokenizer.
+
+    The instruction that prompts end with is recorded with the tokenizer, beside the chat
+    template, so that it goes wherever the model is converted to.
+    """
+    if config.model.vocab_size < NUM_IDS:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is too small; "
+            f"the nano tokenizer has {NUM_IDS} ids"
+        )
+    record_config(config, run_dir)
+    write_byte_tokenizer(run_dir, WORDS)
+    for name, more in (
+        ("tokenizer_config.json", {"e1jax_instruction": ""}),
+        ("config.json", config.model.to_hf("float32")),
+    ):
+        path = run_dir / name
+        values = {**(read_json(path) if path.exists() else {}), **more}
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
+    return Tokenizer.from_dir(run_dir)
+
+
+def learning_rates(config: MuonConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to the final share of the peak."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=int(config.warmup * steps),
+        decay_steps=steps,
+        end_value=config.learning_rate * config.final,
+    )
+
+
+def make_optimizer(
+    config: MuonConfig, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Muon (https://kellerjordan.github.io/posts/muon) for the matrices of the layers.
+
+    Layers are stacked, so a matrix is one index of the leading dim of an array
+    [L, in, out], and each is orthogonalised on its own. Everything else, the embedding
+    included, is updated by Adam. Updates are scaled to the root mean square that Adam's
+    have (arXiv 2502.16982, section 2.2), so both share a learning rate.
+    """
+
+    def matrices(params: optax.Params) -> Any:
+        each_layer = optax.contrib.MuonDimensionNumbers(1, 2)
+        return jax.tree.map(lambda p: each_layer if p.ndim == 3 else None, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.contrib.muon(
+            schedule,
+            adam_b2=config.adam_b2,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,
+        ),
+    )
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
+) -> Any:
+    """The optimizer's state as shapes: moments lie where their parameters do."""
+
+    def like(array, param):
+        if isinstance(array, optax.MaskedNode):  # in the state of the other optimizer
+            return array
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=param.sharding)
+
+    def whole(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        like,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=whole,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
+
+
+def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch on the devices, its rows split over the mesh axis `data`."""
+    return {
+        name: jax.device_put(array, sharding(mesh, ("rows", None), array.shape))
+        for name, array in batch.items()
+    }
+
+
+def sft_loss(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Mean negative log-likelihood of the masked tokens, and metrics of the batch."""
+    logits = _logits(config, params, tokens)
+    targets, mask = tokens[:, 1:], loss_mask[:, 1:]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    hits = (logits.argmax(axis=-1) == targets) * mask
+    loss = (nll * mask).sum() / mask.sum()
+    accuracy = hits.sum() / mask.sum()
+    return loss, {"loss": loss, "token_accuracy": accuracy, "tokens": mask.sum()}
+
+
+def make_update(config: ModelConfig, optimizer: optax.GradientTransformation):
+    """One jitted step: (params, state, batch) -> (params, state, metrics).
+
+    The first two arguments are donated. It is compiled once for each shape of a batch.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, state, batch):
+        grads, metrics = jax.grad(sft_loss, argnums=1, has_aux=True)(
+            config, params, **batch
+        )
+        metrics["grad_norm"] = optax.global_norm(grads)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return update
+
+
+def style_batches(
+    problems: list[NanoProblem], tokenizer: Tokenizer
+) -> dict[str, Batch]:
+    """One pass over each problem in either style, as if the model had written it.
+
+    The mask leaves out the second token of a pass, the one that chooses the style.
+    """
+
+    def rows(write: Callable[[NanoProblem], str]):
+        for problem in problems:
+            prompt = encode_prompt(problem, tokenizer)
+            ids = tokenizer.encode(write(problem))
+            yield prompt + ids, [0] * len(prompt) + [1, 0] + [1] * (len(ids) - 2)
+
+    return {
+        "terse": pad_rows(list(rows(NanoProblem.terse)), tokenizer.eos_id),
+        "verbose": pad_rows(list(rows(NanoProblem.verbose)), tokenizer.eos_id),
+    }
+
+
+def style_accuracy(
+    config: ModelConfig, params: Params, styles: dict[str, Batch]
+) -> dict[str, float]:
+    """Share of the problems whose whole pass the model gets right, by style.
+
+    A pass is right if each of its tokens is the most probable one after those before it.
+    Reinforcement learning can only raise a style that is accurate to begin with.
+    """
+    return {
+        f"{style}_accuracy": float(_whole_pass(config, params, **batch))
+        for style, batch in styles.items()
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole_pass(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    loss_mask: Float[Array, "B T"],
+) -> Float[Array, ""]:
+    hits = _logits(config, params, tokens).argmax(axis=-1) == tokens[:, 1:]
+    return (hits | (loss_mask[:, 1:] == 0)).all(axis=1).mean(dtype=jnp.float32)
+
+
+def _logits(
+    config: ModelConfig, params: Params, tokens: Int[Array, "B T"]
+) -> Float[Array, "B T1 V"]:
+    """Logits of every next token but the one after the last."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = forward(config, params, tokens, positions)
+    return unembed(config, params, hidden[:, :-1])
+
+
+if __name__ == "__main__":
+    run_command(main)
