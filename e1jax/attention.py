@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+BLOCK_LEN = 128  # cache positions that are visited at a time
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """Inverse frequencies [C/2], float32, to the last bit those of Hugging Face.
+    """Inverse frequencies [C/2], float32, rounded as the Hugging Face code rounds.
 
     The exponent is rounded to float32 and so is the power, which is then inverted: at
     position 32,767 one unit in the last place of a frequency turns the angle by 2e-3,
@@ -74,7 +75,6 @@ def cached_attention(
     v_cache: Float[Array, "L B K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
-    block_len: int,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -84,7 +84,8 @@ def cached_attention(
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of `block_len`.
     """
-    _, batch, kv_heads, _, head_dim = k_cache.shape
+    _, batch, kv_heads, capacity, head_dim = k_cache.shape
+    block_len = min(BLOCK_LEN, capacity)
     heads, length = q.shape[1], q.shape[2]
     folded = _fold(q, kv_heads)
     query_positions = jnp.tile(positions, (1, heads // kv_heads))[

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e1jax import model, sampling
+from e1jax import attention, model, sampling
 from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
@@ -37,7 +37,6 @@ from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 DEFAULT_CACHE_LEN = 32768
 CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 _LOOK_SECONDS = 1.0
-_BLOCK_LEN = 128  # cache positions that attention visits at a time
 _PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 _SHORTEST_BUCKET = 16
 _SHORTEST_FORCED = 8
@@ -357,8 +356,8 @@ class Engine:
             self._cache = None if cache.k.is_deleted() else cache
 
     def _prefill(self, prompt_ids: list[int]) -> KVCache:
-        capacity = -(-self.cache_len // _BLOCK_LEN) * _BLOCK_LEN
-        bucket = min(_bucket(len(prompt_ids) - 1, _SHORTEST_BUCKET), capacity)
+        bucket = _bucket(len(prompt_ids) - 1, _SHORTEST_BUCKET)
+        bucket = min(bucket, _capacity(self.cache_len))
         tokens = np.zeros((1, bucket), np.int32)
         tokens[0, : len(prompt_ids) - 1] = prompt_ids[:-1]
         self.stats.prefills += 1
@@ -432,16 +431,18 @@ class Engine:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
-    config: ModelConfig, mesh: Mesh, params: Params, tokens: jax.Array, length: int
+    config: ModelConfig,
+    mesh: Mesh,
+    params: Params,
+    tokens: jax.Array,
+    length: jax.Array,
 ) -> KVCache:
     """Keys and values of the first `length` of `tokens` [1, P], in a cache of P positions.
 
     The prompt goes through the model in pieces, as many as it fills; no logits are made.
     """
     bucket = tokens.shape[1]
-    cache = model.init_cache(
-        config, 1, bucket, min(bucket, _BLOCK_LEN), params["embedding"].dtype
-    )
+    cache = model.init_cache(config, 1, bucket, params["embedding"].dtype)
     piece = math.gcd(bucket, _PREFILL_LEN)
 
     def step(i, cache):
@@ -462,7 +463,7 @@ def admit(
     prefix: KVCache,
     rows: Rows,
     slots: jax.Array,
-    count: int,
+    count: jax.Array,
     new: tuple[jax.Array, Rows],
 ) -> tuple[KVCache, Rows]:
     """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their rows.
@@ -473,9 +474,7 @@ def admit(
     def copy(i, cache):
         at = (0, slots[i], 0, 0, 0)
         put = jax.lax.dynamic_update_slice
-        return dataclasses.replace(
-            cache, k=put(cache.k, prefix.k, at), v=put(cache.v, prefix.v, at)
-        )
+        return KVCache(put(cache.k, prefix.k, at), put(cache.v, prefix.v, at))
 
     is_new, fresh = new
 
@@ -496,8 +495,8 @@ def decode(
     ids: TokenIds,
     cache: KVCache,
     rows: Rows,
-    enough: int,
-    num_steps: int,
+    enough: jax.Array,
+    num_steps: jax.Array,
 ) -> tuple[KVCache, Rows, Chunk]:
     """Steps all rows until `enough` of them are DONE, but `num_steps` (at most CHUNK_STEPS) times."""
     batch = rows.token.shape[0]
@@ -548,7 +547,7 @@ def new_cache(
     config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
 ) -> KVCache:
     return _cache_on_mesh(
-        mesh, model.init_cache(config, slots, cache_len, _BLOCK_LEN, dtype)
+        mesh, model.init_cache(config, slots, _capacity(cache_len), dtype)
     )
 
 
@@ -559,6 +558,11 @@ def _cache_on_mesh(mesh: Mesh, cache: KVCache) -> KVCache:
 
 def _rows_on_mesh(mesh: Mesh, rows: Rows) -> Rows:
     return jax.lax.with_sharding_constraint(rows, replicated(mesh))
+
+
+def _capacity(cache_len: int) -> int:
+    """Positions that a slot really holds: whole blocks."""
+    return -(-cache_len // attention.BLOCK_LEN) * attention.BLOCK_LEN
 
 
 def _bucket(length: int, shortest: int) -> int:

@@ -8,9 +8,8 @@ The Flax API stays inside this file. Everybody else holds `params`, a nested dic
 arrays whose layers are stacked on a leading dim L, and calls `forward` and `unembed`.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +24,14 @@ from e1jax.sharding import sharding
 Params = dict[str, Any]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=["block_len"]
-)
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers; position p of a row lies at index p of dim S."""
+class KVCache(NamedTuple):
+    """Keys and values of all layers.
+
+    Rows are left-aligned: position p of a row lies at index p of dim S.
+    """
 
     k: jax.Array  # [L, B, K, S, C]
     v: jax.Array  # [L, B, K, S, C]
-    block_len: int  # positions that attention visits at a time; divides S
 
 
 CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
@@ -98,9 +95,7 @@ class Attention(nnx.Module):
             out = attention.causal_attention(q, k, v)
         else:
             cache = write(cache, layer, k, v, positions)
-            out = attention.cached_attention(
-                q, cache.k, cache.v, layer, positions, cache.block_len
-            )
+            out = attention.cached_attention(q, cache.k, cache.v, layer, positions)
         batch, heads, length, head_dim = out.shape
         return self.o(
             out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
@@ -229,7 +224,7 @@ def write(
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
 
-    return dataclasses.replace(cache, k=write_one(cache.k, k), v=write_one(cache.v, v))
+    return KVCache(write_one(cache.k, k), write_one(cache.v, v))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
@@ -259,17 +254,14 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
     return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
-def init_cache(
-    config: ModelConfig, rows: int, length: int, block_len: int, dtype: Any
-) -> KVCache:
-    """An empty cache; `length` positions per row, rounded up to whole blocks."""
-    length = -(-length // block_len) * block_len
-    shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), block_len)
+def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: Any) -> KVCache:
+    """An empty cache; `capacity` positions a row, see `attention.cached_attention`."""
+    shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _structure(config: ModelConfig) -> tuple[Any, nnx.State]:
     """The module's graph, and its parameters as shapes with their logical axes."""
     return nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))
 

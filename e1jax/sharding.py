@@ -9,8 +9,8 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
