@@ -1,0 +1,77 @@
+"""Strict switches, and tiny real models to test with."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+# Before any import of huggingface_hub: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from e1jax.tokenizer import write_byte_tokenizer
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
+    """Makes Hugging Face directories of random Qwen2 models; equal calls share one.
+
+    Biases are not zero, norms are not one, and the weights are so large that the logits
+    are not flat: nothing can go wrong unseen.
+    """
+
+    @functools.cache
+    def make(
+        *,
+        hidden_size: int = 64,
+        intermediate_size: int = 96,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        num_kv_heads: int = 2,
+        head_dim: int = 16,
+        rope_theta: float = 1e4,
+        tied: bool = False,
+        dtype: str = "float32",
+        max_shard_size: str = "1GB",
+    ) -> Path:
+        path = tmp_path_factory.mktemp("hf")
+        vocab_size = write_byte_tokenizer(path) + 3  # as in E1: more ids than tokens
+        config = Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=32768,
+            rope_theta=rope_theta,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+        )
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.to(getattr(torch, dtype)).save_pretrained(
+            path, max_shard_size=max_shard_size
+        )
+        return path
+
+    return make
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Sets keys of a JSON file; those given as None are removed."""
+    value = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: item for key, item in value.items() if item is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
