@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from e1jax import data
@@ -73,7 +74,7 @@ def main() -> None:
         args.model,
         mesh=args.mesh,
         cache_len=args.cache_len,
-        slots=args.slots or min(16, left),
+        slots=min(16, left) if args.slots is None else args.slots,
         dtype=args.dtype,
     )
     prompts = [
@@ -337,6 +338,8 @@ def _settings(args: argparse.Namespace, defaults: SamplingParams) -> dict[str, A
 def _record(item: Item, completion: Completion) -> dict[str, Any]:
     record = {"id": item.id, **dataclasses.asdict(completion)}
     del record["prompt_index"]
+    # The shortest text that gives the float32 back.
+    record["logprobs"] = [float(str(np.float32(p))) for p in completion.logprobs]
     return record
 
 
