@@ -270,17 +270,18 @@ class RunCheckpoints:
         self, run_dir: Path, config: CheckpointConfig, best: str | None = None
     ):
         policy: Any = ocp.checkpoint_managers.LatestN(config.keep)
-        if best:
-            highest = ocp.checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics[best], n=1
-            )
+        value = (lambda metrics: metrics.get(best, -math.inf)) if best else None
+        if value:
+            highest = ocp.checkpoint_managers.BestN(get_metric_fn=value, n=1)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, highest])
         self.directory = run_dir.absolute() / CHECKPOINTS
         self.best = best
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
+                preservation_policy=policy,
+                best_fn=value,  # or Orbax does not write the metrics
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -292,7 +293,6 @@ class RunCheckpoints:
         The arrays are copied before this returns, so they may be donated. With `best`,
         `record["metrics"]` holds that metric if it was measured at this step.
         """
-        metrics = record.get("metrics", {})
         self.wait()
         self.manager.save(
             step,
@@ -301,7 +301,7 @@ class RunCheckpoints:
                 optimizer=ocp.args.PyTreeSave(optimizer),
                 record=ocp.args.JsonSave(record),
             ),
-            metrics=metrics if self.best in metrics else None,
+            metrics=record.get("metrics", {}),
         )
 
     def restore(
@@ -340,7 +340,7 @@ class RunCheckpoints:
         measured = [
             (metrics[metric], step)
             for step in self.manager.all_steps()
-            if (metrics := self.manager.metrics(step))
+            if metric in (metrics := self.manager.metrics(step) or {})
         ]
         if measured:
             value, step = max(measured)

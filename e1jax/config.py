@@ -311,9 +311,10 @@ class MuonConfig:
     def __post_init__(self):
         for name in ("learning_rate", "max_grad_norm"):
             check_number(name, getattr(self, name), "above 0", lambda v: v > 0)
-        for name in ("warmup", "final"):
-            check_share(name, getattr(self, name))
-        check_number("adam_b2", self.adam_b2, "from 0 to below 1", lambda v: 0 <= v < 1)
+        check_share("final", self.final)
+        for name in ("warmup", "adam_b2"):
+            value = getattr(self, name)
+            check_number(name, value, "from 0 to below 1", lambda v: 0 <= v < 1)
 
 
 @dataclasses.dataclass(frozen=True)

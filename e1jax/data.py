@@ -38,7 +38,7 @@ HELD_OUT_EVERY = 8
 POOL_BATCHES = 8  # batches made at once, so that each can hold solutions of like length
 # Batches are padded to one of these lengths, in tokens: each costs a compilation. The
 # longest solution with its prompt is 226 tokens.
-LENGTHS = (64, 96, 128, 160, 192, 232)
+LENGTHS = (48, 64, 80, 96, 128, 160, 192, 232)
 
 # `tokens` [B, T] int32 and `loss_mask` [B, T] float32: 1 on a token that is learned.
 Batch = dict[str, np.ndarray]

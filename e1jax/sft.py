@@ -227,7 +227,7 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation):
         grads, metrics = jax.grad(sft_loss, argnums=1, has_aux=True)(
             config, params, **batch
         )
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, metrics
 
