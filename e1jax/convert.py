@@ -40,7 +40,7 @@ from e1jax.checkpoint import (
     named_shapes,
     save_params,
 )
-from e1jax.config import ModelConfig, Parser, UserError, run_command
+from e1jax.config import ModelConfig, Parser, UserError, run_command, stop_signals
 from e1jax.model import Params, abstract_params
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import FILES, Tokenizer, read_json
@@ -348,7 +348,7 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
         "tensors": {},
     }
 
-    with _progress(tensors) as progress, _written_whole(dst) as partial:
+    with _conversion(dst, tensors) as (partial, note):
 
         def seen(tensor: _Tensor, array: np.ndarray) -> None:
             manifest["tensors"][tensor.name] = {
@@ -356,7 +356,7 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
                 "dtype": str(tensor.dtype),
                 "sha256": hashlib.sha256(array.view(np.uint8).data).hexdigest(),
             }
-            progress.update(array.nbytes)
+            note(array.nbytes)
 
         def lazy(keys, array: jax.ShapeDtypeStruct) -> LazyArray:
             name = jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -385,11 +385,11 @@ def to_hf(source: str, dst: Path) -> None:
     config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
     arrays = check_saved(params_dir, config)
     dtype = jnp.dtype(arrays["embedding"].dtype)
-    with _progress(arrays) as progress, _written_whole(dst) as partial:
+    with _conversion(dst, arrays) as (partial, note):
 
         def read(name: str) -> np.ndarray:
             array = load_array(params_dir, name)
-            progress.update(array.nbytes)
+            note(array.nbytes)
             return array
 
         write_hf_weights(partial, config, dtype, read)
@@ -481,29 +481,41 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(dst: Path) -> Iterator[Path]:
-    """A directory beside `dst` to write in, which becomes `dst` if all goes well."""
+def _conversion(
+    dst: Path, tensors: Mapping[str, Any]
+) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A directory beside `dst` to write in, which becomes `dst` if all goes well.
+
+    Besides gives a function to call with the bytes of each tensor that was read. It
+    shows them on a terminal, and is where Ctrl-C stops: elsewhere it could come in the
+    middle of Orbax, which then complains at length.
+    """
     dst = dst.absolute()
     partial = dst.with_name(f".{dst.name}.partial")
-    try:
-        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-            raise UserError(f"{dst} exists already; remove it or give another name")
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(dst)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or dst}: {error.strerror or error}; nothing was written"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _progress(tensors: Mapping[str, Any]) -> tqdm:
-    """A bar on stderr, if that is a terminal, for the bytes of the tensors."""
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
+    with bar, stop_signals() as signals:
+
+        def note(num_bytes: int) -> None:
+            bar.update(num_bytes)
+            if signals:
+                raise KeyboardInterrupt("(nothing was written)")
+
+        try:
+            if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+                raise UserError(f"{dst} exists already; remove it or give another name")
+            shutil.rmtree(
+                partial, ignore_errors=True
+            )  # of a conversion that was killed
+            partial.mkdir(parents=True)
+            yield partial, note
+            partial.rename(dst)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or dst}: {error.strerror or error}; nothing was written"
+            ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def inspect(model: str) -> str:

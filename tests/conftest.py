@@ -13,10 +13,12 @@ import jax
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from e1jax.tokenizer import write_byte_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+disable_progress_bar()  # what a command writes to stderr is tested
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 

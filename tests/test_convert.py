@@ -1,0 +1,485 @@
+"""Conversion there and back bit for bit, loading, and every kind of bad input."""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import edit_json
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from e1jax import convert
+from e1jax.checkpoint import find_params, load_array, named_shapes, save_params
+from e1jax.config import ModelConfig, UserError, run_command
+from e1jax.tokenizer import write_byte_tokenizer
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a Hugging Face directory, by the safetensors library itself."""
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def same_bytes(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and a[name].shape == b[name].shape
+        and a[name].tobytes() == b[name].tobytes()
+        for name in a
+    )
+
+
+def same_params(a, b) -> bool:
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def logits(path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        return model(torch.arange(40).reshape(2, 20)).logits
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*args) -> tuple[int, str, str]:
+        try:
+            run_command(lambda: convert.main([str(arg) for arg in args]))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"tied": True, "num_kv_heads": 1}, {"max_shard_size": "100KB"}],
+    ids=["untied", "tied", "sharded"],
+)
+def test_there_and_back_is_bit_exact(tiny_hf, tmp_path, command, dtype, shape):
+    source = tiny_hf(dtype=dtype, **shape)
+    assert (len(list(source.glob("*.safetensors"))) > 1) == ("max_shard_size" in shape)
+    assert command("from-hf", source, tmp_path / "e1")[0] == 0
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    back = tmp_path / "back"
+    assert same_bytes(weights(back), weights(source))
+    assert torch.equal(logits(back), logits(source))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (back / name).read_bytes() == (source / name).read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"e1", "back"}
+
+
+def test_manifest_and_generation_config(tiny_hf, tmp_path, command):
+    source = tiny_hf(dtype="bfloat16")
+    command("from-hf", source, tmp_path / "e1")
+    manifest = json.loads((tmp_path / "e1" / "manifest.json").read_text())
+    assert manifest["source"] == str(source) and manifest["dtype"] == "bfloat16"
+    assert manifest["revision"] is None and manifest["format_version"] == 1
+    assert manifest["tensors"] == {
+        name: {
+            "shape": list(array.shape),
+            "dtype": "bfloat16",
+            "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        }
+        for name, array in weights(source).items()
+    }
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    tokenizer = convert.read_tokenizer(source)
+    assert generation == {
+        "bos_token_id": tokenizer.backend.token_to_id("<｜begin▁of▁sentence｜>"),
+        "eos_token_id": tokenizer.eos_id,
+    }
+
+
+def test_dtype_of_the_written_weights(tiny_hf, tmp_path, command):
+    source = tiny_hf()
+    command("from-hf", source, tmp_path / "e1", "--dtype", "bfloat16")
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    half = {name: w.astype(jnp.bfloat16) for name, w in weights(source).items()}
+    assert same_bytes(weights(tmp_path / "back"), half)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+
+
+def test_stored_dtypes_that_differ_need_a_choice(tiny_hf, tmp_path, command):
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    tensors = weights(source)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
+    save_file(tensors, source / "model.safetensors")
+    code, _, error = command("from-hf", source, tmp_path / "e1")
+    assert code == 2 and "bfloat16 and float32" in error and "--dtype" in error
+    assert command("from-hf", source, tmp_path / "e1", "--dtype", "float32")[0] == 0
+
+
+def test_every_kind_of_directory_loads_the_same(tiny_hf, tmp_path, command):
+    source = tiny_hf()
+    command("from-hf", source, tmp_path / "e1")
+    run_dir = shutil.copytree(source, tmp_path / "run")
+    (run_dir / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "e1/params", run_dir / "checkpoints/10/params")
+    loaded = convert.load_model(str(source))
+    assert loaded.dtype == np.float32 and loaded.name == str(source)
+    for model in ("e1", "run", "run/10", "run/checkpoints/10"):
+        other = convert.load_model(str(tmp_path / model))
+        assert same_params(other.params, loaded.params)
+        assert other.config == loaded.config
+    half = convert.load_model(str(tmp_path / "e1"), dtype="bfloat16")
+    expected = convert.load_model(str(source), dtype="bfloat16")
+    assert half.params["norm"]["scale"].dtype == jnp.bfloat16
+    assert same_params(half.params, expected.params)
+
+
+def test_the_step_of_a_run(tiny_hf, tmp_path, command):
+    """Its best, else its latest; a step by name; steps that are not whole are none."""
+    run_dir = shutil.copytree(tiny_hf(), tmp_path / "run")
+    (run_dir / "model.safetensors").unlink()
+    (run_dir / "checkpoints/30.orbax-checkpoint-tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="no finished checkpoint"):
+        find_params(run_dir)
+    for step in (3, 20):
+        loaded = convert.load_model(str(tiny_hf()))
+        params = jax.tree.map(lambda array, step=step: array * step, loaded.params)
+        save_params(run_dir / f"checkpoints/{step}/params", params)
+    (run_dir / "checkpoints/30").mkdir()
+    assert find_params(run_dir) == (run_dir / "checkpoints/20/params", run_dir)
+    (run_dir / "checkpoints/best.json").write_text('{"step": 3, "accuracy": 0.5}')
+    assert find_params(run_dir) == (run_dir / "checkpoints/3/params", run_dir)
+    assert command("to-hf", run_dir / "20", tmp_path / "hf")[0] == 0
+    norm = weights(tiny_hf())["model.norm.weight"]
+    np.testing.assert_array_equal(
+        weights(tmp_path / "hf")["model.norm.weight"], 20 * norm
+    )
+    code, _, error = command("to-hf", run_dir / "7", tmp_path / "other")
+    assert code == 2 and "no step 7" in error and "3, 20" in error
+
+
+def test_tensors_without_a_use_are_skipped(tiny_hf, tmp_path):
+    """A copy of tied embeddings, and buffers that old transformers versions saved."""
+    source = tiny_hf(tied=True)
+    path = shutil.copytree(source, tmp_path / "hf")
+    tensors = weights(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    tensors[name] = np.ones(8, np.float32)
+    save_file(tensors, path / "model.safetensors")
+    expected = convert.load_model(str(source)).params
+    assert same_params(convert.load_model(str(path)).params, expected)
+
+
+def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
+    source = tiny_hf(dtype="bfloat16")
+    config, tensors = convert.read_config(source), weights(source)
+    convert.from_hf(str(source), tmp_path / "e1")
+    split = shutil.copytree(source, tmp_path / "split")
+    (split / "model.safetensors").unlink()
+    read = functools.partial(load_array, tmp_path / "e1/params")
+    convert.write_hf_weights(split, config, np.dtype(jnp.bfloat16), read, 50_000)
+    files = sorted(split.glob("*.safetensors"))
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert len(files) > 3 and all(f.stat().st_size < 55_000 for f in files)
+    assert same_bytes(weights(split), tensors)
+    assert torch.equal(logits(split), logits(source))
+    total = json.loads((split / "model.safetensors.index.json").read_text())["metadata"]
+    assert total["total_size"] == sum(array.nbytes for array in tensors.values())
+    expected = convert.load_model(str(source)).params
+    assert same_params(convert.load_model(str(split)).params, expected)
+
+
+def test_inspect(tiny_hf, tmp_path, command):
+    source = tiny_hf(dtype="bfloat16", num_layers=3)
+    command("from-hf", source, tmp_path / "e1")
+    count = sum(array.size for array in weights(source).values())
+    for path, row in [
+        (source, "model.layers.*.mlp.up_proj.weight       3 x [96, 64] bfloat16"),
+        (tmp_path / "e1", "layers/mlp/up/kernel           [3, 64, 96] bfloat16"),
+    ]:
+        code, out, error = command("inspect", path)
+        assert code == 0 and error == ""
+        lines = [" ".join(line.split()) for line in out.splitlines()]
+        assert " ".join(row.split()) in lines
+        assert f"parameters {count:,}" in lines and "dtype bfloat16" in lines
+    assert f"source {source}" in lines
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def change_weights(path: Path, change) -> None:
+    tensors = weights(path)
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def drop_shard(path: Path) -> None:
+    min(path.glob("model-00002-*")).unlink()
+
+
+def misplace(path: Path) -> None:
+    """The index names the wrong file for one tensor."""
+    index = path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    last = max(weight_map.values())
+    assert weight_map["model.embed_tokens.weight"] != last
+    edit_json(index, weight_map=weight_map | {"model.embed_tokens.weight": last})
+
+
+def only_torch_weights(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+SINGLE = "model.safetensors"
+UP = "model.layers.1.mlp.up_proj.weight"
+BAD_SOURCES = {
+    "truncated": (lambda p: truncate(p / SINGLE), SINGLE),
+    "empty": (lambda p: os.truncate(p / SINGLE, 0), SINGLE),
+    "bad header": (lambda p: (p / SINGLE).write_bytes(b"\xff" * 400), SINGLE),
+    "missing tensor": (lambda p: change_weights(p, lambda t: t.pop(UP)), UP),
+    "extra tensor": (
+        lambda p: change_weights(p, lambda t: t.update(more=np.ones(3, np.float32))),
+        "more",
+    ),
+    "wrong shape": (
+        lambda p: change_weights(p, lambda t: t.update({UP: t[UP][1:].copy()})),
+        f"{UP} [95, 64] instead of [96, 64]",
+    ),
+    "integers": (
+        lambda p: change_weights(p, lambda t: t.update({UP: t[UP].astype(np.int64)})),
+        f"{UP} is stored as I64",
+    ),
+    "no weights": (lambda p: (p / SINGLE).unlink(), SINGLE),
+    "torch weights": (only_torch_weights, "save_pretrained"),
+    "no config": (lambda p: (p / "config.json").unlink(), "config.json"),
+    "config is no JSON": (lambda p: truncate(p / "config.json"), "config.json"),
+    "config is a list": (lambda p: (p / "config.json").write_text("[1]"), "list"),
+    "other model": (
+        lambda p: edit_json(p / "config.json", model_type="llama"),
+        "model_type='llama'",
+    ),
+    "other size": (
+        lambda p: edit_json(p / "config.json", num_hidden_layers=3),
+        "model.layers.2.self_attn.k_proj.bias",
+    ),
+    "fewer layers": (
+        lambda p: edit_json(p / "config.json", num_hidden_layers=1),
+        "model.layers.1.input_layernorm.weight",
+    ),
+    "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
+    "no tokenizer config": (
+        lambda p: (p / "tokenizer_config.json").unlink(),
+        "tokenizer_config.json",
+    ),
+    "tokenizer of another model": (
+        lambda p: edit_json(p / "config.json", vocab_size=100),
+        "vocab_size",
+    ),
+}
+BAD_SHARDS = {
+    "missing shard": (drop_shard, "model-00002-of"),
+    "misplaced tensor": (misplace, "model.embed_tokens.weight"),
+    "truncated shard": (
+        lambda p: truncate(min(p.glob("model-00002-*"))),
+        "model-00002-of",
+    ),
+    "index without map": (
+        lambda p: edit_json(p / "model.safetensors.index.json", weight_map=None),
+        "weight_map",
+    ),
+}
+
+
+def refused(result: tuple[int, str, str], named: str, where: Path) -> None:
+    """One sentence that names the thing, exit code 2, and nothing written."""
+    code, out, error = result
+    assert code == 2 and out == ""
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert named in error
+    assert not list(where.glob(".*")) and not (where / "dst").exists()
+
+
+@pytest.mark.parametrize("bad", BAD_SOURCES.values(), ids=BAD_SOURCES.keys())
+def test_bad_hugging_face_directory(tiny_hf, tmp_path, command, bad):
+    spoil, named = bad
+    path = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    spoil(path)
+    refused(command("from-hf", path, tmp_path / "dst"), named, tmp_path)
+    with pytest.raises(UserError) as error:
+        convert.load_model(str(path))
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("bad", BAD_SHARDS.values(), ids=BAD_SHARDS.keys())
+def test_bad_shards(tiny_hf, tmp_path, command, bad):
+    spoil, named = bad
+    path = shutil.copytree(tiny_hf(max_shard_size="100KB"), tmp_path / "hf")
+    spoil(path)
+    refused(command("from-hf", path, tmp_path / "dst"), named, tmp_path)
+
+
+def test_bad_orbax_checkpoint(tiny_hf, tmp_path, command):
+    convert.from_hf(str(tiny_hf()), tmp_path / "e1")
+    (tmp_path / "e1/params/_METADATA").rename(tmp_path / "aside")
+    result = command("to-hf", tmp_path / "e1", tmp_path / "dst")
+    refused(result, "is not a whole Orbax checkpoint", tmp_path)
+    (tmp_path / "aside").rename(tmp_path / "e1/params/_METADATA")
+    shutil.rmtree(tmp_path / "e1/params/ocdbt.process_0")
+    result = command("to-hf", tmp_path / "e1", tmp_path / "dst")
+    refused(result, "is not a whole Orbax checkpoint", tmp_path)
+    edit_json(tmp_path / "e1/config.json", num_hidden_layers=3)
+    result = command("inspect", tmp_path / "e1")
+    refused(result, "[2, 64] instead of [3, 64]", tmp_path)
+
+
+def test_bad_arguments(tiny_hf, tmp_path, command):
+    source = tiny_hf()
+    convert.from_hf(str(source), tmp_path / "e1")
+    for args, named in [
+        (("from-hf", tmp_path / "none", tmp_path / "dst"), "/none"),
+        (("from-hf", "owner/name", tmp_path / "dst"), "'owner/name'"),
+        (("inspect", "no such thing"), "'no such thing'"),
+        (("inspect", tmp_path), "no config.json"),
+        (("from-hf", tmp_path / "e1", tmp_path / "dst"), "already"),
+        (("to-hf", source, tmp_path / "dst"), "needs no conversion"),
+        (("from-hf", source), "DST"),
+        (("from-hf", source, tmp_path / "dst", "--dtype", "int8"), "int8"),
+        (("frum-hf", source, tmp_path / "dst"), "frum-hf"),
+        ((), "COMMAND"),
+    ]:
+        refused(command(*args), named, tmp_path)
+
+
+def test_what_exists_is_left_alone(tiny_hf, tmp_path, command):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "precious").write_text("data")
+    code, _, error = command("from-hf", tiny_hf(), taken)
+    assert code == 2 and str(taken) in error
+    assert [file.read_text() for file in taken.iterdir()] == ["data"]
+    code, _, error = command("from-hf", tiny_hf(), taken / "precious")
+    assert code == 2 and (taken / "precious").read_text() == "data"
+    code, _, error = command("from-hf", tiny_hf(), taken / "precious" / "below")
+    assert code == 2 and "Not a directory" in error
+    empty = tmp_path / "new" / "parents"
+    empty.mkdir(parents=True)
+    assert command("from-hf", tiny_hf(), empty)[0] == 0
+    assert (empty / "manifest.json").is_file()
+
+
+def test_help_explains_every_flag(capsys):
+    for args, words in [
+        (["--help"], ["from-hf", "to-hf", "inspect"]),
+        (["from-hf", "--help"], ["SRC", "DST", "--dtype", "default"]),
+        (["to-hf", "--help"], ["RUN_DIR/STEP"]),
+        (["inspect", "--help"], ["DIR"]),
+    ]:
+        with pytest.raises(SystemExit, match="0"):
+            convert.main(args)
+        out = capsys.readouterr().out
+        assert all(word in out for word in words)
+
+
+def write_ones(path: Path, **sizes) -> ModelConfig:
+    """A Hugging Face directory of a larger model, quickly."""
+    config = ModelConfig(
+        vocab_size=write_byte_tokenizer(path),
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=64,
+        max_position_embeddings=64,
+        rope_theta=1e4,
+        **sizes,
+    )
+    shapes, dtype = named_shapes(config), np.dtype(np.float32)
+    (path / "config.json").write_text(json.dumps(config.to_hf("float32")))
+    ones = functools.partial(np.ones, dtype=dtype)
+    convert.write_hf_weights(path, config, dtype, lambda name: ones(shapes[name]))
+    return config
+
+
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "e1jax.convert", *map(str, args)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_interrupted_conversion_leaves_nothing(tmp_path, direction):
+    """Killed in the middle, it leaves nothing at DST, and runs afresh; so at Ctrl-C."""
+    source, dst = tmp_path / "src", tmp_path / "dst"
+    write_ones(source, hidden_size=512, intermediate_size=4096, num_layers=8)
+    if direction == "to-hf":
+        convert.from_hf(str(source), tmp_path / "e1")
+        source = tmp_path / "e1"
+    partial = tmp_path / ".dst.partial"
+    for stop, code in [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]:
+        process = start(direction, source, dst)
+        started = time.monotonic()
+        while not (partial.is_dir() and any(partial.iterdir())):
+            assert process.poll() is None and time.monotonic() < started + 60
+            time.sleep(0.001)
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code, error
+        assert not dst.exists()
+        assert partial.exists() == (stop == signal.SIGKILL)
+        assert "Traceback" not in error
+    (partial / "leftover").touch()
+    process = start(direction, source, dst)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert not partial.exists() and not (dst / "leftover").exists()
+    assert (dst / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_peak_memory_of_a_conversion(tmp_path, dtype):
+    """At most 1.25 times the checkpoint of 1.1 GB, the interpreter included."""
+    script = Path(__file__).parents[1] / "benchmarks" / "random_checkpoint.py"
+    sizes = {
+        "hidden-size": 1024,
+        "intermediate-size": 5504,
+        "num-layers": 24 if dtype == "bfloat16" else 12,
+        "num-heads": 16,
+        "num-kv-heads": 4,
+        "head-dim": 64,
+        "vocab-size": 32000,
+    }
+    flags = [f"--{name}={size}" for name, size in sizes.items()]
+    source = tmp_path / "hf"
+    subprocess.run(
+        [sys.executable, script, source, "--dtype", dtype, *flags], check=True
+    )
+    size = (source / "model.safetensors").stat().st_size
+    for args in [
+        ("from-hf", source, tmp_path / "e1"),
+        ("to-hf", tmp_path / "e1", tmp_path / "back"),
+    ]:
+        process = start(*args)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        print(f"{args[0]} {dtype}: {usage.ru_maxrss * 1024 / size:.2f} x")
+        assert usage.ru_maxrss * 1024 <= 1.25 * size
+    assert same_bytes(weights(tmp_path / "back"), weights(source))

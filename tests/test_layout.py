@@ -1,0 +1,93 @@
+"""The package reads from leaf to root, and hides no import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import e1jax
+
+PACKAGE = Path(e1jax.__file__).parent
+LEAF_TO_ROOT = [
+    "config",
+    "sharding",
+    "attention",
+    "model",
+    "tokenizer",
+    "checkpoint",
+    "convert",
+    "sampling",
+    "engine",
+    "rewards",
+    "data",
+    "grpo",
+]
+COMMANDS = ["train", "sft", "evaluate", "plan", "sample"]
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imports(tree: ast.AST) -> list[tuple[str, ast.stmt]]:
+    """Every module that is imported anywhere in the tree, by its full name."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            if node.module == "e1jax":
+                found += [(f"e1jax.{alias.name}", node) for alias in node.names]
+            else:
+                found.append((node.module, node))
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = {name for name, _ in imports(tree)}
+    return {name.split(".")[1] for name in names if name.startswith("e1jax.")}
+
+
+def hidden_imports(source: str) -> list[int]:
+    """Lines of imports inside a function that have no comment saying why."""
+    lines = source.splitlines()
+    bare = set()
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            for _, node in imports(function):
+                around = [lines[node.lineno - 1], lines[node.lineno - 2].lstrip()]
+                if "# " not in around[0] and not around[1].startswith("# "):
+                    bare.add(node.lineno)
+    return sorted(bare)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_from_modules_above_it(module):
+    assert module in LEAF_TO_ROOT + COMMANDS, "name its place in the order"
+    place = LEAF_TO_ROOT.index(module) if module in LEAF_TO_ROOT else None
+    assert own_imports(module) <= set(LEAF_TO_ROOT[:place])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_hides_in_a_function_without_a_reason(module):
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    assert hidden_imports(source) == []
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_torch_is_never_imported(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    assert not [name for name, _ in imports(tree) if name.split(".")[0] == "torch"]
+
+
+def test_configuration_needs_no_jax():
+    tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
+    assert not [name for name, _ in imports(tree) if name.split(".")[0] == "jax"]
+
+
+def test_the_checks_themselves():
+    assert hidden_imports("def f():\n    import os\n") == [2]
+    assert hidden_imports("def f():\n    # Slow to load.\n    import os\n") == []
+    assert hidden_imports("def f():\n    import os  # slow to load\n") == []
+    assert hidden_imports("import os\n\n\nclass A:\n    import re\n") == []
+    found = imports(ast.parse("from e1jax import model\nimport e1jax.engine as e"))
+    assert [name for name, _ in found] == ["e1jax.model", "e1jax.engine"]

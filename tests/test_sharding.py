@@ -1,0 +1,112 @@
+"""Meshes from text, and the same logits on eight devices as on one."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from e1jax import convert, model
+from e1jax.config import ModelConfig, UserError
+from e1jax.sharding import make_mesh
+
+CONFIG = ModelConfig(
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+)
+EIGHT = [SimpleNamespace(id=i) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("data=2,tensor=2", ["needs 4", "sees 8"]),
+        ("tensor=16", ["needs 16", "sees 8"]),
+        ("data=1,tensor=8", ["tensor=8", "num_kv_heads=4", "tensor=1 or 2 or 4"]),
+        ("data=2;tensor=4", ["'data=2;tensor=4'"]),
+        ("tensor", ["'tensor'"]),
+        ("model=8", ["'model=8'"]),
+        ("data=-1,tensor=8", ["'data=-1'"]),
+        ("data=0,tensor=8", ["'data=0'"]),
+        ("data=2.0,tensor=4", ["'data=2.0'"]),
+        ("data=８,tensor=1", ["'data=８'"]),
+        ("", ["''"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(text, named):
+    with pytest.raises(UserError) as error:
+        make_mesh(text, CONFIG, EIGHT)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 2}, "num_kv_heads=2"),
+        ({"intermediate_size": 98}, "intermediate_size=98"),
+    ],
+)
+def test_a_mesh_that_cuts_a_head_or_the_mlp(sizes, named):
+    config = ModelConfig(**{**vars(CONFIG), **sizes})
+    with pytest.raises(UserError, match="tensor=4 does not divide") as error:
+        make_mesh("data=2,tensor=4", config, EIGHT)
+    assert named in str(error.value)
+
+
+# Runs with eight devices, which a process can only get at its start.
+ON_EIGHT = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from e1jax import model
+from e1jax.convert import load_model
+
+assert len(jax.devices()) == 8
+hf, e1, out = sys.argv[1:]
+tokens = np.random.default_rng(0).integers(0, 265, (8, 12), dtype=np.int32)
+positions = np.tile(np.arange(12, dtype=np.int32), (8, 1))
+forward = jax.jit(model.forward, static_argnums=0)
+results = {}
+for mesh in ["data=8,tensor=1", "data=2,tensor=4", "data=4,tensor=2", None]:
+    for kind, path in [("hf", hf), ("e1", e1)]:
+        loaded = load_model(path, mesh)
+        kernel = loaded.params["layers"]["mlp"]["up"]["kernel"]
+        shards = {str(shard.index) for shard in kernel.addressable_shards}
+        assert len(shards) == 8, shards  # nothing is whole on one device
+        hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
+        logits = model.unembed(loaded.config, loaded.params, hidden)
+        results[f"{kind} {mesh}"] = np.asarray(logits)
+np.savez(out, tokens=tokens, positions=positions, **results)
+"""
+
+
+def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
+    source = tiny_hf(num_heads=8, num_kv_heads=4)
+    convert.from_hf(str(source), tmp_path / "e1")
+    flags = "--xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-c", ON_EIGHT, source, tmp_path / "e1", tmp_path / "out.npz"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+    )
+    results = dict(np.load(tmp_path / "out.npz"))
+    tokens = jnp.asarray(results.pop("tokens"))
+    positions = jnp.asarray(results.pop("positions"))
+    loaded = convert.load_model(str(source))
+    hidden, _ = model.forward(loaded.config, loaded.params, tokens, positions)
+    one = np.asarray(model.unembed(loaded.config, loaded.params, hidden))
+    assert len(results) == 8
+    for name, logits in results.items():
+        # Sums in another order; the same tolerance as against Hugging Face.
+        assert np.abs(logits - one).max() <= 1e-5 * np.abs(one).max(), name

@@ -1,0 +1,186 @@
+"""tokenizer.json is loaded as it is, or refused; the template is rendered once."""
+
+import pytest
+import tokenizers
+from conftest import edit_json
+
+from e1jax.config import UserError
+from e1jax.tokenizer import Tokenizer, extract_boxed, read_json, write_byte_tokenizer
+
+TEXTS = ["", " ", "a  b\n\n\tc ", "3*(x+1)=\\boxed{7}", "é漢🙂", "\r\n\x00", "</think>"]
+USER = [{"role": "user", "content": "What is 2+2?"}]
+
+
+@pytest.fixture
+def path(tmp_path):
+    write_byte_tokenizer(tmp_path, words=[r"\boxed{", "wait"])
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_round_trips(path, text):
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def vocabulary(path) -> dict[str, int]:
+    return read_json(path / "tokenizer.json")["model"]["vocab"] | {
+        token["content"]: token["id"]
+        for token in read_json(path / "tokenizer.json")["added_tokens"]
+    }
+
+
+def test_words_are_single_tokens(path):
+    tokenizer = Tokenizer.from_dir(path)
+    assert len(tokenizer.encode(r"wait \boxed{7}</think>")) == 6
+    assert len(vocabulary(path)) == tokenizer.backend.get_vocab_size() == 256 + 8
+
+
+def test_special_ids_are_looked_up_by_text(path):
+    """Also where they are written as objects, and at other numbers than in E1."""
+    tokenizer = Tokenizer.from_dir(path)
+    ids = vocabulary(path)
+    assert tokenizer.eos_id == ids["<｜end▁of▁sentence｜>"]
+    assert tokenizer.think_end_id == ids["</think>"]
+    edit_json(
+        path / "tokenizer_config.json",
+        eos_token={"__type": "AddedToken", "content": "<｜User｜>"},
+        pad_token=None,
+    )
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.eos_id == ids["<｜User｜>"]
+    assert set(tokenizer.special_tokens) == {"bos_token", "eos_token"}
+
+
+def test_a_model_without_think_end(path):
+    text = (path / "tokenizer.json").read_text(encoding="utf-8")
+    text = text.replace("</think>", "</other>")
+    (path / "tokenizer.json").write_text(text, encoding="utf-8")
+    assert Tokenizer.from_dir(path).think_end_id is None
+
+
+def test_byte_level_file_with_a_llama_label(path):
+    """As DeepSeek-R1-Distill has it. The class of that name would lose the spaces."""
+    plain = Tokenizer.from_dir(path)
+    edit_json(path / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    labelled = Tokenizer.from_dir(path)
+    text = "one  two\n\n three"
+    assert labelled.encode(text) == plain.encode(text)
+    assert labelled.decode(labelled.encode(text)) == text
+
+
+def test_a_tokenizer_that_loses_text_is_refused(path):
+    intact = (path / "tokenizer.json").read_text(encoding="utf-8")
+    losing = [
+        tokenizers.pre_tokenizers.Metaspace(),
+        tokenizers.pre_tokenizers.Sequence(  # without newlines
+            [
+                tokenizers.pre_tokenizers.Split("\n", "removed"),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        ),
+    ]
+    for pre_tokenizer in losing:
+        backend = tokenizers.Tokenizer.from_str(intact)
+        backend.pre_tokenizer = pre_tokenizer
+        backend.save(str(path / "tokenizer.json"))
+        with pytest.raises(UserError, match="does not round-trip") as error:
+            Tokenizer.from_dir(path)
+        assert str(path / "tokenizer.json") in str(error.value)
+
+
+def test_bos_stands_exactly_once(path):
+    """Also where tokenizer.json itself would add one to every text."""
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    bos = backend.token_to_id("<｜begin▁of▁sentence｜>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<｜begin▁of▁sentence｜> $A",
+        special_tokens=[("<｜begin▁of▁sentence｜>", bos)],
+    )
+    backend.save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.encode_chat(USER).count(bos) == 1
+    assert tokenizer.encode_chat(USER)[0] == bos
+    assert bos not in tokenizer.encode("raw text")
+
+
+def test_chat_template(path):
+    tokenizer = Tokenizer.from_dir(path)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\nhm</think>2"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == (
+        "<｜begin▁of▁sentence｜>Be brief.<｜User｜>1+1?<｜Assistant｜>2"
+        "<｜end▁of▁sentence｜><｜User｜>2+2?<｜Assistant｜><think>\n"
+    )
+    with pytest.raises(UserError, match="chat template refuses"):
+        tokenizer.encode_chat([{"role": "wizard", "content": "?"}])
+    with pytest.raises(UserError, match="chat template refuses"):
+        tokenizer.encode_chat([{"role": "user"}])
+
+
+def test_chat_template_in_its_own_file(path):
+    (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.decode(tokenizer.encode_chat(USER)) == "What is 2+2?!"
+
+
+def test_no_chat_template(path):
+    edit_json(path / "tokenizer_config.json", chat_template=None)
+    with pytest.raises(UserError, match="--raw"):
+        Tokenizer.from_dir(path).encode_chat(USER)
+
+
+def test_unknown_ids_have_no_text(path):
+    tokenizer = Tokenizer.from_dir(path)
+    ids = tokenizer.encode("a")
+    assert tokenizer.decode([9999, *ids, 300]) == "a"
+    assert tokenizer.decode([9999]) == tokenizer.decode([]) == ""
+
+
+def test_settings_of_a_training_run_are_off(path):
+    """A file may carry them; then long prompts would be cut, short ones padded."""
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    backend.save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(path)
+    assert len(tokenizer.encode("a")) == 1 and len(tokenizer.encode("a" * 9)) == 9
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
+        (lambda p: (p / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+        (lambda p: (p / "tokenizer_config.json").unlink(), "tokenizer_config.json"),
+        (lambda p: (p / "tokenizer_config.json").write_text("{"), "is not JSON"),
+        (lambda p: (p / "tokenizer_config.json").write_text("3"), "int"),
+        (lambda p: edit_json(p / "tokenizer_config.json", eos_token=None), "eos_token"),
+        (lambda p: edit_json(p / "tokenizer_config.json", eos_token="<x>"), "'<x>'"),
+    ],
+)
+def test_missing_or_broken_files(path, spoil, named):
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        Tokenizer.from_dir(path)
+    assert named in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so \boxed{42}.", "42"),
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{}", ""),
+        (r"\boxed 7 and boxed{8}", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text, content):
+    assert extract_boxed(text) == content
