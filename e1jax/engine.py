@@ -1,16 +1,18 @@
 """The sampling engine: slots, admission, jitted prefill and decode chunks.
 
 A request with n samples goes through these steps:
-1. host: the prompt becomes token ids, the budgets become numbers; a request that cannot fit is refused
-   before any work is done.
-2. device, `prefill`: keys and values of all prompt tokens but the last, once per request, into a buffer of
-   the next larger bucket length.
-3. device, `admit`: that buffer is copied into the free slots of the cache that take the request's samples.
-4. device, `decode`: all slots step together, from the prompt's last token on, until enough of them are
-   done; the host looks once per chunk, hands out the finished completions and refills their slots.
+1. host: the prompt becomes token ids, the budgets become numbers; a request that cannot
+   fit is refused before any work is done.
+2. device, `prefill`: keys and values of all prompt tokens but the last, once per
+   request, into a buffer of the next larger bucket length.
+3. device, `admit`: that buffer is copied into the free slots of the cache that take the
+   request's samples.
+4. device, `decode`: all slots step together, from the prompt's last token on, until
+   enough of them are done; the host looks once per chunk, hands out the finished
+   completions and refills their slots.
 
-The cache (rows over the mesh axis `data`, heads over `tensor`) is donated to every call and updated in
-place; everything else per slot is replicated.
+The cache (rows over the mesh axis `data`, heads over `tensor`) is donated to every call
+and updated in place; everything else per slot is replicated.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
 
 
 class Rows(NamedTuple):
-    """Everything that a slot knows beside its keys and values. A slot without a request is DONE."""
+    """All that a slot knows beside its keys and values; DONE without a request."""
 
     token: (
         jax.Array
@@ -57,7 +59,7 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one decode call gave: row b's new tokens are its first `num_tokens` columns."""
+    """What one decode call gave; a row's tokens start at column 0."""
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
     logprobs: jax.Array  # [B, CHUNK_STEPS] float32
@@ -67,7 +69,7 @@ class Chunk(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """One sampled response. The three lists have the same length, forced tokens and EOS included."""
+    """One sampled response; its lists are of one length, forced tokens and EOS too."""
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -97,13 +99,15 @@ class Stats:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Request:
     index: int
     prompt_ids: list[int]
     params: SamplingParams
     budget: sampling.ResolvedBudget
     forced_ids: list[int]
+    waiting: list[int]  # samples that have no slot yet
+    prefix: KVCache | None = None  # the prefilled prompt, while samples wait
 
 
 @dataclasses.dataclass
@@ -118,7 +122,10 @@ class _Active:
 
 
 class Engine:
-    """Samples from a model on a mesh. `params` may be assigned anew between calls (same shapes)."""
+    """Samples from a model on a mesh.
+
+    `params` may be assigned anew between calls (same shapes and sharding).
+    """
 
     def __init__(
         self,
@@ -130,19 +137,16 @@ class Engine:
         cache_len: int | None = None,
         slots: int = 16,
     ):
-        """`cache_len`: positions of a slot, prompt and response together; None is 32,768 or the model's
-        max_position_embeddings if smaller. `slots`: rows sampled at a time, rounded up to a multiple of
-        the mesh axis `data`. Raises UserError for sizes below 1."""
+        """`cache_len`: positions of a slot, prompt and response together; None is
+        32,768 or the model's max_position_embeddings if smaller. `slots`: rows sampled
+        at a time, rounded up to a multiple of the mesh axis `data`. Raises UserError
+        for sizes below 1."""
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
         self.cache_len = default if cache_len is None else cache_len
         check_integer("cache_len", self.cache_len, 1)
         check_integer("slots", slots, 1)
-        self.config, self.params, self.tokenizer, self.mesh = (
-            config,
-            params,
-            tokenizer,
-            mesh,
-        )
+        self.config, self.params = config, params
+        self.tokenizer, self.mesh = tokenizer, mesh
         self.slots = -(-slots // mesh.shape["data"]) * mesh.shape["data"]
         self.stats = Stats()
         self._cache: KVCache | None = None
@@ -159,8 +163,9 @@ class Engine:
     ) -> "Engine":
         """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
 
-        `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or "bfloat16" (None: float32
-        on a CPU, bfloat16 elsewhere). Raises UserError, a ValueError, for anything wrong with them.
+        `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or
+        "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere). Raises UserError, a
+        ValueError, for anything wrong with them.
         """
         loaded = load_model(name, mesh, dtype)
         return cls(
@@ -177,11 +182,12 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[list[Completion]]:
-        """The completions of each prompt, in input order: a list per prompt, a Completion per sample.
+        """The completions of each prompt, in input order: a list per prompt, a
+        Completion per sample.
 
-        A prompt is a text (put into the chat template as the user's message), a list of chat messages or
-        a list of token ids (used as they are). Raises UserError before any work for a request that cannot
-        fit, naming it.
+        A prompt is a text (put into the chat template as the user's message), a list of
+        chat messages or a list of token ids (used as they are). Raises UserError before
+        any work for a request that cannot fit, naming it.
         """
         results: list[list[Completion]] = [[] for _ in prompts]
         for completion in self.stream(prompts, params):
@@ -198,11 +204,14 @@ class Engine:
     ) -> Iterator[Completion]:
         """Yields each Completion as it finishes. See `generate`.
 
-        Samples for which `skip(prompt_index, sample)` holds are left out (a resumed run has them already);
-        `progress` is told after each chunk how many tokens it gave.
+        Samples for which `skip(prompt_index, sample)` holds are left out (a resumed run
+        has them already); `progress` is told after each chunk how many tokens it gave.
         """
         requests = self._requests(prompts, params)
-        return self._run(requests, skip, progress)
+        for request in requests:
+            samples = range(request.params.n)
+            request.waiting = [j for j in samples if not skip(request.index, j)]
+        return self._run(requests, progress)
 
     def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Token ids of a prompt, checked; see `generate`."""
@@ -210,48 +219,40 @@ class Engine:
             prompt = [{"role": "user", "content": prompt}]
         if len(prompt) and all(isinstance(item, dict) for item in prompt):
             prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
-        ids = list(prompt)
-        if not ids:
-            raise UserError(
-                f"{where} is empty; a response needs at least one token to start from"
-            )
-        vocab = self.config.vocab_size
-        for token in ids:
-            if (
-                isinstance(token, bool)
-                or not isinstance(token, int | np.integer)
-                or not 0 <= token < vocab
-            ):
+        if not len(prompt):
+            raise UserError(f"{where} is empty; a response needs a token to start from")
+        last = self.config.vocab_size - 1
+        for token in prompt:
+            is_integer = isinstance(token, int | np.integer)
+            if isinstance(token, bool) or not is_integer or not 0 <= token <= last:
                 raise UserError(
-                    f"{where}: {token!r} is not a token id of this model (0 to {vocab - 1})"
+                    f"{where}: {token!r} is not a token id of this model (0 to {last})"
                 )
-        return [int(token) for token in ids]
+        return [int(token) for token in prompt]  # type: ignore[arg-type]
 
-    def _requests(self, prompts, params) -> list[_Request]:
+    def _requests(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[_Request]:
         if isinstance(prompts, str):
             raise UserError("prompts is one string; pass a list of prompts")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise UserError(
-                f"{len(prompts)} prompts came with {len(params)} SamplingParams; give one or one each"
+                f"{len(prompts)} prompts came with {len(params)} SamplingParams; "
+                "give one for all or one each"
             )
-        requests = [
-            self._request(i, *pair)
-            for i, pair in enumerate(zip(prompts, params, strict=True))
-        ]
+        pairs = zip(prompts, params, strict=True)
+        requests = [self._request(i, *pair) for i, pair in enumerate(pairs)]
         cut = [request for request in requests if request.budget.was_cut]
         if cut:
-            first = cut[0]
+            given, left = cut[0].params.thinking_budget, cut[0].budget.thinking
             print(
-                f"note: thinking_budget={first.params.thinking_budget} is cut to {first.budget.thinking} tokens in "
-                f"{len(cut)} of {len(requests)} requests, so that the solution fits cache_len={self.cache_len}"
-                if len(cut) == 1
-                or len({(r.params.thinking_budget, r.budget.thinking) for r in cut})
-                == 1
-                else f"note: thinking_budget is cut in {len(cut)} of {len(requests)} requests (first: "
-                f"{first.params.thinking_budget} to {first.budget.thinking} tokens), so that the solution fits "
-                f"cache_len={self.cache_len}",
+                f"note: the thinking budget is cut in {len(cut)} of {len(requests)} "
+                f"requests (in the first from {given} to {left} tokens), so that the "
+                f"solution fits cache_len={self.cache_len}",
                 file=sys.stderr,
             )
         return requests
@@ -261,86 +262,50 @@ class Engine:
         prompt_ids = self.encode(prompt, where)
         if THINK_END in params.end_of_thinking_text:
             raise UserError(
-                f"{where}: end_of_thinking_text holds {THINK_END}, which is appended to it anyway"
+                f"{where}: end_of_thinking_text holds {THINK_END}, which is appended to "
+                "it anyway; leave it out"
             )
-        think_end = self.tokenizer.think_end_id
-        forced = (
-            []
-            if think_end is None
-            else [*self.tokenizer.encode(params.end_of_thinking_text), think_end]
-        )
+        forced_ids = []
+        if self.tokenizer.think_end_id is not None:
+            text_ids = self.tokenizer.encode(params.end_of_thinking_text)
+            forced_ids = [*text_ids, self.tokenizer.think_end_id]
         budget = sampling.resolve_budget(
             params,
             len(prompt_ids),
-            len(forced),
+            len(forced_ids),
             self.cache_len,
             where,
-            can_think=think_end is not None,
+            can_think=bool(forced_ids),
         )
-        return _Request(index, prompt_ids, params, budget, forced)
+        return _Request(index, prompt_ids, params, budget, forced_ids, [])
 
-    def _run(self, requests: list[_Request], skip, progress) -> Iterator[Completion]:
+    def _run(
+        self, requests: list[_Request], progress: Callable[[int], None]
+    ) -> Iterator[Completion]:
         self.stats = Stats()
-        waiting = [
-            (
-                request,
-                [j for j in range(request.params.n) if not skip(request.index, j)],
-            )
-            for request in requests
-        ]
-        waiting = [(request, samples) for request, samples in waiting if samples][::-1]
-        width = _bucket(
-            max((len(r.forced_ids) for r in requests), default=1), _SHORTEST_FORCED
-        )
-        ids = TokenIds(
-            self.tokenizer.eos_id,
-            -1 if self.tokenizer.think_end_id is None else self.tokenizer.think_end_id,
-        )
+        queue = [request for request in requests if request.waiting][::-1]
         active: list[_Active | None] = [None] * self.slots
-        rows = _empty_rows(self.slots, width)
+        longest = max((len(r.forced_ids) for r in requests), default=0)
+        rows = _empty_rows(self.slots, _bucket(longest, _SHORTEST_FORCED))
         rows = jax.device_put(rows, replicated(self.mesh))
         cache, self._cache = self._cache or self._new_cache(), None
-        # Steps per look of the host: as many as take about a second, so that progress shows and Ctrl-C works
-        # on a slow device too.
+        think_end = self.tokenizer.think_end_id
+        ids = TokenIds(self.tokenizer.eos_id, -1 if think_end is None else think_end)
+        # Steps per look of the host: as many as take about a second, so that progress
+        # shows and Ctrl-C works on a slow device too.
         num_steps = 8
-        prefix: KVCache | None = None
         try:
-            while waiting or any(active):
-                while waiting and not all(active):
-                    request, samples = waiting[-1]
-                    if prefix is None:
-                        prefix = self._prefill(request.prompt_ids)
-                    free = [slot for slot in range(self.slots) if active[slot] is None][
-                        : len(samples)
-                    ]
-                    taken, samples[: len(free)] = samples[: len(free)], []
-                    new = _request_rows(request, free, taken, self.slots, width)
-                    cache, rows = admit(
-                        self.mesh,
-                        cache,
-                        prefix,
-                        rows,
-                        self._slot_list(free),
-                        len(free),
-                        new,
-                    )
-                    for slot, sample in zip(free, taken, strict=True):
-                        active[slot] = _Active(request, sample)
-                    if not samples:
-                        waiting.pop()
-                        prefix = None
+            while queue or any(active):
+                while queue and not all(active):
+                    cache, rows = self._admit(queue[-1], active, cache, rows)
+                    if not queue[-1].waiting:
+                        queue.pop()
                 # With work waiting, stop for a refill as soon as a few rows are done.
-                enough = max(1, self.slots // 16) if waiting else self.slots
+                enough = max(1, self.slots // 16) if queue else self.slots
                 start = time.monotonic()
                 cache, rows, chunk = decode(
-                    self.config,
-                    self.mesh,
-                    self.params,
-                    ids,
-                    cache,
-                    rows,
-                    enough,
-                    num_steps,
+                    *(self.config, self.mesh, self.params, ids, cache, rows),
+                    *(enough, num_steps),
                 )
                 chunk, state = jax.device_get((chunk, rows.state))
                 seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
@@ -349,11 +314,35 @@ class Engine:
                 for slot, item in enumerate(active):
                     if item is not None and state.phase[slot] == sampling.DONE:
                         active[slot] = None
-                        yield self._completion(
-                            item, BudgetState(*(int(field[slot]) for field in state))
+                        final = jax.tree.map(
+                            lambda field, slot=slot: int(field[slot]), state
                         )
+                        yield self._completion(item, final)
         finally:
             self._cache = None if cache.k.is_deleted() else cache
+
+    def _admit(
+        self,
+        request: _Request,
+        active: list[_Active | None],
+        cache: KVCache,
+        rows: Rows,
+    ) -> tuple[KVCache, Rows]:
+        """Starts as many samples of the request as there are free slots."""
+        if request.prefix is None:
+            request.prefix = self._prefill(request.prompt_ids)
+        free = [slot for slot, item in enumerate(active) if item is None]
+        count = min(len(free), len(request.waiting))
+        free, samples = free[:count], request.waiting[:count]
+        request.waiting = request.waiting[count:]
+        for slot, sample in zip(free, samples, strict=True):
+            active[slot] = _Active(request, sample)
+        slots = np.array(free + [0] * (self.slots - count), np.int32)
+        new = _request_rows(request, free, samples, rows)
+        cache, rows = admit(self.mesh, cache, request.prefix, rows, slots, count, new)
+        if not request.waiting:
+            request.prefix = None
+        return cache, rows
 
     def _prefill(self, prompt_ids: list[int]) -> KVCache:
         bucket = _bucket(len(prompt_ids) - 1, _SHORTEST_BUCKET)
@@ -367,13 +356,10 @@ class Engine:
         dtype = self.params["embedding"].dtype
         return new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
 
-    def _slot_list(self, free: list[int]) -> np.ndarray:
-        return np.array(free + [0] * (self.slots - len(free)), np.int32)
-
     def _collect(
         self, chunk: Chunk, state: BudgetState, active: list[_Active | None]
     ) -> int:
-        """Appends a chunk's tokens to the unfinished completions; returns how many there were."""
+        """Appends a chunk's tokens to the completions; returns how many there were."""
         new_tokens = 0
         for slot, item in enumerate(active):
             if item is None:
@@ -388,45 +374,42 @@ class Engine:
         self.stats.tokens += new_tokens
         return new_tokens
 
-    def _completion(self, item: _Active, state: Any) -> Completion:
+    def _completion(self, item: _Active, state: BudgetState) -> Completion:
         if not all(map(math.isfinite, item.logprobs)):
             raise UserError(
-                "the model's logits are not finite; its checkpoint is damaged, or --dtype is too narrow for it"
+                "the model's logits are not finite; its checkpoint is damaged, or its "
+                "dtype is too narrow"
             )
-        ids = item.token_ids
-        content = (
-            ids[:-1]
-            if ids[-1] == self.tokenizer.eos_id and not item.forced[-1]
-            else ids
-        )
-        think_end, decode_text = self.tokenizer.think_end_id, self.tokenizer.decode
-        if think_end is None:
-            thinking, solution, text = "", decode_text(content), decode_text(content)
-        elif think_end in content:
-            split = content.index(think_end)
-            thinking, solution = (
-                decode_text(content[:split]),
-                decode_text(content[split + 1 :]),
-            )
-            text = thinking + THINK_END + solution
-        else:
-            thinking, solution, text = decode_text(content), "", decode_text(content)
+        thinking, solution, text = self._texts(item)
         return Completion(
             prompt_ids=item.request.prompt_ids,
-            token_ids=ids,
+            token_ids=item.token_ids,
             logprobs=item.logprobs,
             forced=item.forced,
             thinking=thinking,
             solution=solution,
             text=text,
             answer=extract_boxed(solution),
-            thinking_tokens=state.thinking_tokens,
-            solution_tokens=state.solution_tokens,
-            thinking_end=sampling.THINKING_ENDS[state.end],
-            finish_reason=sampling.FINISH_REASONS[state.finish] or "",
+            thinking_tokens=int(state.thinking_tokens),
+            solution_tokens=int(state.solution_tokens),
+            thinking_end=sampling.THINKING_ENDS[int(state.end)],
+            finish_reason=sampling.FINISH_REASONS[int(state.finish)],
             prompt_index=item.request.index,
             sample=item.sample,
         )
+
+    def _texts(self, item: _Active) -> tuple[str, str, str]:
+        """Thinking, solution, and the whole response, without a final EOS."""
+        ids, decode_text = item.token_ids, self.tokenizer.decode
+        if ids[-1] == self.tokenizer.eos_id and not item.forced[-1]:
+            ids = ids[:-1]
+        if not item.request.forced_ids:  # a model without `</think>`
+            return "", decode_text(ids), decode_text(ids)
+        if self.tokenizer.think_end_id not in ids:
+            return decode_text(ids), "", decode_text(ids)
+        split = ids.index(self.tokenizer.think_end_id)
+        thinking, solution = decode_text(ids[:split]), decode_text(ids[split + 1 :])
+        return thinking, solution, thinking + THINK_END + solution
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -437,9 +420,11 @@ def prefill(
     tokens: jax.Array,
     length: jax.Array,
 ) -> KVCache:
-    """Keys and values of the first `length` of `tokens` [1, P], in a cache of P positions.
+    """Keys and values of the first `length` of `tokens` [1, P], in a cache of P
+    positions.
 
-    The prompt goes through the model in pieces, as many as it fills; no logits are made.
+    The prompt goes through the model in pieces, as many as it fills; no logits are
+    made.
     """
     bucket = tokens.shape[1]
     cache = model.init_cache(config, 1, bucket, params["embedding"].dtype)
@@ -466,7 +451,8 @@ def admit(
     count: jax.Array,
     new: tuple[jax.Array, Rows],
 ) -> tuple[KVCache, Rows]:
-    """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their rows.
+    """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their
+    rows.
 
     `new` is (which rows are new [B] bool, their contents).
     """
@@ -498,7 +484,8 @@ def decode(
     enough: jax.Array,
     num_steps: jax.Array,
 ) -> tuple[KVCache, Rows, Chunk]:
-    """Steps all rows until `enough` of them are DONE, but `num_steps` (at most CHUNK_STEPS) times."""
+    """Steps all rows until `enough` of them are DONE, but `num_steps` (at most
+    CHUNK_STEPS) times."""
     batch = rows.token.shape[0]
 
     def unfinished(carry):
@@ -510,7 +497,8 @@ def decode(
     def step(carry):
         cache, rows, chunk = carry
         done = rows.state.phase == sampling.DONE
-        # A finished row stays at position 0, so that it does not lengthen the others' attention.
+        # A finished row stays at position 0, so that it does not lengthen the others'
+        # attention.
         position = jnp.where(done, 0, rows.position)[:, None]
         hidden, cache = model.forward(
             config, params, rows.token[:, None], position, cache
@@ -551,7 +539,8 @@ def new_cache(
     )
 
 
-def _cache_on_mesh(mesh: Mesh, cache: KVCache) -> KVCache:
+def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
+    assert cache is not None  # forward gives back the cache that it was given
     place = sharding(mesh, model.CACHE_AXES, cache.k.shape)
     return jax.lax.with_sharding_constraint(cache, place)
 
@@ -566,64 +555,60 @@ def _capacity(cache_len: int) -> int:
 
 
 def _bucket(length: int, shortest: int) -> int:
-    """The next power of two, at least `shortest`: few lengths, so few compiled programs."""
+    """The next power of two, at least `shortest`: few lengths, so few compiled
+    programs."""
     return max(shortest, 1 << max(length - 1, 0).bit_length())
 
 
 def _empty_rows(slots: int, width: int) -> Rows:
-    zeros = np.zeros(slots, np.int32)
-    budget = Budget(
-        zeros,
-        zeros,
-        zeros,
-        zeros.astype(bool),
-        np.zeros((slots, width), np.int32),
-        zeros,
+    """Rows without a request; `width` tokens can be forced."""
+    zeros: Any = np.zeros(slots, np.int32)
+    thresholds: Any = np.zeros(slots, np.float32)
+    seed: Any = np.zeros((slots, 2), np.uint32)
+    forced_ids: Any = np.zeros((slots, width), np.int32)
+    done: Any = np.full(slots, sampling.DONE, np.int32)
+    return Rows(
+        token=zeros,
+        position=zeros,
+        sampling=Sampling(thresholds, thresholds, zeros, seed, zeros),
+        budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
+        state=BudgetState(done, *[zeros] * 6),
     )
-    draw = Sampling(
-        zeros.astype(np.float32),
-        zeros.astype(np.float32),
-        zeros,
-        np.zeros((slots, 2), np.uint32),
-        zeros,
-    )
-    state = BudgetState(np.full(slots, sampling.DONE, np.int32), *[zeros] * 6)
-    return Rows(zeros, zeros, draw, budget, state)
 
 
 def _request_rows(
-    request: _Request, free: list[int], samples: list[int], slots: int, width: int
+    request: _Request, free: list[int], samples: list[int], rows: Rows
 ) -> tuple[np.ndarray, Rows]:
-    """Which rows are new, and the request's rows: the same but for the number of the sample."""
+    """Which rows are new, and what they hold: the same but for the sample's number."""
+    slots, width = rows.budget.forced_ids.shape
     is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
     is_new[free], sample[free] = True, samples
-    params, budget = request.params, request.budget
+    params, budget, forced_ids = request.params, request.budget, request.forced_ids
+    padding = [0] * (width - len(forced_ids))
 
-    def fill(value, dtype=np.int32):
-        return np.full(slots, value, dtype)
+    def fill(value, dtype: Any = np.int32) -> Any:
+        return np.tile(np.array(value, dtype), (slots, *[1] * np.ndim(value)))
 
-    forced = np.zeros((slots, width), np.int32)
-    forced[:, : len(request.forced_ids)] = request.forced_ids
-    seed = np.array([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32)
-    phase = sampling.THINK if request.forced_ids else sampling.SOLVE
-    rows = Rows(
+    fresh = Rows(
         token=fill(request.prompt_ids[-1]),
         position=fill(len(request.prompt_ids) - 1),
         sampling=Sampling(
             temperature=fill(params.temperature, np.float32),
             top_p=fill(params.top_p, np.float32),
             top_k=fill(params.top_k),
-            seed=np.tile(seed, (slots, 1)),
-            sample=sample,
+            seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),
+            sample=sample,  # type: ignore[arg-type]
         ),
         budget=Budget(
             thinking=fill(budget.thinking),
             solution=fill(budget.solution),
             total=fill(budget.total),
             plain=fill(budget.plain, bool),
-            forced_ids=forced,
-            num_forced=fill(len(request.forced_ids)),
+            forced_ids=fill(forced_ids + padding),
+            num_forced=fill(len(forced_ids)),
         ),
-        state=BudgetState(fill(phase), *[fill(0)] * 6),
+        state=BudgetState(
+            fill(sampling.THINK if forced_ids else sampling.SOLVE), *[fill(0)] * 6
+        ),
     )
-    return is_new, rows
+    return is_new, fresh

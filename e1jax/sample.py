@@ -1,7 +1,7 @@
 """`python -m e1jax.sample`: budgeted sampling from the command line.
 
-Steps: parse flags, read and check every request, look at what an earlier run left in the output file, load
-the model, sample, and hand out each completion as it finishes.
+Steps: parse flags, read and check every request, look at what an earlier run left in
+the output file, load the model, sample, and hand out each completion as it finishes.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from e1jax.config import (
 )
 from e1jax.engine import Completion, Engine, Prompt
 from e1jax.sharding import use_compilation_cache
+from e1jax.tokenizer import Tokenizer
 
 _PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]
 _PROMPTS = ("prompt", "messages", "prompt_ids")
@@ -45,8 +46,15 @@ class Item:
     raw: bool  # a text that skips the chat template
     params: SamplingParams
 
+    def encoded(self, tokenizer: Tokenizer) -> Prompt:
+        """The prompt as the engine takes it: a raw text as its token ids."""
+        if self.raw and isinstance(self.prompt, str):
+            return tokenizer.encode(self.prompt)
+        return self.prompt
+
     def digest(self) -> str:
-        """Names the request and its parameters but for n: a file may be extended with more samples."""
+        """Names the request and its parameters but for n: a file may be extended with
+        more samples."""
         params = dataclasses.asdict(dataclasses.replace(self.params, n=1))
         text = json.dumps([self.prompt, self.raw, params], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -77,10 +85,7 @@ def main() -> None:
         slots=min(16, left) if args.slots is None else args.slots,
         dtype=args.dtype,
     )
-    prompts = [
-        engine.tokenizer.encode(item.prompt) if item.raw else item.prompt
-        for item in items
-    ]
+    prompts = [item.encoded(engine.tokenizer) for item in items]
     start = time.monotonic()
     bar = tqdm(
         total=left, unit="completion", file=sys.stderr, disable=not sys.stderr.isatty()
@@ -123,10 +128,11 @@ def main() -> None:
 
 
 class Output:
-    """The output file: appended to as completions finish, and read when the command is run again.
+    """The output file: appended to as completions finish, and read when the command is
+    run again.
 
-    Beside it lies FILE.settings.json, which says how it was made, so that a run with other settings is
-    refused and not mixed in.
+    Beside it lies FILE.settings.json, which says how it was made, so that a run with
+    other settings is refused and not mixed in.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], items: list[Item]):
@@ -166,8 +172,8 @@ class Output:
         self.file.close()
 
     def _read(self) -> tuple[set[tuple[str | int, int]], int]:
-        """Which (id, sample) are there, and the bytes up to the last whole line: a run that was killed while
-        writing leaves half a line, which is written again."""
+        """Which (id, sample) are there, and the bytes up to the last whole line: a run
+        that was killed while writing leaves half a line, which is written again."""
         done, size = set(), 0
         try:
             lines = (
@@ -195,7 +201,8 @@ class Output:
     def _check(
         self, settings: dict[str, Any], requests: dict[str, str]
     ) -> dict[str, str]:
-        """The requests there and now together; refuses settings or requests that differ."""
+        """The requests there and now together; refuses settings or requests that
+        differ."""
         try:
             old = json.loads(self.sidecar.read_text(encoding="utf-8"))
             before, old_requests = old["settings"], old["requests"]
@@ -221,7 +228,8 @@ class Output:
 def read_items(
     lines: Iterator[str], where: str, defaults: SamplingParams, raw: bool
 ) -> list[Item]:
-    """Requests from JSONL; every line is checked before any is run. Raises UserError naming the line."""
+    """Requests from JSONL; every line is checked before any is run. Raises UserError
+    naming the line."""
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -307,7 +315,8 @@ def _items(args: argparse.Namespace, defaults: SamplingParams) -> list[Item]:
 
 
 def _demo(defaults: SamplingParams) -> list[Item]:
-    """A few problems that the nano model never saw, each at a tight and at a roomy budget."""
+    """A few problems that the nano model never saw, each at a tight and at a roomy
+    budget."""
     items = []
     for problem in data.held_out_problems(_DEMO_PROBLEMS):
         for thinking, solution in _DEMO_BUDGETS:

@@ -1,12 +1,15 @@
-"""Elastic Reasoning's sampling as pure functions on arrays: budgets, and the draw of a token.
+"""Elastic Reasoning's sampling as pure functions on arrays: budgets, and the draw of a
+token.
 
-A response is `thinking </think> solution <eos>`, and the two parts have separate budgets (arXiv 2505.05315,
-section 3.1, budget-constrained rollout). `resolve_budget` turns a request into numbers, once, on the host;
-`advance` is one step of the state machine for a batch of rows. Budgets, temperature, top-p, top-k and seeds are
-arrays [B], so one compiled program serves any mix of them.
+A response is `thinking </think> solution <eos>`, and the two parts have separate
+budgets (arXiv 2505.05315, section 3.1, budget-constrained rollout). `resolve_budget`
+turns a request into numbers, once, on the host; `advance` is one step of the state
+machine for a batch of rows. Budgets, temperature, top-p, top-k and seeds are arrays
+[B], so one compiled program serves any mix of them.
 
-Differs from the reference implementation: an end-of-sequence token sampled while thinking is replaced by
-the forced `</think>` (the reference keeps it, and then masks the whole solution out of the loss).
+Differs from the reference implementation: an end-of-sequence token sampled while
+thinking is replaced by the forced `</think>` (the reference keeps it, and then masks
+the whole solution out of the loss).
 """
 
 from collections.abc import Callable
@@ -22,18 +25,19 @@ THINK, FORCE, SOLVE, DONE = range(4)
 
 # Names of `BudgetState.end` and `BudgetState.finish`, as a Completion tells them.
 THINKING_ENDS = (None, "model", "budget", "eos")
-FINISH_REASONS = (None, "stop", "solution_budget", "length")
+FINISH_REASONS = ("", "stop", "solution_budget", "length")  # "": not finished
 BY_MODEL, BY_BUDGET, BY_EOS = 1, 2, 3
 STOP, SOLUTION_BUDGET, LENGTH = 1, 2, 3
 
 
-# A share of the mass reaches top_p if it misses it by no more than float32 rounds its terms
-# (0.5 + 0.3 against 0.8).
+# A share of the mass reaches top_p if it misses it by no more than float32 rounds its
+# terms (0.5 + 0.3 against 0.8).
 _REACHED = 1 - 2e-7
 
 
 class TokenIds(NamedTuple):
-    """Special ids, read from the tokenizer. `think_end` is -1 in a model that has no `</think>`."""
+    """Special ids, read from the tokenizer. `think_end` is -1 in a model that has no
+    `</think>`."""
 
     eos: int
     think_end: int
@@ -93,11 +97,12 @@ def resolve_budget(
     *,
     can_think: bool = True,
 ) -> ResolvedBudget:
-    """Reserves room for the solution: thinking is cut so that prompt + thinking + forced tokens + solution
-    fits `cache_len`, the solution never.
+    """Reserves room for the solution: thinking is cut so that prompt + thinking +
+    forced tokens + solution fits `cache_len`, the solution never.
 
-    `num_forced` is the number of tokens that a forced end inserts, `can_think` whether the model has a
-    `</think>`. Raises UserError, with the numbers, for a request that cannot fit at all.
+    `num_forced` is the number of tokens that a forced end inserts, `can_think` whether
+    the model has a `</think>`. Raises UserError, with the numbers, for a request that
+    cannot fit at all.
     """
     thinking, solution = params.thinking_budget, params.solution_budget
     if not can_think and thinking is not None:
@@ -133,7 +138,8 @@ def resolve_budget(
 
 
 def start_state(phase: Int[Array, " B"]) -> BudgetState:
-    """State of rows that have no token yet: THINK, SOLVE (a model without `</think>`) or DONE (no request)."""
+    """State of rows that have no token yet: THINK, SOLVE (a model without `</think>`)
+    or DONE (no request)."""
     zeros = jnp.zeros_like(phase)
     return BudgetState(phase, zeros, zeros, zeros, zeros, zeros, zeros)
 
@@ -141,15 +147,16 @@ def start_state(phase: Int[Array, " B"]) -> BudgetState:
 def advance(
     state: BudgetState, sampled: Int[Array, " B"], budget: Budget, ids: TokenIds
 ) -> tuple[Int[Array, " B"], Bool[Array, " B"], BudgetState]:
-    """One step of the state machine: (next token of each row, whether it was forced, next state).
+    """One step of the state machine: (next token of each row, whether it was forced,
+    next state).
 
-    `sampled` is what the model drew. While thinking it is dropped, in favour of the first forced token, where
-    the budget is used up or where it is EOS; a dropped token counts nowhere. A row that is DONE keeps its
-    state, and its token means nothing.
+    `sampled` is what the model drew. While thinking it is dropped, in favour of the
+    first forced token, where the budget is used up or where it is EOS; a dropped token
+    counts nowhere. A row that is DONE keeps its state, and its token means nothing.
     """
     thinking, solving = state.phase == THINK, state.phase == SOLVE
     spent = thinking & (state.thinking_tokens >= budget.thinking)
-    stopped = thinking & ~spent & ~budget.plain & (sampled == ids.eos)
+    stopped = thinking & ~budget.plain & (sampled == ids.eos)
     forced = spent | stopped | (state.phase == FORCE)
     index = jnp.minimum(state.forced_tokens, budget.forced_ids.shape[1] - 1)
     next_forced = jnp.take_along_axis(budget.forced_ids, index[:, None], axis=1)[:, 0]
@@ -163,7 +170,7 @@ def advance(
     end = jnp.where(spent, BY_BUDGET, jnp.where(stopped, BY_EOS, end))
     thinking_tokens = state.thinking_tokens + (thinking & ~forced)
     solution_tokens = state.solution_tokens + solving
-    num_tokens = state.num_tokens + (state.phase != DONE)
+    num_tokens = state.num_tokens + 1
 
     at_eos = (sampled == ids.eos) & (solving | (thinking & budget.plain))
     finish = jnp.where(num_tokens >= budget.total, LENGTH, 0)
@@ -171,12 +178,10 @@ def advance(
         (phase == SOLVE) & (solution_tokens >= budget.solution), SOLUTION_BUDGET, finish
     )
     finish = jnp.where(at_eos, STOP, finish)
-    finish = jnp.where(state.phase == DONE, state.finish, finish)
     phase = jnp.where(finish > 0, DONE, phase)
     new = BudgetState(
         phase, thinking_tokens, solution_tokens, forced_tokens, num_tokens, end, finish
     )
-    # A slot without a request is DONE without a reason, and stays so.
     done = state.phase == DONE
     new = BudgetState(
         *(jnp.where(done, old, now) for old, now in zip(state, new, strict=True))
@@ -185,7 +190,8 @@ def advance(
 
 
 def row_keys(sampling: Sampling, index: Int[Array, " B"]) -> Key[Array, " B"]:
-    """The key that token `index` of each row is drawn with: of (seed, sample, index) and nothing else."""
+    """The key that token `index` of each row is drawn with: of (seed, sample, index)
+    and nothing else."""
 
     def key(seed, sample, index):
         base = jax.random.fold_in(jax.random.key(seed[0], impl="threefry2x32"), seed[1])
@@ -197,7 +203,8 @@ def row_keys(sampling: Sampling, index: Int[Array, " B"]) -> Key[Array, " B"]:
 def draw(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Draws a token of each row from softmax(logits / temperature), cut by top-k, then top-p, renormalised.
+    """Draws a token of each row from softmax(logits / temperature), cut by top-k, then
+    top-p, renormalised.
 
     The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
     """
@@ -219,14 +226,15 @@ def kept(
 ) -> Bool[Array, "B V"]:
     """Which tokens survive top-k and then top-p.
 
-    `gaps` are log p(most probable) - log p(token), 0 or more. Top-p keeps the smallest set of
-    most probable tokens whose share of what top-k left reaches `top_p`. The token that crosses
-    is kept, and so is any token tied with the last one kept, in both cuts.
+    `gaps` are log p(most probable) - log p(token), 0 or more. Top-p keeps the smallest
+    set of most probable tokens whose share of what top-k left reaches `top_p`. The
+    token that crosses is kept, and so is any token tied with the last one kept, in both
+    cuts.
 
-    Nothing is sorted: floats of one sign are ordered like their bits, so bisection over the
-    int32 range finds the exact cut in 31 passes over the array. Masses are summed in integers
-    (see `_limbs`), so the set depends neither on the order of the sums nor on how the
-    vocabulary is sharded.
+    Nothing is sorted: floats of one sign are ordered like their bits, so bisection over
+    the int32 range finds the exact cut in 31 passes over the array. Masses are summed
+    in integers (see `_limbs`), so the set depends neither on the order of the sums nor
+    on how the vocabulary is sharded.
     """
     ranks = jax.lax.bitcast_convert_type(gaps, jnp.int32)
     count = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
@@ -255,8 +263,8 @@ def token_logprobs(
     tokens: Int[Array, " B"],
     temperature: Float[Array, " B"],
 ) -> Float[Array, " B"]:
-    """log-softmax of logits / temperature (of logits where greedy) at the tokens, before top-k and top-p:
-    what the ratio of a policy gradient needs."""
+    """log-softmax of logits / temperature (of logits where greedy) at the tokens,
+    before top-k and top-p: what the ratio of a policy gradient needs."""
     gaps = _gaps(logits, temperature)
     chosen = jnp.take_along_axis(gaps, tokens[:, None], axis=1)[:, 0]
     return -chosen - jnp.log(jnp.exp(-gaps).sum(axis=-1))
@@ -265,15 +273,17 @@ def token_logprobs(
 def _gaps(
     logits: Float[Array, "B V"], temperature: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """(largest logit - logit) / temperature; finite, so that a tiny temperature gives no infinity or NaN."""
+    """(largest logit - logit) / temperature; finite, so that a tiny temperature gives
+    no infinity or NaN."""
     scale = jnp.where(temperature == 0, 1.0, temperature)[:, None]
     gaps = (logits.max(axis=-1, keepdims=True) - logits) / scale
     return jnp.minimum(gaps, jnp.finfo(jnp.float32).max)
 
 
 def _limbs(weights: Float[Array, "B V"]) -> list[Int[Array, "B V"]]:
-    """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18 tokens are
-    exact, where a float32 sum over a large vocabulary is off by about 1e-6."""
+    """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18
+    tokens are exact, where a float32 sum over a large vocabulary is off by about 1e-6.
+    """
     digits = []
     for _ in range(3):
         weights = weights * 4096
@@ -285,8 +295,8 @@ def _limbs(weights: Float[Array, "B V"]) -> list[Int[Array, "B V"]]:
 def _smallest(
     reaches: Callable[[Int[Array, " B"]], Bool[Array, " B"]], shape: tuple[int, ...]
 ) -> Int[Array, " B"]:
-    """The smallest non-negative int32 that `reaches` accepts (a monotone test), by bisection; the
-    largest one if it accepts none."""
+    """The smallest non-negative int32 that `reaches` accepts (a monotone test), by
+    bisection; the largest one if it accepts none."""
 
     def halve(_, bounds):
         low, high = bounds

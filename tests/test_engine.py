@@ -1,4 +1,5 @@
-"""The engine with a random Qwen2: what is sampled depends on the request and on nothing else."""
+"""The engine with a random Qwen2: what is sampled depends on the request and on nothing
+else."""
 
 import dataclasses
 import math
@@ -145,7 +146,8 @@ def test_equal_requests_give_equal_samples_and_samples_differ(mixed_results):
 def test_logprobs_and_greedy_tokens_are_those_of_one_full_forward(
     params, mixed_results
 ):
-    """Independent of the cache, the prefill buckets and the decode loop; forced tokens included."""
+    """Independent of the cache, the prefill buckets and the decode loop; forced tokens
+    included."""
     _, all_params = mixed_requests()
     for request, samples in zip(all_params, mixed_results, strict=True):
         for c in samples:
@@ -203,7 +205,8 @@ def test_prefill_programs_are_few(make):
         engine.generate(
             [[97] * length], SamplingParams(thinking_budget=2, solution_budget=2)
         )
-    # Buckets of 16, 32, 64, 128, 256 and the whole cache; prefill, admit, and one decode.
+    # Buckets of 16, 32, 64, 128, 256 and the whole cache; prefill, admit, and one
+    # decode.
     assert len(seen) <= 2 * 6 + 2
     count = len(seen)
     for length in range(1, 280, 13):
@@ -228,7 +231,8 @@ def test_slots_are_refilled_while_others_go_on(make):
     results = engine.generate(["a"] + ["b"] * 20, [long] + [short] * 20)
     longest = max(len(samples[0].token_ids) for samples in results)
     total = sum(len(samples[0].token_ids) for samples in results)
-    # One after the other would take `total` steps; the long one runs beside all the others.
+    # One after the other would take `total` steps; the long one runs beside all the
+    # others.
     assert engine.stats.decode_steps <= max(longest, total - longest) + 5
 
 
@@ -340,7 +344,7 @@ def test_a_cut_thinking_budget_is_said_once(make, capsys):
     said = capsys.readouterr().err
     assert (
         said.count("\n") == 1
-        and "thinking_budget=50 is cut to 29 tokens in 2 of 3" in said
+        and "cut in 2 of 3 requests (in the first from 50 to 29 tokens)" in said
     )
     assert all(len(samples[0].token_ids) <= 50 for samples in results)
     engine.generate([[9] * 10], dataclasses.replace(params, thinking_budget=None))

@@ -13,7 +13,8 @@ from e1jax.engine import Engine
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
 
-# A model that emits a script: the token after position p is script[p + 1], whatever came before.
+# A model that emits a script: the token after position p is script[p + 1], whatever
+# came before.
 CONFIG = ModelConfig(
     vocab_size=272,
     hidden_size=8,

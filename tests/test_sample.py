@@ -1,4 +1,5 @@
-"""The sample command as a user meets it: text, JSONL in and out, resume, and every mistake."""
+"""The sample command as a user meets it: text, JSONL in and out, resume, and every
+mistake."""
 
 import io
 import json
@@ -163,7 +164,8 @@ def test_output_resumes_by_id_and_sample(run, tiny_hf, tmp_path):
     assert run(*args)[0] == 0
     whole = {(r["id"], r["sample"]): r for r in records(out.read_text())}
     assert len(whole) == 9
-    # Killed in the middle of a line: the whole lines are kept, the half one is written again.
+    # Killed in the middle of a line: the whole lines are kept, the half one is written
+    # again.
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:20])
     code, said, err = run(*args)

@@ -16,10 +16,12 @@ TEXT = [7, 8]  # tokens of an end_of_thinking_text
 
 
 def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
-    """DESIGN-style semantics, one token at a time: stream[i] is what the model would draw at position i.
+    """DESIGN-style semantics, one token at a time: stream[i] is what the model would
+    draw at position i.
 
-    `thinking` and `solution` may be None; `forced` is the inserted text with `</think>`; `room` is what the cache
-    holds. Returns (tokens, forced marks, thinking tokens, solution tokens, thinking end, finish reason).
+    `thinking` and `solution` may be None; `forced` is the inserted text with
+    `</think>`; `room` is what the cache holds. Returns (tokens, forced marks, thinking
+    tokens, solution tokens, thinking end, finish reason).
     """
     plain = thinking is None and solution is None
     if not plain:
@@ -61,7 +63,8 @@ def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
 
 @jax.jit
 def run_machine(streams, budget, phase):
-    """Steps `advance` over streams [B, N]; tokens and marks [B, N], and the final state."""
+    """Steps `advance` over streams [B, N]; tokens and marks [B, N], and the final
+    state."""
 
     def step(state, sampled):
         token, forced, state = sampling.advance(
@@ -170,7 +173,8 @@ def test_edges_spelled_out():
     tokens, _, state = one_row([9, EOS, EOS], 1, 5)
     assert tokens == [9, CLOSE, EOS]
     assert sampling.THINKING_ENDS[state.end[0]] == "budget"
-    # EOS while thinking is replaced and counts nowhere; the inserted text comes before `</think>`.
+    # EOS while thinking is replaced and counts nowhere; the inserted text comes before
+    # `</think>`.
     tokens, marks, state = one_row([9, EOS, 5, 5, 9, EOS], 5, 5, text=TEXT)
     assert tokens == [9, *TEXT, CLOSE, 9, EOS]
     assert marks == [False, True, True, True, False, False]
@@ -220,7 +224,8 @@ def test_resolve_budget_reserves_the_solution():
             UserError, match=rf"prompt 4: .*{bad[2]} tokens.*cache_len={bad[4]}"
         ):
             resolve(*bad)
-    # Without `</think>`: plain sampling under the solution budget, nothing reserved for a forced end.
+    # Without `</think>`: plain sampling under the solution budget, nothing reserved for
+    # a forced end.
     assert resolve(None, 6, 3, 1, 9, can_think=False)[1:3] == (6, 6)
     with pytest.raises(UserError, match="no </think> token"):
         resolve(10, 5, 3, 1, 100, can_think=False)
@@ -263,11 +268,12 @@ def test_kept_set_is_that_of_numpy(vocab, temperature):
     for top_k in (0, 1, 2, 5, vocab, 10 * vocab):
         for top_p in (1.0, 0.999, 0.95, 0.5, 0.1, 1e-6):
             got = kept(logits, temperature, top_k, top_p)
-            # Probabilities are float32: where a share lies this close to top_p, the set on
-            # either side of it is right. Smaller vocabularies leave no such choice.
+            # Probabilities are float32: where a share lies this close to top_p, the set
+            # on either side of it is right. Smaller vocabularies leave no such choice.
             slack = 1e-6 if vocab > 1000 and top_p < 1 else 0
             for row in range(8):
-                # With both cuts off an impossible token (p = 0) is kept, and never drawn.
+                # With both cuts off an impossible token (p = 0) is kept, and never
+                # drawn.
                 mine = got[row] & np.isfinite(logits[row])
                 low = numpy_kept(logits[row], temperature, top_k, top_p - slack) > 0
                 high = numpy_kept(logits[row], temperature, top_k, top_p + slack) > 0
