@@ -276,6 +276,8 @@ class RunCheckpoints:
             policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, highest])
         self.directory = run_dir.absolute() / CHECKPOINTS
         self.best = best
+        # Its threads log the tracebacks of errors that `wait` then raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -294,15 +296,13 @@ class RunCheckpoints:
         `record["metrics"]` holds that metric if it was measured at this step.
         """
         self.wait()
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
-                optimizer=ocp.args.PyTreeSave(optimizer),
-                record=ocp.args.JsonSave(record),
-            ),
-            metrics=record.get("metrics", {}),
+        args = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params),
+            optimizer=ocp.args.PyTreeSave(optimizer),
+            record=ocp.args.JsonSave(record),
         )
+        with self._saying_what_is_left():
+            self.manager.save(step, args=args, metrics=record.get("metrics", {}))
 
     def restore(
         self, params: Params, optimizer: Any
@@ -319,14 +319,13 @@ class RunCheckpoints:
             optimizer=_restore_args(optimizer),
             record=ocp.args.JsonRestore(),
         )
-        with _orbax(_broken(self.directory / str(step))):
+        with _orbax(f"{self.directory / str(step)} is damaged, delete it to go on"):
             saved = self.manager.restore(step, args=args)
         return step, saved["params"], saved["optimizer"], saved["record"]
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises UserError if it cannot be."""
-        last = f"its last whole step is {self.manager.latest_step()}"
-        with _orbax(f"{self.directory} cannot be written, {last}"):
+        with self._saying_what_is_left():
             self.manager.wait_until_finished()
         if self.best:
             self._name_best(self.best)
@@ -334,6 +333,11 @@ class RunCheckpoints:
     def close(self) -> None:
         self.wait()
         self.manager.close()
+
+    def _saying_what_is_left(self):
+        steps = _saved_steps(self.directory.parent)
+        left = f"the last step there is {steps[-1]}" if steps else "no step is there"
+        return _orbax(f"{self.directory} cannot be written, {left}")
 
     def _name_best(self, metric: str) -> None:
         """Only a step that is whole can be the best one; of equals it is the latest."""
@@ -359,9 +363,11 @@ class MetricsLog:
     def __init__(self, run_dir: Path, step: int, steps: int, headline: Sequence[str]):
         path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(f"{line}\n" for line in lines if _step(line) <= step)
-        self.file.flush()
+        kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
+        new = run_dir / "metrics.jsonl.new"
+        new.write_text(kept, encoding="utf-8")
+        new.replace(path)
+        self.file = path.open("a", encoding="utf-8")
         self.headline = headline
         self.waiting: dict[str, Any] | None = None
         self.clock = time.perf_counter()
@@ -390,8 +396,11 @@ class MetricsLog:
                     f"step {line['step']}: {key} is {value}; lower the learning rate "
                     "(the last checkpoint is from before, and whole)"
                 )
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk
+            raise UserError(f"{self.file.name} cannot be written: {error}") from None
         shown = ", ".join(f"{key} {line[key]:.4g}" for key in self.headline)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()

@@ -94,11 +94,12 @@ def train(config: SFTConfig, run_dir: Path) -> None:
             params, state, metrics = update(params, state, batch)
             log.add(step, {**metrics, "learning_rate": schedule(step - 1)})
             due = step % config.checkpoint.every == 0 or step == config.steps
-            if due or signals:
+            stopping = bool(signals)
+            if due or stopping:
                 log.flush(style_accuracy(config.model, params, styles) if due else {})
                 record = {"seed": config.seed, "data": batches.get_state()}
                 checkpoints.save(step, params, state, record)
-            if signals:
+            if stopping:
                 break
     if signals:
         print(f"stopped after step {step}, saved; repeat the command to go on")
@@ -121,14 +122,13 @@ def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
         )
     record_config(config, run_dir)
     write_byte_tokenizer(run_dir, WORDS)
-    for name, more in (
-        ("tokenizer_config.json", {"e1jax_instruction": ""}),
+    tokenizer_config = read_json(run_dir / "tokenizer_config.json")
+    for name, values in (
+        ("tokenizer_config.json", {**tokenizer_config, "e1jax_instruction": ""}),
         ("config.json", config.model.to_hf("float32")),
     ):
-        path = run_dir / name
-        values = {**(read_json(path) if path.exists() else {}), **more}
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        (run_dir / name).write_text(text, encoding="utf-8")
     return Tokenizer.from_dir(run_dir)
 
 
