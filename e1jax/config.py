@@ -401,7 +401,9 @@ def record_config(config: Any, run_dir: Path) -> None:
     try:
         if not path.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+            new = run_dir / "config.yaml.new"
+            new.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
+            new.replace(path)  # whole, wherever the run is killed
             return
     except OSError as error:
         raise UserError(
