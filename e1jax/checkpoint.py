@@ -84,14 +84,7 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Para
     Raises UserError if the checkpoint is not whole or is that of another model.
     """
     check_saved(path, config)
-    abstract = abstract_params(config, mesh, dtype)
-    restore_args = jax.tree.map(
-        lambda array: ocp.ArrayRestoreArgs(
-            sharding=array.sharding, global_shape=array.shape, dtype=array.dtype
-        ),
-        abstract,
-    )
-    return _restore(path, ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+    return _restore(path, _restore_args(abstract_params(config, mesh, dtype)))
 
 
 def load_array(path: Path, name: str) -> np.ndarray:

@@ -94,6 +94,8 @@ def load_model(
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
     Raises UserError for whatever is missing, broken, or of another model.
     """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype must be float32 or bfloat16, not {dtype!r}")
     path = resolve(model)
     saved = find_params(path)
     files = saved[1] if saved else path
@@ -504,9 +506,8 @@ def _conversion(
         try:
             if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
                 raise UserError(f"{dst} exists already; remove it or give another name")
-            shutil.rmtree(
-                partial, ignore_errors=True
-            )  # of a conversion that was killed
+            # What a conversion that was killed has left.
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial, note
             partial.rename(dst)
@@ -533,9 +534,12 @@ def inspect(model: str) -> str:
         rows[name] = (rows[name][0] + 1 if name in rows else 1, tensor)
     parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    kind = "Hugging Face directory"
+    if saved:
+        kind = "e1jax checkpoint" if saved[0].parent == files else "run directory"
     facts = {
         "path": saved[0] if saved else path,
-        "kind": "e1jax checkpoint" if saved else "Hugging Face directory",
+        "kind": kind,
         "source": origin.get("source"),
         "revision": origin.get("revision"),
         "parameters": f"{parameters:,}",

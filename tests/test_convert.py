@@ -83,6 +83,8 @@ def test_there_and_back_is_bit_exact(tiny_hf, tmp_path, command, dtype, shape):
     back = tmp_path / "back"
     assert same_bytes(weights(back), weights(source))
     assert torch.equal(logits(back), logits(source))
+    for file in back.glob("*.safetensors"):  # as the library does: no reader stumbles
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (back / name).read_bytes() == (source / name).read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"e1", "back"}
@@ -165,6 +167,7 @@ def test_the_step_of_a_run(tiny_hf, tmp_path, command):
     (run_dir / "checkpoints/best.json").write_text('{"step": 3, "accuracy": 0.5}')
     assert find_params(run_dir) == (run_dir / "checkpoints/3/params", run_dir)
     assert command("to-hf", run_dir / "20", tmp_path / "hf")[0] == 0
+    assert "run directory" in command("inspect", run_dir)[1]
     norm = weights(tiny_hf())["model.norm.weight"]
     np.testing.assert_array_equal(
         weights(tmp_path / "hf")["model.norm.weight"], 20 * norm
@@ -218,7 +221,7 @@ def test_inspect(tiny_hf, tmp_path, command):
         lines = [" ".join(line.split()) for line in out.splitlines()]
         assert " ".join(row.split()) in lines
         assert f"parameters {count:,}" in lines and "dtype bfloat16" in lines
-    assert f"source {source}" in lines
+    assert f"source {source}" in lines and "kind e1jax checkpoint" in lines
 
 
 def truncate(file: Path) -> None:
