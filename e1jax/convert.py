@@ -10,6 +10,7 @@ very end, so that an interrupted conversion leaves nothing at DST.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -78,21 +79,31 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
+    """A model whose weights are read when `params` is first asked for."""
+
     name: str  # as the user gave it
+    path: Path
     config: ModelConfig
-    params: Params  # on the mesh
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
+
+    @functools.cached_property
+    def params(self) -> Params:
+        """The parameters on the mesh, each device reading its own part."""
+        if saved := find_params(self.path):
+            return load_params(saved[0], self.config, self.mesh, self.dtype)
+        return _load_hf(self.path, self.config, self.mesh, self.dtype)
 
 
 def load_model(
     model: str, mesh_text: str | None = None, dtype: str | None = None
 ) -> LoadedModel:
-    """A model ready to run, each device reading its own part of the weights.
+    """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
-    Raises UserError for whatever is missing, broken, or of another model.
+    Raises UserError for whatever is missing, broken, or of another model: for weights,
+    when they are read.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, not {dtype!r}")
@@ -103,11 +114,7 @@ def load_model(
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if saved:
-        params = load_params(saved[0], config, mesh, jnp.dtype(dtype))
-    else:
-        params = _load_hf(path, config, mesh, jnp.dtype(dtype))
-    return LoadedModel(model, config, params, tokenizer, mesh, jnp.dtype(dtype))
+    return LoadedModel(model, path, config, tokenizer, mesh, jnp.dtype(dtype))
 
 
 def resolve(model: str) -> Path:

@@ -1,17 +1,18 @@
 """`python -m e1jax.sample`: budgeted sampling from the command line.
 
 Steps: parse flags, read and check every request, look at what an earlier run left in
-the output file, load the model, sample, and hand out each completion as it finishes.
+the output file, sample, and hand out each completion as it finishes.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,12 +28,24 @@ from e1jax.config import (
     parse_budget,
     run_command,
 )
+from e1jax.convert import load_model
 from e1jax.engine import Completion, Engine, Prompt
 from e1jax.sharding import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
 
 _PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]
-_PROMPTS = ("prompt", "messages", "prompt_ids")
+# What a line may hold as its prompt: the rule, and a test of it.
+_PROMPTS = {
+    "prompt": ("a text", lambda value: isinstance(value, str)),
+    "messages": (
+        "a list of objects with role and content",
+        lambda value: isinstance(value, list) and all(map(_is_message, value)),
+    ),
+    "prompt_ids": (
+        "a list of whole numbers",
+        lambda value: isinstance(value, list) and all(type(i) is int for i in value),
+    ),
+}
 _DEMO_PROBLEMS = 3
 _DEMO_BUDGETS = ((32, 28), (1024, 1024))
 
@@ -53,78 +66,115 @@ class Item:
         return self.prompt
 
     def digest(self) -> str:
-        """Names the request and its parameters but for n: a file may be extended with
-        more samples."""
+        """Names prompt and parameters, but for n: more samples may be added later."""
         params = dataclasses.asdict(dataclasses.replace(self.params, n=1))
         text = json.dumps([self.prompt, self.raw, params], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def main() -> None:
     args = _parser().parse_args()
     defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
     items = _items(args, defaults)
-    output = (
-        Output(Path(args.output), _settings(args, defaults), items)
-        if args.output
-        else None
-    )
-    use_compilation_cache()
+    keys = [(item.id, j) for item in items for j in range(item.params.n)]
+    settings = _settings(args, defaults)
+    output = Output(Path(args.output), settings, items) if args.output else None
     done = output.done if output else set()
-    total = sum(item.params.n for item in items)
-    left = total - sum(
-        (item.id, j) in done for item in items for j in range(item.params.n)
-    )
+    left = sum(key not in done for key in keys)
     if left == 0:
-        print(f"all {total} completions are in {args.output} already", file=sys.stderr)
+        print(f"all {len(keys)} are in {args.output} already", file=sys.stderr)
         return
-    engine = Engine.from_pretrained(
-        args.model,
-        mesh=args.mesh,
+    use_compilation_cache()
+    loaded = load_model(args.model, args.mesh, args.dtype)
+    # Every request is checked before the weights are read, which can take minutes.
+    engine = Engine(
+        *(loaded.config, {}, loaded.tokenizer, loaded.mesh),
         cache_len=args.cache_len,
         slots=min(16, left) if args.slots is None else args.slots,
-        dtype=args.dtype,
     )
-    prompts = [item.encoded(engine.tokenizer) for item in items]
-    start = time.monotonic()
-    bar = tqdm(
-        total=left, unit="completion", file=sys.stderr, disable=not sys.stderr.isatty()
-    )
+    bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
     completions = engine.stream(
-        prompts,
+        [item.encoded(engine.tokenizer) for item in items],
         [item.params for item in items],
         skip=lambda index, sample: (items[index].id, sample) in done,
         progress=lambda _: bar.set_postfix_str(_speed(engine, start)),
     )
     count = 0
     try:
-        for completion in completions:
-            count += 1
-            item = items[completion.prompt_index]
-            record = _record(item, completion)
-            if output:
-                output.append(record)
-            if args.json:
-                _say(bar, json.dumps(record, ensure_ascii=False))
-            elif not output:
-                _say(
-                    bar,
-                    _pretty(item, completion, args.logprobs, engine, alone=total == 1),
-                )
-            bar.update()
+        with output or contextlib.nullcontext():
+            engine.params = loaded.params
+            start = time.monotonic()
+            show = Printer(args, engine, items, bar)
+            for completion in completions:
+                record = _record(items[completion.prompt_index], completion)
+                if output:
+                    output.append(record)
+                show(completion, record)
+                bar.update()
+                count += 1
     except KeyboardInterrupt:
-        kept = (
-            f", kept in {args.output}; run the same command again to go on"
-            if output
-            else ""
-        )
+        way_on = "run the same command again to go on"
+        kept = f", kept in {args.output}; {way_on}" if output else ""
         raise KeyboardInterrupt(f"after {count} of {left} completions{kept}") from None
     finally:
         bar.close()
-        if output:
-            output.close()
-    summary = f"{count} completion{'s' * (count != 1)}, {_speed(engine, start)}"
+    summary = f"{left} completion{'s' * (left > 1)}, {_speed(engine, start)}"
     print(summary, file=sys.stderr if args.json or output else sys.stdout)
+
+
+class Printer:
+    """Shows completions on stdout: JSON as they finish, text in the prompts' order.
+
+    With an output file and without --json, nothing is shown.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, engine: Engine, items: list[Item], bar: tqdm
+    ):
+        self.args, self.engine, self.items, self.bar = args, engine, items, bar
+        self.alone = sum(item.params.n for item in items) == 1
+        self.held: dict[tuple[int, int], str] = {}
+        self.turns = [
+            (i, j) for i, item in enumerate(items) for j in range(item.params.n)
+        ]
+        self.turns.reverse()
+
+    def __call__(self, completion: Completion, record: dict[str, Any]) -> None:
+        if self.args.json:
+            self._say(json.dumps(record))
+        elif not self.args.output:
+            key = (completion.prompt_index, completion.sample)
+            self.held[key] = self._text(completion)
+            while self.turns and self.turns[-1] in self.held:
+                self._say(self.held.pop(self.turns.pop()))
+
+    def _say(self, text: str) -> None:
+        self.bar.clear()
+        print(text, flush=True)
+        self.bar.refresh()
+
+    def _text(self, completion: Completion) -> str:
+        dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+        item, how = self.items[completion.prompt_index], completion.thinking_end
+        lines = [] if self.alone else [f"--- {item.id}, sample {completion.sample}"]
+        end = "" if how is None else "</think>"
+        lines.append(f"{dim}{completion.thinking}{end}{plain}{completion.solution}")
+        cut = {"budget": " (cut by the budget)", "eos": " (ended by EOS)"}
+        lines.append(
+            f"[{completion.thinking_tokens} thinking{cut.get(how or '', '')} + "
+            f"{sum(completion.forced)} forced + {completion.solution_tokens} solution "
+            f"tokens, {completion.finish_reason}, answer {completion.answer}]"
+        )
+        if self.args.logprobs:
+            columns = (completion.token_ids, completion.logprobs, completion.forced)
+            for token, logprob, forced in zip(*columns, strict=True):
+                text = self.engine.tokenizer.decode([token])
+                lines.append(f"{logprob:10.4f} {'*' * forced:1} {token:6d} {text!r}")
+        return "\n".join(lines)
 
 
 class Output:
@@ -132,59 +182,67 @@ class Output:
     run again.
 
     Beside it lies FILE.settings.json, which says how it was made, so that a run with
-    other settings is refused and not mixed in.
+    other settings is refused and not mixed in. Entering the context opens the file.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], items: list[Item]):
-        self.path, self.sidecar = path, path.with_name(path.name + ".settings.json")
-        requests = {json.dumps(item.id): item.digest() for item in items}
-        self.done, size = self._read()
+        self.path = path
+        self.sidecar = path.with_name(path.name + ".settings.json")
+        self.settings = settings
+        self.requests = {json.dumps(item.id): item.digest() for item in items}
+        self.done, self.size = self._read()
+        self.file: TextIO | None = None
         if self.sidecar.exists():
-            requests = self._check(settings, requests)
-        elif size:
+            self._compare()
+        elif self.size:
             raise UserError(
-                f"{path} has content but no {self.sidecar.name} beside it, so it was not made by this command; "
-                "choose another --output"
+                f"{path} has content but no {self.sidecar.name} beside it, so it was "
+                "not made by this command; choose another --output"
             )
-        try:
-            self.file: TextIO = path.open("a", encoding="utf-8")
-            self.file.truncate(size)
-            _replace(
-                self.sidecar,
-                json.dumps({"settings": settings, "requests": requests}, indent=1)
-                + "\n",
-            )
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be written: {error.strerror or error}"
-            ) from None
 
-    def append(self, record: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written: {error.strerror or error}"
-            ) from None
+    def __enter__(self) -> "Output":
+        made_how = {"settings": self.settings, "requests": self.requests}
+        part = self.sidecar.with_name(self.sidecar.name + ".part")
+        with self._writing():
+            self.file = self.path.open("a", encoding="utf-8")
+            self.file.truncate(self.size)
+            part.write_text(json.dumps(made_how, indent=1) + "\n", encoding="utf-8")
+            os.replace(part, self.sidecar)
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
+        assert self.file is not None
         self.file.close()
 
-    def _read(self) -> tuple[set[tuple[str | int, int]], int]:
-        """Which (id, sample) are there, and the bytes up to the last whole line: a run
-        that was killed while writing leaves half a line, which is written again."""
-        done, size = set(), 0
+    def append(self, record: dict[str, Any]) -> None:
+        assert self.file is not None
+        with self._writing():
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    @contextlib.contextmanager
+    def _writing(self):
         try:
-            lines = (
-                self.path.read_bytes().splitlines(keepends=True)
-                if self.path.exists()
-                else []
-            )
+            yield
         except OSError as error:
+            reason = error.strerror or error
             raise UserError(
-                f"{self.path} cannot be read: {error.strerror or error}"
+                f"{self.path} cannot be written: {reason}; choose another --output"
             ) from None
+
+    def _read(self) -> tuple[set[tuple[str | int, int]], int]:
+        """Which (id, sample) are there, and the bytes up to the last whole line.
+
+        A run that was killed while writing leaves half a line, which is written again.
+        """
+        done, size = set(), 0
+        if not self.path.exists():
+            return done, size
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{self.path} cannot be read: {reason}") from None
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 break
@@ -193,43 +251,42 @@ class Output:
                 done.add((record["id"], record["sample"]))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self.path} line {number} is not a completion of this command; choose another --output"
+                    f"{self.path} line {number} is not a completion of this command; "
+                    "choose another --output"
                 ) from None
             size += len(line)
         return done, size
 
-    def _check(
-        self, settings: dict[str, Any], requests: dict[str, str]
-    ) -> dict[str, str]:
-        """The requests there and now together; refuses settings or requests that
-        differ."""
+    def _compare(self) -> None:
+        """Refuses settings or requests that differ from those of the earlier run."""
         try:
             old = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, old_requests = old["settings"], old["requests"]
-        except (OSError, ValueError, KeyError, TypeError):
+            before, requests = old["settings"], old["requests"]
+            names = [n for n, v in self.settings.items() if before.get(n) != v]
+            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{self.sidecar} cannot be read; choose another --output"
+                f"{self.sidecar} is not readable; choose another --output"
             ) from None
-        for name in settings:
-            if before.get(name) != settings[name]:
-                raise UserError(
-                    f"{self.path} was made with {name}={before.get(name)!r}, and this run has {settings[name]!r}; "
-                    "use the same settings or another --output"
-                )
-        for name, digest in requests.items():
-            if old_requests.get(name, digest) != digest:
-                raise UserError(
-                    f"{self.path} was made with another prompt or other parameters for id {name}; "
-                    "choose another --output"
-                )
-        return {**old_requests, **requests}
+        if names:
+            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
+            here = ", ".join(f"{n}={self.settings[n]!r}" for n in names)
+            raise UserError(
+                f"{self.path} was made with {there}, and this run has {here}; use the "
+                "same settings or another --output"
+            )
+        if changed:
+            raise UserError(
+                f"{self.path} was made with another prompt or other parameters for id "
+                f"{changed[0]}; choose another --output"
+            )
+        self.requests = {**requests, **self.requests}
 
 
 def read_items(
-    lines: Iterator[str], where: str, defaults: SamplingParams, raw: bool
+    lines: Iterable[str], where: str, defaults: SamplingParams, raw: bool
 ) -> list[Item]:
-    """Requests from JSONL; every line is checked before any is run. Raises UserError
-    naming the line."""
+    """Requests from JSONL, every line checked; raises UserError naming the line."""
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -242,11 +299,15 @@ def read_items(
         if not isinstance(fields, dict):
             raise UserError(f"{at} is not a JSON object but a {type(fields).__name__}")
         items.append(_item(fields, len(items), at, defaults, raw))
-    seen: dict[str, int] = {}
+    if not items:
+        raise UserError(f"{where} holds no request")
+    first: dict[str, int] = {}
     for index, item in enumerate(items):
-        if (first := seen.setdefault(str(item.id), index)) != index:
+        other = first.setdefault(str(item.id), index)
+        if other != index:
             raise UserError(
-                f"{where}: requests {first} and {index} have the same id {item.id!r}; make ids differ"
+                f"{where}: requests {other} and {index} have the same id {item.id!r} "
+                "(a request without one has its index); make ids differ"
             )
     return items
 
@@ -257,31 +318,22 @@ def _item(
     check_known(fields, [*_PROMPTS, "id", *_PARAMS], at)
     given = [name for name in _PROMPTS if name in fields]
     if len(given) != 1:
+        found = " and ".join(given) or "none"
         raise UserError(
-            f"{at} needs exactly one of prompt, messages and prompt_ids, not {given or 'none'}"
+            f"{at} needs exactly one of prompt, messages and prompt_ids, not {found}"
         )
     kind, prompt = given[0], fields[given[0]]
-    if not isinstance(prompt, str if kind == "prompt" else list):
-        raise UserError(
-            f"{at}: {kind} must be a {'text' if kind == 'prompt' else 'list'}, not {prompt!r}"
-        )
+    rule, fits = _PROMPTS[kind]
+    if not fits(prompt):
+        raise UserError(f"{at}: {kind} must be {rule}, not {prompt!r}")
     if not prompt:
         raise UserError(f"{at}: {kind} is empty")
-    if kind == "messages" and not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt
-    ):
-        raise UserError(f"{at}: messages must be objects with role and content")
-    if kind == "prompt_ids" and not all(
-        isinstance(i, int) and not isinstance(i, bool) for i in prompt
-    ):
-        raise UserError(f"{at}: prompt_ids must be whole numbers")
     identity = fields.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise UserError(f"{at}: id must be a text or a whole number, not {identity!r}")
+    own = {name: fields[name] for name in _PARAMS if name in fields}
     try:
-        params = dataclasses.replace(
-            defaults, **{name: fields[name] for name in _PARAMS if name in fields}
-        )
+        params = dataclasses.replace(defaults, **own)
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
     return Item(identity, prompt, raw and kind == "prompt", params)
@@ -289,56 +341,44 @@ def _item(
 
 def _items(args: argparse.Namespace, defaults: SamplingParams) -> list[Item]:
     if args.prompt and args.prompts:
-        raise UserError("give prompts on the command line or with --prompts, not both")
+        raise UserError("give prompts on the command line or by --prompts, not both")
     if args.prompts == "-":
-        return _nonempty(
-            read_items(iter(sys.stdin), "standard input", defaults, args.raw)
-        )
+        return read_items(sys.stdin, "standard input", defaults, args.raw)
     if args.prompts:
         try:
-            with open(args.prompts, encoding="utf-8") as file:
-                return _nonempty(
-                    read_items(iter(file), args.prompts, defaults, args.raw)
-                )
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--prompts {args.prompts} cannot be read: {error}"
-            ) from None
+            lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{args.prompts} cannot be read: {reason}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{args.prompts} is not UTF-8 text: {error}") from None
+        return read_items(lines, args.prompts, defaults, args.raw)
     if args.prompt:
         return [
-            _item({"prompt": p}, i, f"prompt {i}", defaults, args.raw)
-            for i, p in enumerate(args.prompt)
+            _item({"prompt": text}, i, f"prompt {i}", defaults, args.raw)
+            for i, text in enumerate(args.prompt)
         ]
-    if not args.model.startswith("nano"):
+    if args.model not in ("nano", "nano-e1"):
         raise UserError("no prompt was given; write one, or --prompts FILE.jsonl")
     return _demo(defaults)
 
 
 def _demo(defaults: SamplingParams) -> list[Item]:
-    """A few problems that the nano model never saw, each at a tight and at a roomy
-    budget."""
+    """Problems that no nano model was trained on, at a tight and a roomy budget."""
     items = []
     for problem in data.held_out_problems(_DEMO_PROBLEMS):
         for thinking, solution in _DEMO_BUDGETS:
-            params = dataclasses.replace(
-                defaults, thinking_budget=thinking, solution_budget=solution
-            )
-            identity = f"{problem['problem']} (answer {problem['answer']}) at {thinking}+{solution} tokens"
-            items.append(Item(identity, problem["problem"], False, params))
-    return items
-
-
-def _nonempty(items: list[Item]) -> list[Item]:
-    if not items:
-        raise UserError("the prompts file holds no request")
+            budgets = {"thinking_budget": thinking, "solution_budget": solution}
+            params = dataclasses.replace(defaults, **budgets)
+            text, answer = problem["problem"], problem["answer"]
+            label = f"{text} (answer {answer}) at {thinking}+{solution} tokens"
+            items.append(Item(label, text, False, params))
     return items
 
 
 def _settings(args: argparse.Namespace, defaults: SamplingParams) -> dict[str, Any]:
-    """What changes the completions, named as the flags are."""
-    flags = {
-        name: getattr(args, name) for name in ("model", "dtype", "cache_len", "raw")
-    }
+    """What changes the completions, under the names of the flags."""
+    flags = {n: getattr(args, n) for n in ("model", "dtype", "cache_len", "raw")}
     params = dataclasses.asdict(defaults)
     del params["n"]
     return {**flags, **params}
@@ -352,56 +392,18 @@ def _record(item: Item, completion: Completion) -> dict[str, Any]:
     return record
 
 
-def _pretty(
-    item: Item, completion: Completion, logprobs: bool, engine: Engine, *, alone: bool
-) -> str:
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    end = "" if completion.thinking_end is None else "</think>"
-    head = "" if alone else f"--- {item.id}, sample {completion.sample}\n"
-    text = f"{dim}{completion.thinking}{end}{plain}{completion.solution}"
-    forced = sum(completion.forced)
-    ended = {"budget": " (cut by the budget)", "eos": " (ended by EOS)"}.get(
-        completion.thinking_end or "", ""
-    )
-    counts = (
-        f"[{completion.thinking_tokens} thinking{ended} + {forced} forced + {completion.solution_tokens} solution "
-        f"tokens, {completion.finish_reason}, answer {completion.answer}]"
-    )
-    lines = [head + text, counts]
-    if logprobs:
-        rows = zip(
-            completion.token_ids, completion.logprobs, completion.forced, strict=True
-        )
-        lines += [
-            f"{p:10.4f}{' *' if f else '  '} {t:6d} {engine.tokenizer.decode([t])!r}"
-            for t, p, f in rows
-        ]
-    return "\n".join(lines)
-
-
 def _speed(engine: Engine, start: float) -> str:
-    seconds = time.monotonic() - start
-    return f"{engine.stats.tokens} tokens in {seconds:.1f} s ({engine.stats.tokens / max(seconds, 1e-9):.0f} tokens/s)"
-
-
-def _say(bar: tqdm, text: str) -> None:
-    bar.clear()
-    print(text, flush=True)
-    bar.refresh()
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    tokens, seconds = engine.stats.tokens, time.monotonic() - start
+    return f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m e1jax.sample",
-        description="Samples thinking and solution under separate budgets.",
-        epilog="Compiled programs are kept between runs in $JAX_COMPILATION_CACHE_DIR, by default "
-        "~/.cache/e1jax/xla. Without a prompt, the nano model solves a few problems of its own at two budgets.",
+        description="Samples thinking and solution under separate token budgets.",
+        epilog="Without a prompt, the nano model solves a few problems of its own at two "
+        "budgets. Compiled programs are kept between runs in $JAX_COMPILATION_CACHE_DIR, "
+        "by default ~/.cache/e1jax/xla.",
     )
     flag = parser.add_argument
     flag(
@@ -418,8 +420,9 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "--prompts",
         metavar="FILE.jsonl|-",
-        help="requests, one JSON object a line: prompt, messages or prompt_ids, and optionally id and the sampling "
-        "settings (thinking_budget, ..., null for unlimited); - reads standard input",
+        help="requests, one JSON object a line: prompt, messages or prompt_ids, and "
+        "optionally id and the sampling settings (thinking_budget, ...; null for an "
+        "unlimited budget); - reads standard input",
     )
     flag(
         "--thinking-budget",
@@ -452,7 +455,7 @@ def _parser() -> argparse.ArgumentParser:
         "--top-k",
         type=int,
         default=0,
-        help="most probable tokens kept; 0 is off (default 0)",
+        help="number of most probable tokens kept; 0 is off (default 0)",
     )
     flag(
         "--seed",
@@ -469,28 +472,32 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-len",
         type=int,
         metavar="TOKENS",
-        help="room for prompt and response of a slot (default 32768, or the model's maximum if smaller)",
+        help="room for prompt and response in a slot (default 32768, or the model's "
+        "max_position_embeddings if smaller)",
     )
     flag(
         "--mesh",
         metavar="data=1,tensor=4",
-        help="device mesh (default: all devices, heads divided first)",
+        help="device mesh: rows over data, heads over tensor (default: all devices, as "
+        "many on tensor as the model's heads allow)",
     )
     flag(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="of weights and cache (default float32 on CPU, else bfloat16)",
+        help="of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
     )
     flag(
         "--output",
         metavar="OUT.jsonl",
-        help="append completions to this file; run again, what is there is skipped",
+        help="append completions to this file as they finish, and show none; run again, "
+        "what is there is skipped",
     )
     flag("--json", action="store_true", help="print one JSON object per completion")
     flag(
         "--logprobs",
         action="store_true",
-        help="print each token with its log-probability (forced ones marked *)",
+        help="show each token with its log-probability, forced ones marked * (JSON and "
+        "--output hold them always)",
     )
     flag(
         "--raw",

@@ -4,6 +4,7 @@ mistake."""
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,14 +175,13 @@ def test_output_resumes_by_id_and_sample(run, tiny_hf, tmp_path):
     again = {(r["id"], r["sample"]): r for r in records(out.read_text())}
     assert tokens(again) == tokens(whole)
     # Nothing left; more samples; more prompts.
-    assert "all 9 completions" in run(*args)[2]
+    assert "all 9 are in" in run(*args)[2]
     write_lines(file, *({"prompt": f"p{i}", "n": 4} for i in range(4)))
     assert "7 completions" in run(*args)[2]
     found = records(out.read_text())
     assert len({(r["id"], r["sample"]) for r in found}) == len(found) == 16
-    assert all(
-        whole[key] == r for r in found if (key := (r["id"], r["sample"])) in whole
-    )
+    more = {(r["id"], r["sample"]): r for r in found}
+    assert tokens(whole).items() <= tokens(more).items()
 
 
 def test_output_made_with_other_settings_is_refused_and_untouched(
@@ -297,8 +297,6 @@ def test_missing_and_empty_prompts(run, tiny_hf, tmp_path):
 
 
 def test_model_without_think_end(run, tiny_hf, tmp_path):
-    import shutil  # kept beside its only use
-
     path = tmp_path / "plain"
     shutil.copytree(tiny_hf(), path)
     text = (path / "tokenizer.json").read_text().replace("</think>", "</thunk>")
