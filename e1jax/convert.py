@@ -102,8 +102,7 @@ def load_model(
     """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
-    Raises UserError for whatever is missing, broken, or of another model: for weights,
-    when they are read.
+    Raises UserError for whatever is missing, broken, or of another model.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype must be float32 or bfloat16, not {dtype!r}")
@@ -114,6 +113,11 @@ def load_model(
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    # Names, shapes and sizes are checked now; the weights themselves can wait.
+    if saved:
+        check_saved(saved[0], config)
+    else:
+        hf_tensors(path, config)
     return LoadedModel(model, path, config, tokenizer, mesh, jnp.dtype(dtype))
 
 

@@ -261,7 +261,7 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: Any) -> KVC
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig) -> tuple[Any, nnx.State]:
+def _structure(config: ModelConfig) -> tuple[Any, Any]:
     """The module's graph, and its parameters as shapes with their logical axes."""
     return nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))
 
