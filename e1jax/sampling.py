@@ -245,7 +245,7 @@ def kept(
 
     cut = _smallest(lambda cut: at_most(cut).sum(axis=-1) >= count, count.shape)
     keep = at_most(cut)
-    limbs = _limbs(jnp.where(keep, jnp.exp(-gaps), 0.0))
+    limbs = _limbs(jnp.exp(-gaps))
 
     def mass(chosen):
         sums = [jnp.where(chosen, limb, 0).sum(axis=-1) for limb in limbs]
