@@ -78,11 +78,11 @@ def cached_attention(
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
-    Work follows the filled length, not the capacity S: blocks of `block_len` positions
+    Work follows the filled length, not the capacity S: blocks of BLOCK_LEN positions
     are visited up to the last one that any row has reached (a dynamic trip count in one
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
-    others are. S is a multiple of `block_len`.
+    others are. S is a multiple of BLOCK_LEN, or smaller than it.
     """
     _, batch, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)

@@ -33,7 +33,7 @@ from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
 from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
-from e1jax.sharding import replicated, sharding
+from e1jax.sharding import COMPILER_OPTIONS, replicated, sharding
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
 DEFAULT_CACHE_LEN = 32768
@@ -41,6 +41,7 @@ CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 _LOOK_SECONDS = 1.0
 _PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 _SHORTEST_BUCKET = 16
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 _SHORTEST_FORCED = 8
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
@@ -130,21 +131,24 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        params: Params,
+        params: Params | None,
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,
         cache_len: int | None = None,
         slots: int = 16,
     ):
-        """`cache_len`: positions of a slot, prompt and response together; None is
-        32,768 or the model's max_position_embeddings if smaller. `slots`: rows sampled
-        at a time, rounded up to a multiple of the mesh axis `data`. Raises UserError
-        for sizes below 1."""
+        """Takes sizes and weights; the latter may be None until completions are drawn.
+
+        `cache_len`: positions of a slot, prompt and response together; None is 32,768
+        or the model's max_position_embeddings if smaller. `slots`: rows sampled at a
+        time, rounded up to a multiple of the mesh axis `data`. Raises UserError for
+        sizes below 1.
+        """
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
         self.cache_len = default if cache_len is None else cache_len
-        check_integer("cache_len", self.cache_len, 1)
-        check_integer("slots", slots, 1)
+        check_integer("cache_len", self.cache_len, 1, 2**30)
+        check_integer("slots", slots, 1, 2**20)
         self.config, self.params = config, params
         self.tokenizer, self.mesh = tokenizer, mesh
         self.slots = -(-slots // mesh.shape["data"]) * mesh.shape["data"]
@@ -199,15 +203,18 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        names: Sequence[str] | None = None,
         skip: Callable[[int, int], bool] = lambda prompt_index, sample: False,
         progress: Callable[[int], None] = lambda new_tokens: None,
     ) -> Iterator[Completion]:
         """Yields each Completion as it finishes. See `generate`.
 
-        Samples for which `skip(prompt_index, sample)` holds are left out (a resumed run
-        has them already); `progress` is told after each chunk how many tokens it gave.
+        Requests are checked when this is called, before the first completion is asked
+        for; `names` is what to call them in messages (default: "prompt 0", ...). Samples
+        for which `skip(prompt_index, sample)` holds are left out (a resumed run has them
+        already). `progress` is told after each chunk how many tokens it gave.
         """
-        requests = self._requests(prompts, params)
+        requests = self._requests(prompts, params, names)
         for request in requests:
             samples = range(request.params.n)
             request.waiting = [j for j in samples if not skip(request.index, j)]
@@ -217,10 +224,17 @@ class Engine:
         """Token ids of a prompt, checked; see `generate`."""
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if len(prompt) and all(isinstance(item, dict) for item in prompt):
-            prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise UserError(
+                f"{where} is {prompt!r}; give a text, chat messages or token ids"
+            )
         if not len(prompt):
             raise UserError(f"{where} is empty; a response needs a token to start from")
+        if all(isinstance(item, dict) for item in prompt):
+            try:
+                prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         last = self.config.vocab_size - 1
         for token in prompt:
             is_integer = isinstance(token, int | np.integer)
@@ -234,18 +248,22 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
+        names: Sequence[str] | None,
     ) -> list[_Request]:
         if isinstance(prompts, str):
             raise UserError("prompts is one string; pass a list of prompts")
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
+        if not all(isinstance(item, SamplingParams) for item in params):
+            raise UserError(f"params must be SamplingParams, not {params!r}")
         if len(params) != len(prompts):
             raise UserError(
                 f"{len(prompts)} prompts came with {len(params)} SamplingParams; "
                 "give one for all or one each"
             )
-        pairs = zip(prompts, params, strict=True)
-        requests = [self._request(i, *pair) for i, pair in enumerate(pairs)]
+        names = names or [f"prompt {index}" for index in range(len(prompts))]
+        triples = enumerate(zip(prompts, params, names, strict=True))
+        requests = [self._request(index, *triple) for index, triple in triples]
         cut = [request for request in requests if request.budget.was_cut]
         if cut:
             given, left = cut[0].params.thinking_budget, cut[0].budget.thinking
@@ -257,8 +275,9 @@ class Engine:
             )
         return requests
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> _Request:
-        where = f"prompt {index}"
+    def _request(
+        self, index: int, prompt: Prompt, params: SamplingParams, where: str
+    ) -> _Request:
         prompt_ids = self.encode(prompt, where)
         if THINK_END in params.end_of_thinking_text:
             raise UserError(
@@ -267,7 +286,10 @@ class Engine:
             )
         forced_ids = []
         if self.tokenizer.think_end_id is not None:
-            text_ids = self.tokenizer.encode(params.end_of_thinking_text)
+            try:
+                text_ids = self.tokenizer.encode(params.end_of_thinking_text)
+            except UserError as error:
+                raise UserError(f"{where}: end_of_thinking_text: {error}") from None
             forced_ids = [*text_ids, self.tokenizer.think_end_id]
         budget = sampling.resolve_budget(
             params,
@@ -282,55 +304,58 @@ class Engine:
     def _run(
         self, requests: list[_Request], progress: Callable[[int], None]
     ) -> Iterator[Completion]:
+        weights = self.params
+        assert weights is not None, "assign Engine.params before drawing completions"
         self.stats = Stats()
         queue = [request for request in requests if request.waiting][::-1]
         active: list[_Active | None] = [None] * self.slots
         longest = max((len(r.forced_ids) for r in requests), default=0)
         rows = _empty_rows(self.slots, _bucket(longest, _SHORTEST_FORCED))
         rows = jax.device_put(rows, replicated(self.mesh))
-        cache, self._cache = self._cache or self._new_cache(), None
+        # Kept for the next call only if all ends well: one key that is not finite would
+        # spoil every later row of its slot.
+        cache, self._cache = self._cache or self._new_cache(weights), None
         think_end = self.tokenizer.think_end_id
         ids = TokenIds(self.tokenizer.eos_id, -1 if think_end is None else think_end)
         # Steps per look of the host: as many as take about a second, so that progress
         # shows and Ctrl-C works on a slow device too.
         num_steps = 8
-        try:
-            while queue or any(active):
-                while queue and not all(active):
-                    cache, rows = self._admit(queue[-1], active, cache, rows)
-                    if not queue[-1].waiting:
-                        queue.pop()
-                # With work waiting, stop for a refill as soon as a few rows are done.
-                enough = max(1, self.slots // 16) if queue else self.slots
-                start = time.monotonic()
-                cache, rows, chunk = decode(
-                    *(self.config, self.mesh, self.params, ids, cache, rows),
-                    *(enough, num_steps),
-                )
-                chunk, state = jax.device_get((chunk, rows.state))
-                seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
-                num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
-                progress(self._collect(chunk, state, active))
-                for slot, item in enumerate(active):
-                    if item is not None and state.phase[slot] == sampling.DONE:
-                        active[slot] = None
-                        final = jax.tree.map(
-                            lambda field, slot=slot: int(field[slot]), state
-                        )
-                        yield self._completion(item, final)
-        finally:
-            self._cache = None if cache.k.is_deleted() else cache
+        while queue or any(active):
+            while queue and not all(active):
+                cache, rows = self._admit(queue[-1], active, weights, cache, rows)
+                if not queue[-1].waiting:
+                    queue.pop()
+            # With work waiting, stop for a refill as soon as a few rows are done.
+            enough = max(1, self.slots // 16) if queue else self.slots
+            start = time.monotonic()
+            cache, rows, chunk = decode(
+                *(self.config, self.mesh, weights, ids, cache, rows),
+                *(enough, num_steps),
+            )
+            chunk, state = jax.device_get((chunk, rows.state))
+            seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
+            num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
+            progress(self._collect(chunk, state, active))
+            for slot, item in enumerate(active):
+                if item is not None and state.phase[slot] == sampling.DONE:
+                    active[slot] = None
+                    final = jax.tree.map(
+                        lambda field, slot=slot: int(field[slot]), state
+                    )
+                    yield self._completion(item, final)
+        self._cache = cache
 
     def _admit(
         self,
         request: _Request,
         active: list[_Active | None],
+        weights: Params,
         cache: KVCache,
         rows: Rows,
     ) -> tuple[KVCache, Rows]:
         """Starts as many samples of the request as there are free slots."""
         if request.prefix is None:
-            request.prefix = self._prefill(request.prompt_ids)
+            request.prefix = self._prefill(weights, request.prompt_ids)
         free = [slot for slot, item in enumerate(active) if item is None]
         count = min(len(free), len(request.waiting))
         free, samples = free[:count], request.waiting[:count]
@@ -344,17 +369,28 @@ class Engine:
             request.prefix = None
         return cache, rows
 
-    def _prefill(self, prompt_ids: list[int]) -> KVCache:
-        bucket = _bucket(len(prompt_ids) - 1, _SHORTEST_BUCKET)
+    def _prefill(self, weights: Params, prompt_ids: list[int]) -> KVCache:
+        length = len(prompt_ids) - 1  # the last one starts the decoding
+        bucket = _bucket(length, _SHORTEST_BUCKET)
         bucket = min(bucket, _capacity(self.cache_len))
         tokens = np.zeros((1, bucket), np.int32)
-        tokens[0, : len(prompt_ids) - 1] = prompt_ids[:-1]
+        tokens[0, :length] = prompt_ids[:-1]
         self.stats.prefills += 1
-        return prefill(self.config, self.mesh, self.params, tokens, len(prompt_ids) - 1)
+        return prefill(self.config, self.mesh, weights, tokens, length)
 
-    def _new_cache(self) -> KVCache:
-        dtype = self.params["embedding"].dtype
-        return new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
+    def _new_cache(self, weights: Params) -> KVCache:
+        dtype = weights["embedding"].dtype
+        sizes = (self.slots, self.cache_len)
+        try:
+            cache = new_cache(self.config, self.mesh, *sizes, dtype)
+            return jax.block_until_ready(cache)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"a cache of {sizes[0]} slots x {sizes[1]} positions does not fit the "
+                "memory of the devices; lower slots or cache_len"
+            ) from None
 
     def _collect(
         self, chunk: Chunk, state: BudgetState, active: list[_Active | None]
@@ -412,7 +448,10 @@ class Engine:
         return thinking, solution, thinking + THINK_END + solution
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+@functools.partial(_jit, static_argnums=(0, 1))
 def prefill(
     config: ModelConfig,
     mesh: Mesh,
@@ -441,7 +480,7 @@ def prefill(
     return jax.lax.fori_loop(0, -(-length // piece), step, _cache_on_mesh(mesh, cache))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 3))
+@functools.partial(_jit, static_argnums=0, donate_argnums=(1, 3))
 def admit(
     mesh: Mesh,
     cache: KVCache,
@@ -473,7 +512,7 @@ def admit(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+@functools.partial(_jit, static_argnums=(0, 1), donate_argnums=(4, 5))
 def decode(
     config: ModelConfig,
     mesh: Mesh,
@@ -530,7 +569,7 @@ def decode(
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(_jit, static_argnums=(0, 1, 2, 3, 4))
 def new_cache(
     config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
 ) -> KVCache:
@@ -563,14 +602,14 @@ def _bucket(length: int, shortest: int) -> int:
 def _empty_rows(slots: int, width: int) -> Rows:
     """Rows without a request; `width` tokens can be forced."""
     zeros: Any = np.zeros(slots, np.int32)
-    thresholds: Any = np.zeros(slots, np.float32)
+    ones: Any = np.ones(slots, np.float32)  # a top_p of 1 asks for no filtering
     seed: Any = np.zeros((slots, 2), np.uint32)
     forced_ids: Any = np.zeros((slots, width), np.int32)
     done: Any = np.full(slots, sampling.DONE, np.int32)
     return Rows(
         token=zeros,
         position=zeros,
-        sampling=Sampling(thresholds, thresholds, zeros, seed, zeros),
+        sampling=Sampling(ones, ones, zeros, seed, zeros),
         budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
         state=BudgetState(done, *[zeros] * 6),
     )
@@ -593,7 +632,7 @@ def _request_rows(
         token=fill(request.prompt_ids[-1]),
         position=fill(len(request.prompt_ids) - 1),
         sampling=Sampling(
-            temperature=fill(params.temperature, np.float32),
+            temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
             top_p=fill(params.top_p, np.float32),
             top_k=fill(params.top_k),
             seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),

@@ -30,11 +30,6 @@ BY_MODEL, BY_BUDGET, BY_EOS = 1, 2, 3
 STOP, SOLUTION_BUDGET, LENGTH = 1, 2, 3
 
 
-# A share of the mass reaches top_p if it misses it by no more than float32 rounds its
-# terms (0.5 + 0.3 against 0.8).
-_REACHED = 1 - 2e-7
-
-
 class TokenIds(NamedTuple):
     """Special ids, read from the tokenizer. `think_end` is -1 in a model that has no
     `</think>`."""
@@ -227,14 +222,13 @@ def kept(
     """Which tokens survive top-k and then top-p.
 
     `gaps` are log p(most probable) - log p(token), 0 or more. Top-p keeps the smallest
-    set of most probable tokens whose share of what top-k left reaches `top_p`. The
-    token that crosses is kept, and so is any token tied with the last one kept, in both
-    cuts.
+    set of most probable tokens whose share of what top-k left reaches `top_p`. The token
+    that crosses is kept, and so is any token tied with the last one kept, in both cuts.
 
     Nothing is sorted: floats of one sign are ordered like their bits, so bisection over
-    the int32 range finds the exact cut in 31 passes over the array. Masses are summed
-    in integers (see `_limbs`), so the set depends neither on the order of the sums nor
-    on how the vocabulary is sharded.
+    the int32 range finds the exact cut in 31 passes over the array. Masses are summed in
+    integers (see `_limbs`), so the set depends neither on the order of the sums nor on
+    how the vocabulary is sharded.
     """
     ranks = jax.lax.bitcast_convert_type(gaps, jnp.int32)
     count = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
@@ -253,8 +247,20 @@ def kept(
             s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
         )
 
-    target = top_p * _REACHED * mass(keep)
-    cut = _smallest(lambda cut: mass(at_most(cut)) >= target, count.shape)
+    def rest(cut):
+        # What the cut leaves out. Near top_p = 1 it is small, so its float32 is finer
+        # than that of what the cut keeps.
+        return mass(keep & ~at_most(cut))
+
+    total = mass(keep)
+    spare = (1 - top_p) * total
+    cut = _smallest(lambda cut: rest(cut) <= spare, count.shape)
+    # 0.5 + 0.3 reaches 0.8 though their float32 sum may not: the last token is given up
+    # if only rounding, and next to nothing of its own weight, was missing without it.
+    before = jnp.maximum(cut - 1, 0)
+    last = jnp.exp(-jax.lax.bitcast_convert_type(cut, jnp.float32))
+    rounding = jnp.minimum(2e-7 * total, 1e-3 * last)
+    cut = jnp.where(rest(before) - spare <= rounding, before, cut)
     return keep & (at_most(cut) | (top_p >= 1)[:, None])
 
 
@@ -282,14 +288,13 @@ def _gaps(
 
 def _limbs(weights: Float[Array, "B V"]) -> list[Int[Array, "B V"]]:
     """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18
-    tokens are exact, where a float32 sum over a large vocabulary is off by about 1e-6.
-    """
-    digits = []
-    for _ in range(3):
-        weights = weights * 4096
-        digits.append(weights.astype(jnp.int32))
-        weights = weights - digits[-1]
-    return digits
+    tokens are exact, where a float32 sum over a large vocabulary is off by 1e-6."""
+    first = (weights * 4096).astype(jnp.int32)
+    weights = weights * 4096 - first
+    second = (weights * 4096).astype(jnp.int32)
+    # Rounded, not cut off: the errors of a long tail would add up to one side.
+    third = jnp.round((weights * 4096 - second) * 4096).astype(jnp.int32)
+    return [first, second, third]
 
 
 def _smallest(

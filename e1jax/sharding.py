@@ -88,6 +88,12 @@ def sharding(
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
+# For every program that runs on a mesh. On several CPU devices, XLA's default scheduler
+# starts independent collectives in an order of each device's own, and with fewer threads
+# than devices they then wait for each other until the process is aborted.
+COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs in $JAX_COMPILATION_CACHE_DIR, by default
     ~/.cache/e1jax/xla, and says so on stderr when it starts that directory."""

@@ -181,8 +181,10 @@ def test_completion_texts(mixed_results, tokenizer):
 def test_nothing_recompiles_when_settings_change(make):
     engine = make(cache_len=257, slots=2)
     prompt = ["some prompt"]
-    engine.generate(prompt, SamplingParams(thinking_budget=5, solution_budget=5))
     seen = compiled_programs()
+    engine.generate(prompt, SamplingParams(thinking_budget=5, solution_budget=5))
+    assert seen  # the counter counts
+    seen.clear()
     for params in [
         SamplingParams(thinking_budget=0, solution_budget=11, temperature=0.0, seed=9),
         SamplingParams(thinking_budget=None, solution_budget=3, top_k=3, n=5),
@@ -239,14 +241,23 @@ def test_slots_are_refilled_while_others_go_on(make):
 def lowered_decode(engine):
     rows = engine_module._empty_rows(engine.slots, 8)
     ids = sampling.TokenIds(256, 261)
-    args = (CONFIG, engine.mesh, engine.params, ids, engine._new_cache(), rows, 1, 8)
+    args = (
+        CONFIG,
+        engine.mesh,
+        engine.params,
+        ids,
+        engine._new_cache(engine.params),
+        rows,
+        1,
+        8,
+    )
     return engine_module.decode.lower(*args).compile()
 
 
 def test_cache_is_updated_in_place(make):
     """No temporary of the size of the cache, whose buffers are reused for the result."""
     engine = make(cache_len=8192, slots=4)
-    cache = engine._new_cache()
+    cache = engine._new_cache(engine.params)
     size = cache.k.nbytes + cache.v.nbytes
     memory = lowered_decode(engine).memory_analysis()
     assert memory.alias_size_in_bytes >= size
@@ -259,7 +270,7 @@ def test_cache_is_updated_in_place(make):
 def test_attention_does_not_touch_blocks_beyond_the_live_ones(make, mixed_results):
     """Stale keys of NaN beyond the longest row would spoil every sum they took part in."""
     engine = make(cache_len=690, slots=3)
-    cache = engine._new_cache()
+    cache = engine._new_cache(engine.params)
     spoil = lambda x: x.at[..., 384:, :].set(jnp.nan)  # noqa: E731
     engine._cache = model.KVCache(spoil(cache.k), spoil(cache.v))
     prompts, params = mixed_requests()
@@ -296,7 +307,7 @@ def test_prompt_forms(make, tokenizer):
     text = engine.encode("hi")
     assert text == engine.encode([{"role": "user", "content": "hi"}])
     assert tokenizer.decode(text).count("<｜begin▁of▁sentence｜>") == 1
-    assert engine.encode([0, 271]) == [0, 271]
+    assert engine.encode([0, 271]) == engine.encode(np.array([0, 271])) == [0, 271]
     for bad, words in [
         ([], "empty"),
         ([272], "272 is not a token id"),
@@ -313,6 +324,11 @@ def test_requests_are_refused_before_any_work(make):
     good = SamplingParams(thinking_budget=2, solution_budget=2)
     for prompts, params, words in [
         ("one string", good, "pass a list"),
+        ([5], good, "prompt 0 is 5"),
+        ([None], good, "prompt 0 is None"),
+        (["a"], {"n": 3}, "must be SamplingParams"),
+        (["a\ud800"], good, "prompt 0: "),
+        ([[{"role": "ghost", "content": "x"}]], good, "prompt 0: .*ghost"),
         (["a", "b"], [good], "2 prompts came with 1"),
         (["a", [9] * 39], good, "prompt 1: a prompt of 39 tokens"),
         (
@@ -351,17 +367,17 @@ def test_a_cut_thinking_budget_is_said_once(make, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_cache_len_is_exact_though_blocks_are_rounded(make):
-    for cache_len in (20, 127, 128, 129):
-        engine = make(cache_len=cache_len, slots=1)
-        params = SamplingParams(
-            thinking_budget=0, solution_budget=None, top_k=1, temperature=1.0
-        )
-        [[c]] = engine.generate([[9] * 10], params)
-        if c.finish_reason == "length":
-            assert 10 + len(c.token_ids) == cache_len
-        with pytest.raises(UserError, match="does not fit"):
-            engine.generate([[9] * (cache_len - 1)], params)
+@pytest.mark.parametrize("cache_len", [20, 127, 128, 129])
+def test_cache_len_is_exact_though_blocks_are_rounded(make, tokenizer, cache_len):
+    endless = dataclasses.replace(tokenizer, eos_id=CONFIG.vocab_size)
+    engine = make(cache_len=cache_len, slots=1, tokenizer=endless)
+    params = SamplingParams(thinking_budget=0, solution_budget=None)
+    [[c]] = engine.generate([[9] * 10], params)
+    assert (10 + len(c.token_ids), c.finish_reason) == (cache_len, "length")
+    [[c]] = engine.generate([[9] * (cache_len - 2)], params)
+    assert len(c.token_ids) == 2
+    with pytest.raises(UserError, match="does not fit"):
+        engine.generate([[9] * (cache_len - 1)], params)
 
 
 def test_model_without_think_end(make, tokenizer):
@@ -387,12 +403,18 @@ def test_bfloat16_runs_and_says_what_it_sampled(make, params):
     assert all(math.isfinite(p) and p <= 0 for c in samples for p in c.logprobs)
 
 
-def test_broken_weights_are_reported(make, params):
-    broken = {**params, "norm": {"scale": params["norm"]["scale"] * jnp.nan}}
+def test_broken_weights_are_reported_and_leave_nothing_behind(make, params):
+    """As when a training step diverges and an older checkpoint is taken up again."""
+    engine, request = (
+        make(),
+        ["a", SamplingParams(thinking_budget=9, solution_budget=9)],
+    )
+    want = tokens_of(engine.generate(request[:1], request[1]))
+    engine.params = {**params, "norm": {"scale": params["norm"]["scale"] * jnp.nan}}
     with pytest.raises(UserError, match="not finite"):
-        make(params=broken).generate(
-            ["a"], SamplingParams(thinking_budget=2, solution_budget=2)
-        )
+        engine.generate(request[:1], request[1])
+    engine.params = params
+    assert tokens_of(engine.generate(request[:1], request[1])) == want
 
 
 MESH_SCRIPT = """

@@ -268,17 +268,38 @@ def test_kept_set_is_that_of_numpy(vocab, temperature):
     for top_k in (0, 1, 2, 5, vocab, 10 * vocab):
         for top_p in (1.0, 0.999, 0.95, 0.5, 0.1, 1e-6):
             got = kept(logits, temperature, top_k, top_p)
-            # Probabilities are float32: where a share lies this close to top_p, the set
-            # on either side of it is right. Smaller vocabularies leave no such choice.
-            slack = 1e-6 if vocab > 1000 and top_p < 1 else 0
             for row in range(8):
                 # With both cuts off an impossible token (p = 0) is kept, and never
                 # drawn.
                 mine = got[row] & np.isfinite(logits[row])
-                low = numpy_kept(logits[row], temperature, top_k, top_p - slack) > 0
-                high = numpy_kept(logits[row], temperature, top_k, top_p + slack) > 0
-                assert (low <= mine).all(), (row, top_k, top_p)
-                assert (mine <= high).all(), (row, top_k, top_p)
+                want = numpy_kept(logits[row], temperature, top_k, top_p) > 0
+                assert (mine == want).all(), (row, top_k, top_p)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_kept_set_is_that_of_numpy_on_a_full_vocabulary(scale):
+    """Tens of thousands of tokens kept, each of some 1e-7: sums must be exact."""
+    rng = np.random.default_rng(7)
+    logits = (rng.normal(size=(4, 152064)) * scale).astype(np.float32)
+    for top_p in (0.999, 0.95):
+        exact = float(np.float32(top_p))
+        got = kept(logits, 0.6, 0, top_p)
+        for row in range(4):
+            assert (got[row] == (numpy_kept(logits[row], 0.6, 0, exact) > 0)).all()
+
+
+@pytest.mark.parametrize(
+    "shares, top_p, count",
+    [
+        ([5, 3, 2], 0.8, 2),
+        ([4, 3, 1, 1, 1], 0.7, 2),
+        ([6, 4], 0.6, 1),
+        ([7, 2, 1], 0.9, 2),
+    ],
+)
+def test_a_share_that_is_top_p_but_for_rounding_reaches_it(shares, top_p, count):
+    logits = np.log(np.array([shares], np.float32) / 10)
+    assert kept(logits, 1.0, 0, top_p).sum() == count
 
 
 def test_top_p_keeps_the_token_that_crosses_and_its_ties():
