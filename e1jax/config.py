@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
+import os
 import re
 import signal
 import sys
@@ -35,8 +37,11 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(f"interrupted {error}".rstrip(), file=sys.stderr)
-        sys.exit(130)
+        print(f"interrupted {error}".rstrip(), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        # Not sys.exit: taking JAX down while a device still computes can crash.
+        os._exit(130)
     except BrokenPipeError:
         # The reader (`| head`) has gone: no fault, but Python would complain at exit.
         sys.stderr.close()
@@ -45,6 +50,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors instead of a usage dump."""
+
+    def __init__(self, **settings: Any):
+        # --prompt, say, must not be taken for an abbreviation of --prompts.
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -76,22 +85,29 @@ def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     if (
         isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < low
-        or (high is not None and value > high)
+        or not isinstance(value, numbers.Integral)  # NumPy's too
+        or int(value) < low
+        or (high is not None and int(value) > high)
     ):
         span = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name} must be a whole number, {span}, not {value!r}")
+        raise UserError(f"{name} must be a whole number, {span}, not {value!r:.60}")
 
 
 def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) -> None:
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not ok(value)
+        or not isinstance(value, numbers.Real)
+        or not _is_finite(value)
+        or not ok(float(value))
     ):
-        raise UserError(f"{name} must be a number {rule}, not {value!r}")
+        raise UserError(f"{name} must be a number {rule}, not {value!r:.60}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
 
 
 def check_share(name: str, value: Any) -> None:
@@ -117,7 +133,7 @@ class SamplingParams:
         for name in ("thinking_budget", "solution_budget"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0, UNLIMITED - 1)
-        check_integer("n", self.n, 1, UNLIMITED)
+        check_integer("n", self.n, 1, 10**6)
         check_number("temperature", self.temperature, "of 0 or more", lambda v: v >= 0)
         check_number("top_p", self.top_p, "above 0 and at most 1", lambda v: 0 < v <= 1)
         check_integer("top_k", self.top_k, 0, UNLIMITED)
@@ -126,6 +142,12 @@ class SamplingParams:
             raise UserError(
                 f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
             )
+        # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
+        for name, value in list(vars(self).items()):
+            if isinstance(value, numbers.Integral):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, numbers.Real):
+                object.__setattr__(self, name, float(value))
 
 
 # Keys of a Hugging Face config.json that say how a model computes, and the only values
@@ -133,7 +155,8 @@ class SamplingParams:
 _ONLY_VALUES = {
     "model_type": ("qwen2",),
     "hidden_act": ("silu",),
-    "use_sliding_window": (False,),
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
     "quantization_config": (None,),
 }
 
@@ -155,18 +178,18 @@ class ModelConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
-        sizes = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-        ]
-        for name in [*sizes, "head_dim", "max_position_embeddings"]:
-            check_integer(name, getattr(self, name), 1)
+        # Far above any model, and low enough that listing its tensors takes no time.
+        largest = {"num_layers": 1000, "max_position_embeddings": UNLIMITED}
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                high = largest.get(field.name, 2**24)
+                check_integer(field.name, getattr(self, field.name), 1, high)
         check_number("rope_theta", self.rope_theta, "above 0", lambda v: v > 0)
         check_number("rms_norm_eps", self.rms_norm_eps, "above 0", lambda v: v > 0)
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise UserError(
+                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -190,9 +213,9 @@ class ModelConfig:
                 raise UserError(
                     f"{where}: {key}={value!r} is not implemented; e1jax runs {key}={allowed[0]!r}"
                 )
-        others = sorted(
-            {kind for kind in hf.get("layer_types") or [] if kind != "full_attention"}
-        )
+        kinds = hf.get("layer_types") or []
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        others = [kind for kind in kinds if kind != "full_attention"]
         if others:
             raise UserError(
                 f"{where}: layer_types holds {others[0]!r}, which is not implemented (full_attention is)"
@@ -206,11 +229,11 @@ class ModelConfig:
                 num_layers=hf["num_hidden_layers"],
                 num_heads=num_heads,
                 num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
+                head_dim=hf.get("head_dim") or hf["hidden_size"] // max(num_heads, 1),
                 max_position_embeddings=hf["max_position_embeddings"],
-                rope_theta=float(_rope_theta(hf, where)),
+                rope_theta=_rope_theta(hf, where),
                 rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-                tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+                tie_word_embeddings=hf.get("tie_word_embeddings", False),
             )
         except KeyError as error:
             raise UserError(f"{where}: the key {error.args[0]!r} is missing") from None
@@ -263,7 +286,8 @@ def _rope_theta(hf: dict[str, Any], where: str) -> float:
         raise UserError(
             f"{where}: neither rope_theta nor rope_parameters.rope_theta is there"
         )
-    return theta
+    check_number("rope_theta", theta, "above 0", lambda v: v > 0)
+    return float(theta)
 
 
 # Training. A field's docstring is its text in --help; its default holds where the YAML
@@ -394,14 +418,19 @@ def load_config(
 def record_config(config: Any, run_dir: Path) -> None:
     """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
 
-    Raises UserError naming the settings that differ from those the run began with.
+    Raises UserError naming the settings that differ from those the run began with, and
+    for a directory with other content.
     """
     now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
-    path = run_dir / "config.yaml"
+    path, new = run_dir / "config.yaml", run_dir / "config.yaml.new"
     try:
         if not path.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            new = run_dir / "config.yaml.new"
+            if any(file != new for file in run_dir.iterdir()):
+                raise UserError(
+                    f"{run_dir} holds files but no config.yaml, so it is not the "
+                    "directory of a run; take another --run-dir"
+                )
             new.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
             new.replace(path)  # whole, wherever the run is killed
             return
@@ -428,7 +457,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")

@@ -7,6 +7,7 @@ the output file, sample, and hand out each completion as it finishes.
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from e1jax.config import (
     parse_budget,
     run_command,
 )
-from e1jax.convert import load_model
+from e1jax.convert import LoadedModel, load_model
 from e1jax.engine import Completion, Engine, Prompt
 from e1jax.sharding import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ _DEMO_BUDGETS = ((32, 28), (1024, 1024))
 class Item:
     """One request: a line of the prompts file, or a prompt of the command line."""
 
+    name: str  # in messages: "prompt 0", or where its line is
     id: str | int
     prompt: Prompt
     raw: bool  # a text that skips the chat template
@@ -77,59 +79,79 @@ def _is_message(value: Any) -> bool:
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    args = _parser().parse_intermixed_args()
     defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
     items = _items(args, defaults)
-    keys = [(item.id, j) for item in items for j in range(item.params.n)]
-    settings = _settings(args, defaults)
-    output = Output(Path(args.output), settings, items) if args.output else None
+    output = Output(Path(args.output), items) if args.output else None
     done = output.done if output else set()
+    keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
+    loaded = load_model(args.model, args.mesh, args.dtype)
+    # Everything is checked before the weights are read, which can take minutes.
+    engine = Engine(
+        *(loaded.config, None, loaded.tokenizer, loaded.mesh),
+        cache_len=args.cache_len,
+        slots=min(16, max(left, 1)) if args.slots is None else args.slots,
+    )
+    bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
+    speed = Speed(engine)
+    completions = engine.stream(
+        [item.encoded(engine.tokenizer) for item in items],
+        [item.params for item in items],
+        names=[item.name for item in items],
+        skip=lambda index, sample: (items[index].id, sample) in done,
+        progress=lambda _: bar.set_postfix_str(str(speed)),
+    )
+    if output:
+        output.compare(_settings(args, loaded, engine, defaults))
     if left == 0:
         print(f"all {len(keys)} are in {args.output} already", file=sys.stderr)
         return
     use_compilation_cache()
-    loaded = load_model(args.model, args.mesh, args.dtype)
-    # Every request is checked before the weights are read, which can take minutes.
-    engine = Engine(
-        *(loaded.config, {}, loaded.tokenizer, loaded.mesh),
-        cache_len=args.cache_len,
-        slots=min(16, left) if args.slots is None else args.slots,
-    )
-    bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
-    completions = engine.stream(
-        [item.encoded(engine.tokenizer) for item in items],
-        [item.params for item in items],
-        skip=lambda index, sample: (items[index].id, sample) in done,
-        progress=lambda _: bar.set_postfix_str(_speed(engine, start)),
-    )
-    count = 0
+    engine.params = loaded.params
+    speed.start = time.monotonic()
     try:
-        with output or contextlib.nullcontext():
-            engine.params = loaded.params
-            start = time.monotonic()
-            show = Printer(args, engine, items, bar)
+        with (
+            output or contextlib.nullcontext(),
+            Printer(args, engine, items, bar) as show,
+        ):
             for completion in completions:
                 record = _record(items[completion.prompt_index], completion)
                 if output:
                     output.append(record)
                 show(completion, record)
                 bar.update()
-                count += 1
+                left -= 1
     except KeyboardInterrupt:
+        count = bar.total - left
         way_on = "run the same command again to go on"
         kept = f", kept in {args.output}; {way_on}" if output else ""
-        raise KeyboardInterrupt(f"after {count} of {left} completions{kept}") from None
+        raise KeyboardInterrupt(
+            f"after {count} of {bar.total} completions{kept}"
+        ) from None
     finally:
         bar.close()
-    summary = f"{left} completion{'s' * (left > 1)}, {_speed(engine, start)}"
+    summary = f"{bar.total} completion{'s' * (bar.total > 1)}, {speed}"
     print(summary, file=sys.stderr if args.json or output else sys.stdout)
+
+
+@dataclasses.dataclass
+class Speed:
+    """Tokens so far, and per second since the weights are there."""
+
+    engine: Engine
+    start: float = 0.0
+
+    def __str__(self) -> str:
+        tokens, seconds = self.engine.stats.tokens, time.monotonic() - self.start
+        return f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
 
 
 class Printer:
     """Shows completions on stdout: JSON as they finish, text in the prompts' order.
 
-    With an output file and without --json, nothing is shown.
+    With an output file and without --json, nothing is shown. What still waits for its
+    turn when the context is left, by Ctrl-C say, is shown then.
     """
 
     def __init__(
@@ -138,10 +160,14 @@ class Printer:
         self.args, self.engine, self.items, self.bar = args, engine, items, bar
         self.alone = sum(item.params.n for item in items) == 1
         self.held: dict[tuple[int, int], str] = {}
-        self.turns = [
-            (i, j) for i, item in enumerate(items) for j in range(item.params.n)
-        ]
-        self.turns.reverse()
+        self.turn = (0, 0)  # prompt and sample to show next
+
+    def __enter__(self) -> "Printer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for _, text in sorted(self.held.items()):
+            self._say(text)
 
     def __call__(self, completion: Completion, record: dict[str, Any]) -> None:
         if self.args.json:
@@ -149,8 +175,11 @@ class Printer:
         elif not self.args.output:
             key = (completion.prompt_index, completion.sample)
             self.held[key] = self._text(completion)
-            while self.turns and self.turns[-1] in self.held:
-                self._say(self.held.pop(self.turns.pop()))
+            while self.turn in self.held:
+                self._say(self.held.pop(self.turn))
+                index, sample = self.turn
+                last = sample + 1 == self.items[index].params.n
+                self.turn = (index + 1, 0) if last else (index, sample + 1)
 
     def _say(self, text: str) -> None:
         self.bar.clear()
@@ -158,7 +187,8 @@ class Printer:
         self.bar.refresh()
 
     def _text(self, completion: Completion) -> str:
-        dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        dim, plain = ("\x1b[2m", "\x1b[0m") if terminal else ("", "")
         item, how = self.items[completion.prompt_index], completion.thinking_end
         lines = [] if self.alone else [f"--- {item.id}, sample {completion.sample}"]
         end = "" if how is None else "</think>"
@@ -182,31 +212,66 @@ class Output:
     run again.
 
     Beside it lies FILE.settings.json, which says how it was made, so that a run with
-    other settings is refused and not mixed in. Entering the context opens the file.
+    other settings is refused and not mixed in. Nothing is written before the context is
+    entered.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], items: list[Item]):
+    def __init__(self, path: Path, items: list[Item]):
         self.path = path
-        self.sidecar = path.with_name(path.name + ".settings.json")
-        self.settings = settings
+        with self._reading():
+            if path.is_dir():
+                raise UserError(f"--output {path} is a directory; give a file")
+            self.sidecar = path.with_name(path.name + ".settings.json")
+            content = path.read_bytes() if path.exists() else b""
+            ours = self.sidecar.exists()
+        self.made_how: dict[str, Any] = {}
         self.requests = {json.dumps(item.id): item.digest() for item in items}
-        self.done, self.size = self._read()
-        self.file: TextIO | None = None
-        if self.sidecar.exists():
-            self._compare()
-        elif self.size:
+        if content and not ours:
             raise UserError(
                 f"{path} has content but no {self.sidecar.name} beside it, so it was "
                 "not made by this command; choose another --output"
             )
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"--output {path}: {path.parent} is no writable directory")
+        self.done, self.size = self._whole_lines(content)
+        self.file: TextIO | None = None
+
+    def compare(self, settings: dict[str, Any]) -> None:
+        """Refuses settings or requests that differ from those of the earlier run."""
+        self.made_how = {"settings": settings, "requests": self.requests}
+        if not self.size:
+            return
+        try:
+            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
+            before, requests = old["settings"], old["requests"]
+            names = [n for n, v in settings.items() if before.get(n) != v]
+            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.sidecar} is not readable; choose another --output"
+            ) from None
+        if names:
+            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
+            here = ", ".join(f"{n}={settings[n]!r}" for n in names)
+            raise UserError(
+                f"{self.path} was made with {there}, and this run has {here}; use the "
+                "same settings or another --output"
+            )
+        if changed:
+            raise UserError(
+                f"{self.path} was made with another prompt or other parameters for id "
+                f"{changed[0]}; choose another --output"
+            )
+        self.made_how["requests"] = {**requests, **self.requests}
 
     def __enter__(self) -> "Output":
-        made_how = {"settings": self.settings, "requests": self.requests}
         part = self.sidecar.with_name(self.sidecar.name + ".part")
         with self._writing():
             self.file = self.path.open("a", encoding="utf-8")
+            self._lock(self.file)
+            # A run that was killed while writing leaves half a line: written again.
             self.file.truncate(self.size)
-            part.write_text(json.dumps(made_how, indent=1) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(self.made_how, indent=1) + "\n")
             os.replace(part, self.sidecar)
         return self
 
@@ -220,6 +285,23 @@ class Output:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing {self.path}; let it end or choose another "
+                "--output"
+            ) from None
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--output {self.path} cannot be read: {reason}") from None
+
     @contextlib.contextmanager
     def _writing(self):
         try:
@@ -227,60 +309,22 @@ class Output:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(
-                f"{self.path} cannot be written: {reason}; choose another --output"
+                f"--output {self.path} cannot be written: {reason}; choose another one"
             ) from None
 
-    def _read(self) -> tuple[set[tuple[str | int, int]], int]:
-        """Which (id, sample) are there, and the bytes up to the last whole line.
-
-        A run that was killed while writing leaves half a line, which is written again.
-        """
-        done, size = set(), 0
-        if not self.path.exists():
-            return done, size
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{self.path} cannot be read: {reason}") from None
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                break
+    def _whole_lines(self, content: bytes) -> tuple[set[tuple[str | int, int]], int]:
+        """Which (id, sample) are there, and the bytes up to the last whole line."""
+        done, size = set(), content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:size].splitlines(), 1):
             try:
                 record = json.loads(line)
                 done.add((record["id"], record["sample"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(
                     f"{self.path} line {number} is not a completion of this command; "
                     "choose another --output"
                 ) from None
-            size += len(line)
         return done, size
-
-    def _compare(self) -> None:
-        """Refuses settings or requests that differ from those of the earlier run."""
-        try:
-            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, requests = old["settings"], old["requests"]
-            names = [n for n, v in self.settings.items() if before.get(n) != v]
-            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.sidecar} is not readable; choose another --output"
-            ) from None
-        if names:
-            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
-            here = ", ".join(f"{n}={self.settings[n]!r}" for n in names)
-            raise UserError(
-                f"{self.path} was made with {there}, and this run has {here}; use the "
-                "same settings or another --output"
-            )
-        if changed:
-            raise UserError(
-                f"{self.path} was made with another prompt or other parameters for id "
-                f"{changed[0]}; choose another --output"
-            )
-        self.requests = {**requests, **self.requests}
 
 
 def read_items(
@@ -294,7 +338,7 @@ def read_items(
         at = f"{where} line {number}"
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{at} is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise UserError(f"{at} is not a JSON object but a {type(fields).__name__}")
@@ -336,23 +380,15 @@ def _item(
         params = dataclasses.replace(defaults, **own)
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
-    return Item(identity, prompt, raw and kind == "prompt", params)
+    return Item(at, identity, prompt, raw and kind == "prompt", params)
 
 
 def _items(args: argparse.Namespace, defaults: SamplingParams) -> list[Item]:
     if args.prompt and args.prompts:
         raise UserError("give prompts on the command line or by --prompts, not both")
-    if args.prompts == "-":
-        return read_items(sys.stdin, "standard input", defaults, args.raw)
     if args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").split("\n")
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{args.prompts} cannot be read: {reason}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{args.prompts} is not UTF-8 text: {error}") from None
-        return read_items(lines, args.prompts, defaults, args.raw)
+        name = "standard input" if args.prompts == "-" else args.prompts
+        return read_items(_read_lines(args.prompts, name), name, defaults, args.raw)
     if args.prompt:
         return [
             _item({"prompt": text}, i, f"prompt {i}", defaults, args.raw)
@@ -361,6 +397,21 @@ def _items(args: argparse.Namespace, defaults: SamplingParams) -> list[Item]:
     if args.model not in ("nano", "nano-e1"):
         raise UserError("no prompt was given; write one, or --prompts FILE.jsonl")
     return _demo(defaults)
+
+
+def _read_lines(source: str, name: str) -> list[str]:
+    try:
+        if source != "-":
+            content = Path(source).read_bytes()
+        elif sys.stdin is None:
+            raise UserError("standard input is closed; give it requests, or a file")
+        else:
+            content = sys.stdin.buffer.read()
+        return content.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text: {error}") from None
 
 
 def _demo(defaults: SamplingParams) -> list[Item]:
@@ -372,16 +423,27 @@ def _demo(defaults: SamplingParams) -> list[Item]:
             params = dataclasses.replace(defaults, **budgets)
             text, answer = problem["problem"], problem["answer"]
             label = f"{text} (answer {answer}) at {thinking}+{solution} tokens"
-            items.append(Item(label, text, False, params))
+            items.append(Item(label, label, text, False, params))
     return items
 
 
-def _settings(args: argparse.Namespace, defaults: SamplingParams) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace,
+    loaded: LoadedModel,
+    engine: Engine,
+    defaults: SamplingParams,
+) -> dict[str, Any]:
     """What changes the completions, under the names of the flags."""
-    flags = {n: getattr(args, n) for n in ("model", "dtype", "cache_len", "raw")}
+    local = Path(loaded.name).is_dir()
     params = dataclasses.asdict(defaults)
     del params["n"]
-    return {**flags, **params}
+    return {
+        "model": str(loaded.path.resolve()) if local else loaded.name,
+        "dtype": str(loaded.dtype),
+        "cache_len": engine.cache_len,
+        "raw": args.raw,
+        **params,
+    }
 
 
 def _record(item: Item, completion: Completion) -> dict[str, Any]:
@@ -390,11 +452,6 @@ def _record(item: Item, completion: Completion) -> dict[str, Any]:
     # The shortest text that gives the float32 back.
     record["logprobs"] = [float(str(np.float32(p))) for p in completion.logprobs]
     return record
-
-
-def _speed(engine: Engine, start: float) -> str:
-    tokens, seconds = engine.stats.tokens, time.monotonic() - start
-    return f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
 
 
 def _parser() -> argparse.ArgumentParser:

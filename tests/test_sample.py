@@ -1,6 +1,7 @@
 """The sample command as a user meets it: text, JSONL in and out, resume, and every
 mistake."""
 
+import fcntl
 import io
 import json
 import os
@@ -24,7 +25,8 @@ def run(monkeypatch, capsys):
 
     def run(*args, stdin=""):
         monkeypatch.setattr(sys, "argv", ["sample", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        piped = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        monkeypatch.setattr(sys, "stdin", piped)
         code = 0
         try:
             run_command(sample.main)
@@ -193,23 +195,52 @@ def test_output_made_with_other_settings_is_refused_and_untouched(
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     refused(run(*args, "--temperature", 0.9), out, "temperature=0.6", "0.9")
     refused(run(*args, "--seed", 4), "seed=0", "4")
+    refused(run(*args, "--dtype", "bfloat16"), "dtype='float32'", "bfloat16")
+    refused(run(*args, "--cache-len", 99), "cache_len=32768", "99")
     refused(run("other", *args[1:]), "another prompt", "id 0")
-    foreign = write_lines(tmp_path / "foreign.jsonl", {"a": 1})
-    before[foreign] = foreign.read_bytes()
-    refused(run(*args[:-1], foreign), foreign, "line 1")
-    own = tmp_path / "own.jsonl"
-    own.write_bytes(out.read_bytes())
-    before[own] = own.read_bytes()
-    refused(run(*args[:-1], own), "was not made by this command")
+    # What was the default all along is no other setting.
+    assert run(*args, "--dtype", "float32", "--cache-len", 32768)[0] == 0
+    for name, content in [
+        ("foreign.jsonl", b'{"a": 1}\n'),
+        ("own.jsonl", out.read_bytes()),
+        ("notes.txt", b"one line without an end"),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(content)
+        before[path] = content
+        refused(run(*args[:-1], path), path, "was not made by this command")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_output_is_untouched_when_the_weights_are_bad(run, tiny_hf, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(tiny_hf(), model)
+    args = ["a", "b", "--model", model, *SHORT, "--output", out]
+    assert run(*args)[0] == 0
+    out.write_bytes(out.read_bytes()[:-9])  # as if killed while writing
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    before = {path: path.read_bytes() for path in tmp_path.glob("out*")}
+    refused(run(*args), "model.safetensors")
+    assert {path: path.read_bytes() for path in tmp_path.glob("out*")} == before
+    # A new output is not begun.
+    refused(run(*args[:-1], tmp_path / "new.jsonl"), "model.safetensors")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_two_runs_do_not_write_one_output(run, tiny_hf, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with out.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused(run("hi", "--model", tiny_hf(), *SHORT, "--output", out), "another run")
 
 
 def test_unwritable_output(run, tiny_hf, tmp_path):
     args = ["hi", "--model", tiny_hf(), *SHORT, "--output"]
-    refused(
-        run(*args, tmp_path / "no" / "out.jsonl"), "cannot be written", "No such file"
-    )
-    refused(run(*args, tmp_path), "cannot be")
+    refused(run(*args, tmp_path / "no" / "out.jsonl"), "no writable directory")
+    refused(run(*args, tmp_path), "is a directory")
+    refused(run(*args, "."), "is a directory")
+    refused(run(*args, tmp_path / ("x" * 250)), "File name too long")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +271,7 @@ def test_unwritable_output(run, tiny_hf, tmp_path):
         (["--model", "no-such/hub-id"], ["no-such/hub-id"]),
         (["--prompts", "in.jsonl"], ["not both"]),
         (["--no-such-flag"], ["--no-such-flag"]),
+        (["--prompt", "hi"], ["--prompt"]),
         (["--end-of-thinking-text", "so</think>"], ["</think>"]),
     ],
 )
@@ -252,6 +284,9 @@ def test_mistakes_on_the_command_line(run, tiny_hf, args, words):
     [
         ('{"prompt": "a"', ["line 2", "not JSON"]),
         ("[1]", ["line 2", "list"]),
+        ("[" * 100000, ["line 2", "not JSON"]),
+        ('{"prompt": "a\\ud800b"}', ["line 2", "Unicode"]),
+        ('{"prompt": "a", "temperature": 1' + "0" * 400 + "}", ["temperature"]),
         (
             '{"prompt": "a", "thinking_bugdet": 3}',
             ["line 2", "thinking_bugdet", "'thinking_budget'"],
@@ -262,9 +297,9 @@ def test_mistakes_on_the_command_line(run, tiny_hf, args, words):
         ('{"prompt": ""}', ["line 2", "empty"]),
         ('{"prompt_ids": []}', ["line 2", "empty"]),
         ('{"prompt_ids": ["a"]}', ["line 2", "prompt_ids", "whole numbers"]),
-        ('{"prompt_ids": [999999]}', ["prompt 1", "999999"]),
+        ('{"prompt_ids": [999999]}', ["line 2", "999999"]),
         ('{"messages": [{"content": "x"}]}', ["line 2", "role"]),
-        ('{"messages": [{"role": "ghost", "content": "x"}]}', ["ghost"]),
+        ('{"messages": [{"role": "ghost", "content": "x"}]}', ["line 2", "ghost"]),
         ('{"prompt": "a", "top_p": 0}', ["line 2", "top_p"]),
         (
             '{"prompt": "a", "thinking_budget": 2.0}',
@@ -294,6 +329,50 @@ def test_missing_and_empty_prompts(run, tiny_hf, tmp_path):
     refused(run("--prompts", tmp_path / "none.jsonl"), "none.jsonl", "No such file")
     refused(run("--prompts", "-", stdin="\n"), "no request")
     refused(run("", "--model", tiny_hf()), "empty")
+    latin = tmp_path / "latin.jsonl"
+    latin.write_bytes('{"prompt": "é"}'.encode("latin-1"))
+    refused(run("--prompts", latin), "latin.jsonl is not UTF-8")
+    # A byte order mark and Windows line ends are no mistakes.
+    windows = tmp_path / "windows.jsonl"
+    windows.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert run("--prompts", windows, "--model", tiny_hf(), *SHORT)[0] == 0
+
+
+def test_flags_and_prompts_may_mix(run, tiny_hf):
+    code, out, _ = run("a", *SHORT, "b", "--json", "--model", tiny_hf(), "c")
+    assert code == 0 and {r["id"] for r in records(out)} == {0, 1, 2}
+
+
+def test_text_comes_in_the_order_of_the_prompts(run, tiny_hf):
+    args = ("a", "b", "c", "--model", tiny_hf(), "--solution-budget", 3, "-n", 2)
+    _, out, _ = run(*args, "--thinking-budget", 90, "--slots", 2, "--temperature", 1)
+    heads = [line for line in out.splitlines() if line.startswith("--- ")]
+    assert heads == [f"--- {i}, sample {j}" for i in range(3) for j in range(2)]
+
+
+def test_mesh_of_several_devices(tiny_hf):
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += " --xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-m", "e1jax.sample", "hi", *SHORT, "--json"]
+    command += ["--model", str(tiny_hf()), "--mesh"]
+    found = []
+    for mesh in ("data=2,tensor=2", "data=4", "tensor=4"):
+        done = subprocess.run(
+            [*command, mesh],
+            env={**os.environ, "XLA_FLAGS": flags},
+            capture_output=True,
+            text=True,
+        )
+        found.append((done.returncode, done.stdout, done.stderr))
+    assert records(found[0][1])[0]["token_ids"] == records(found[1][1])[0]["token_ids"]
+    assert found[2][0] == 2 and "tensor=4 does not divide num_kv_heads=2" in found[2][2]
+
+
+def test_a_reader_that_leaves_is_no_fault(tiny_hf):
+    command = f"{sys.executable} -m e1jax.sample a b c d --json --model {tiny_hf()} "
+    command += " ".join(SHORT) + " | head -c 20"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_model_without_think_end(run, tiny_hf, tmp_path):
