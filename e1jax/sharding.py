@@ -7,6 +7,7 @@ table and nothing else.
 
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,10 +97,21 @@ COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs in $JAX_COMPILATION_CACHE_DIR, by default
-    ~/.cache/e1jax/xla, and says so on stderr when it starts that directory."""
+    ~/.cache/e1jax/xla, and says so on stderr when it starts that directory, or if it
+    cannot be written: then nothing is kept."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        path = Path.home() / ".cache" / "e1jax" / "xla"
-        if not path.exists():
+        try:
+            path = Path.home() / ".cache" / "e1jax" / "xla"
+            new = not path.exists()
+            path.mkdir(parents=True, exist_ok=True)
+            writable = os.access(path, os.W_OK)
+        except (OSError, RuntimeError):  # RuntimeError: there is no home
+            writable = False
+        if not writable:
+            where = "~/.cache/e1jax/xla cannot be written"
+            print(f"note: compiled programs are not kept ({where})", file=sys.stderr)
+            return
+        if new:
             print(f"note: compiled programs are kept in {path}", file=sys.stderr)
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -130,15 +142,11 @@ def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
 def _parse(text: str) -> dict[str, int]:
     shape: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if (
-            name not in MESH_AXES
-            or not size.isascii()
-            or not size.isdigit()
-            or int(size) < 1
-        ):
+        match = re.fullmatch("(data|tensor)=([1-9][0-9]{0,8})", part.strip())
+        if not match:
             raise UserError(
-                f"mesh {text!r}: {part!r} is not an axis; write it like data=1,tensor=4"
+                f"mesh {text!r:.60}: {part!r:.60} is not an axis; write it like "
+                "data=1,tensor=4"
             )
-        shape[name] = int(size)
+        shape[match[1]] = int(match[2])
     return shape

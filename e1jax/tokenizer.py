@@ -69,18 +69,26 @@ class Tokenizer:
                 f"{path / 'tokenizer.json'} does not round-trip text: {_PROBE!r} came back as {back!r}; "
                 "take the file from the original model repository"
             )
-        template = path / "chat_template.jinja"
-        chat_template = (
-            template.read_text(encoding="utf-8")
-            if template.exists()
-            else config.get("chat_template")
-        )
         return cls(
-            backend, eos_id, backend.token_to_id(THINK_END), special, chat_template
+            backend,
+            eos_id,
+            backend.token_to_id(THINK_END),
+            special,
+            _chat_template(path, config),
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text as it is; nothing is added."""
+        """Token ids of the text as it is; nothing is added.
+
+        Raises UserError for a surrogate without its other half, which JSON can hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text is not valid Unicode text: {text[: error.end][-20:]!r} ends "
+                "in half of a surrogate pair; replace it"
+            ) from None
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -100,8 +108,9 @@ class Tokenizer:
         except (
             Exception
         ) as error:  # templates raise what they like, jinja2's own errors included
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"the chat template refuses these messages: {error}"
+                f"the chat template refuses these messages: {reason}"
             ) from None
         return self.encode(rendered[0])
 
@@ -125,14 +134,41 @@ def extract_boxed(text: str) -> str | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises UserError if it is missing or is not one."""
+    text = _read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without a BOM
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """The template, from its own file or from `tokenizer_config.json`.
+
+    Older configs hold a list of named templates: then it is the one named "default".
+    """
+    if (path / "chat_template.jinja").exists():
+        return _read_text(path / "chat_template.jinja")
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = [t for t in value if isinstance(t, dict) and t.get("name") == "default"]
+        value = named[0].get("template", value) if named else value
+    if not isinstance(value, str | None):
+        raise UserError(
+            f"{path / 'tokenizer_config.json'}: chat_template must be a text, or a list "
+            f"with a template named 'default', not {value!r:.60}"
+        )
     return value
 
 

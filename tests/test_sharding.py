@@ -5,13 +5,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from e1jax import convert, model
 from e1jax.config import ModelConfig, UserError
-from e1jax.sharding import make_mesh
+from e1jax.sharding import make_mesh, use_compilation_cache
 
 CONFIG = ModelConfig(
     vocab_size=100,
@@ -41,6 +42,7 @@ EIGHT = [SimpleNamespace(id=i) for i in range(8)]
         ("data=2.0,tensor=4", ["'data=2.0'"]),
         ("data=８,tensor=1", ["'data=８'"]),
         ("", ["''"]),
+        pytest.param("data=" + "9" * 5000, ["is not an axis"], id="5000 digits"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_with_the_numbers(text, named):
@@ -61,6 +63,42 @@ def test_a_mesh_that_cuts_a_head_or_the_mlp(sizes, named):
     with pytest.raises(UserError, match="tensor=4 does not divide") as error:
         make_mesh("data=2,tensor=4", config, EIGHT)
     assert named in str(error.value)
+
+
+@pytest.fixture
+def cache_dir(monkeypatch):
+    """Gives the compilation cache that is in use, and puts JAX's back in the end."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_at_home(cache_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    use_compilation_cache()
+    path = tmp_path / ".cache/e1jax/xla"
+    assert cache_dir() == str(path) and path.is_dir()
+    assert capsys.readouterr().err == f"note: compiled programs are kept in {path}\n"
+    use_compilation_cache()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/none", None])
+def test_without_a_home_nothing_is_kept(cache_dir, monkeypatch, capsys, home):
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:  # a user without an entry in /etc/passwd
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(os, "getuid", lambda: 54321)
+    use_compilation_cache()
+    assert cache_dir() is None
+    error = capsys.readouterr().err
+    assert error.startswith("note: compiled programs are not kept (~/.cache/e1jax/xla")
+    assert error.count("\n") == 1
 
 
 # Runs with eight devices, which a process can only get at its start.

@@ -128,6 +128,40 @@ def test_chat_template_in_its_own_file(path):
     assert tokenizer.decode(tokenizer.encode_chat(USER)) == "What is 2+2?!"
 
 
+def test_chat_template_in_a_list(path):
+    """As older files have it, under names."""
+    templates = [
+        {"name": "tool_use", "template": "tools"},
+        {"name": "default", "template": "{{ messages[0]['content'] }}!"},
+    ]
+    edit_json(path / "tokenizer_config.json", chat_template=templates)
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.decode(tokenizer.encode_chat(USER)) == "What is 2+2?!"
+
+
+def test_the_error_of_a_template_is_one_line(path):
+    (path / "chat_template.jinja").write_text("{{ raise_exception('one\n\n  two') }}")
+    with pytest.raises(UserError, match=r"refuses these messages: one two$"):
+        Tokenizer.from_dir(path).encode_chat(USER)
+
+
+def test_a_lone_surrogate_is_refused(path):
+    """JSON can hold one ("\\ud800"), and so can an argument that is not UTF-8."""
+    tokenizer = Tokenizer.from_dir(path)
+    with pytest.raises(UserError, match="not valid Unicode text") as error:
+        tokenizer.encode("a\ud800b")
+    assert r"'a\ud800'" in str(error.value)
+    with pytest.raises(UserError, match="not valid Unicode text"):
+        tokenizer.encode_chat([{"role": "user", "content": "\udcff" * 1000}])
+
+
+def test_json_with_a_byte_order_mark(path):
+    file = path / "tokenizer_config.json"
+    plain = read_json(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_json(file) == plain
+
+
 def test_no_chat_template(path):
     edit_json(path / "tokenizer_config.json", chat_template=None)
     with pytest.raises(UserError, match="--raw"):
@@ -161,6 +195,25 @@ def test_settings_of_a_training_run_are_off(path):
         (lambda p: (p / "tokenizer_config.json").write_text("3"), "int"),
         (lambda p: edit_json(p / "tokenizer_config.json", eos_token=None), "eos_token"),
         (lambda p: edit_json(p / "tokenizer_config.json", eos_token="<x>"), "'<x>'"),
+        (
+            lambda p: (p / "tokenizer_config.json").write_text("[" * 200_000),
+            "is not JSON",
+        ),
+        (
+            lambda p: (p / "chat_template.jinja").write_bytes(b"\xff\xfe"),
+            "chat_template.jinja is not UTF-8",
+        ),
+        (lambda p: (p / "chat_template.jinja").mkdir(), "chat_template.jinja cannot"),
+        (
+            lambda p: edit_json(
+                p / "tokenizer_config.json", chat_template=[{"name": "rag"}, 5]
+            ),
+            "chat_template must be a text, or a list with a template named 'default'",
+        ),
+        (
+            lambda p: edit_json(p / "tokenizer_config.json", chat_template={"a": 1}),
+            "chat_template must be",
+        ),
     ],
 )
 def test_missing_or_broken_files(path, spoil, named):
