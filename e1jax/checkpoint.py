@@ -174,11 +174,14 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
     """Where a checkpoint keeps its parameters, and where its config and tokenizer.
 
     `path` is an e1jax checkpoint, a run directory (its best step), or one step of a
-    run: RUN_DIR/checkpoints/STEP or RUN_DIR/STEP. None if it is none of them.
+    run: RUN_DIR/checkpoints/STEP or RUN_DIR/STEP. None if it is none of them; so is a
+    Hugging Face directory, whatever subdirectories it has.
     """
-    if (path / CHECKPOINTS).is_dir():
-        return path / CHECKPOINTS / str(_best_step(path)) / PARAMS, path
+    if any(file.suffix in (".safetensors", ".bin") for file in path.glob("*")):
+        return None
     if (path / "config.json").is_file():
+        if (path / CHECKPOINTS).is_dir():
+            return path / CHECKPOINTS / str(_best_step(path)) / PARAMS, path
         return (path / PARAMS, path) if (path / PARAMS).is_dir() else None
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         run_dir, step = path.parent.parent, path

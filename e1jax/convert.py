@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,6 +76,7 @@ _DTYPES = {
 
 _BUNDLED = Path(__file__).parent / "models"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ def load_model(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Names, shapes and sizes are checked now; the weights themselves can wait.
     if saved:
+        read_manifest(files)
         check_saved(saved[0], config)
     else:
         hf_tensors(path, config)
@@ -126,13 +129,19 @@ def resolve(model: str) -> Path:
 
     Raises UserError if there is no such directory or the hub does not give it.
     """
-    path = Path(model).expanduser()
     if model in ("nano", "nano-e1"):
         if not (_BUNDLED / model).is_dir():
             raise UserError(f"the model {model!r} is not in this installation of e1jax")
         return _BUNDLED / model
-    if path.is_dir() or (path.name.isdigit() and find_params(path)):
-        return path
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.name.isdigit() and find_params(path)):
+            return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        reason = str(getattr(error, "strerror", error)).rstrip(".")
+        raise UserError(
+            f"the model {model!r:.80} cannot be looked for: {reason}; check the path"
+        ) from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
             f"the model {model!r} is neither a directory nor a hub id (owner/name); "
@@ -214,13 +223,15 @@ def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
         index = read_json(path / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not index:
             raise UserError(f"{path / _INDEX} has no weight_map; download it again")
-        files = [path / name for name in sorted(set(map(str, index.values())))]
-        lost = [file.name for file in files if not file.is_file()]
+        shards = sorted(set(map(str, index.values())))
+        there = {file.name for file in path.iterdir()}
+        lost = [name for name in shards if name not in there]
         if lost:
             raise UserError(
-                f"{path} lacks {', '.join(lost[:5])} of the {len(files)} files that "
-                f"{_INDEX} names; download them"
+                f"{path} holds no {', '.join(lost[:5])}, of the {len(shards)} files that "
+                f"{_INDEX} names; download them into it"
             )
+        files = [path / name for name in shards]
     elif any(path.glob("pytorch_model*.bin")):
         raise UserError(
             f"{path} holds its weights as pytorch_model.bin only, which e1jax does not "
@@ -249,7 +260,7 @@ def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
                     )
                 tensors[name] = _Tensor(file, name, shape, _DTYPES[dtype])
     for name, file in index.items():
-        if name not in names[file]:
+        if name not in names[str(file)]:
             raise UserError(
                 f"{path / _INDEX} says that {name} is in {file}, where it is not; "
                 "download both again"
@@ -342,77 +353,120 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
     `dtype` None keeps the stored one. The manifest holds, per tensor of the source, its
     shape, dtype and the sha256 of its bytes as they were stored there.
     """
-    path = resolve(source)
-    if find_params(path):
-        raise UserError(f"{path} is an e1jax checkpoint already; nothing to convert")
-    config, _ = read_config(path), read_tokenizer(path)
-    tensors = hf_tensors(path, config)
-    stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
-    if dtype is None and len(stored) > 1:
-        raise UserError(
-            f"{path} stores its tensors as {' and '.join(stored)}; choose with --dtype"
-        )
-    dtype = dtype or stored[0]
-    manifest = {
-        "format_version": 1,
-        "source": source,
-        "revision": path.name if path.parent.name == "snapshots" else None,
-        "dtype": dtype,
-        "tensors": {},
-    }
+    with _new_directory(dst) as new:
+        path = resolve(source)
+        if find_params(path):
+            raise UserError(
+                f"{path} is an e1jax checkpoint already; nothing to convert"
+            )
+        config, _ = read_config(path), read_tokenizer(path)
+        tensors = hf_tensors(path, config)
+        stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
+        if dtype is None and len(stored) > 1:
+            raise UserError(
+                f"{path} stores its tensors as {' and '.join(stored)}; "
+                "choose with --dtype"
+            )
+        dtype = dtype or stored[0]
+        manifest = {
+            "format_version": _FORMAT_VERSION,
+            "source": source,
+            "revision": path.name if path.parent.name == "snapshots" else None,
+            "dtype": dtype,
+            "tensors": {},
+        }
 
-    with _conversion(dst, tensors) as (partial, note):
+        with _progress(tensors) as note:
 
-        def seen(tensor: _Tensor, array: np.ndarray) -> None:
-            manifest["tensors"][tensor.name] = {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype),
-                "sha256": hashlib.sha256(array.view(np.uint8).data).hexdigest(),
-            }
-            note(array.nbytes)
+            def seen(tensor: _Tensor, array: np.ndarray) -> None:
+                manifest["tensors"][tensor.name] = _described(array)
+                note(array.nbytes)
 
-        def lazy(keys, array: jax.ShapeDtypeStruct) -> LazyArray:
-            name = jax.tree_util.keystr(keys, simple=True, separator="/")
-            sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
-            index = (slice(None),) * array.ndim
-            part = (name, sources, array.shape, index, jnp.dtype(dtype), seen)
-            return LazyArray(array.shape, jnp.dtype(dtype), lambda: _read_part(*part))
+            def lazy(keys, array: jax.ShapeDtypeStruct) -> LazyArray:
+                name = jax.tree_util.keystr(keys, simple=True, separator="/")
+                sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
+                index = (slice(None),) * array.ndim
+                part = (name, sources, array.shape, index, jnp.dtype(dtype), seen)
+                return LazyArray(
+                    array.shape, jnp.dtype(dtype), lambda: _read_part(*part)
+                )
 
-        save_params(
-            partial / PARAMS, jax.tree.map_with_path(lazy, abstract_on_one(config))
-        )
-        _copy_files(path, partial, dtype)
-        _write_json(partial / "manifest.json", manifest)
+            params = jax.tree.map_with_path(lazy, abstract_on_one(config))
+            save_params(new / PARAMS, params)
+        _copy_files(path, new, dtype)
+        _write_json(new / "manifest.json", manifest)
 
 
 def to_hf(source: str, dst: Path) -> None:
-    """Writes a Hugging Face directory of an e1jax checkpoint or a run at `dst`."""
-    path = resolve(source)
-    saved = find_params(path)
-    if not saved:
-        raise UserError(
-            f"{path} is not an e1jax checkpoint or a run directory; "
-            "a Hugging Face directory needs no conversion"
-        )
-    params_dir, files_dir = saved
-    config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
-    arrays = check_saved(params_dir, config)
-    dtype = jnp.dtype(arrays["embedding"].dtype)
-    with _conversion(dst, arrays) as (partial, note):
+    """Writes a Hugging Face directory of an e1jax checkpoint or a run at `dst`.
 
-        def read(name: str) -> np.ndarray:
-            array = load_array(params_dir, name)
-            note(array.nbytes)
-            return array
+    Raises UserError if a tensor is not the one of the manifest, bit for bit.
+    """
+    with _new_directory(dst) as new:
+        path = resolve(source)
+        saved = find_params(path)
+        if not saved:
+            raise UserError(
+                f"{path} is not an e1jax checkpoint or a run directory; "
+                "a Hugging Face directory needs no conversion"
+            )
+        params_dir, files_dir = saved
+        config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
+        arrays = check_saved(params_dir, config)
+        dtype = jnp.dtype(arrays["embedding"].dtype)
+        tensors = read_manifest(files_dir).get("tensors", {})
+        # Of a tensor that was cast, the manifest knows what it was cast from.
+        kept = {name: t for name, t in tensors.items() if t["dtype"] == str(dtype)}
 
-        write_hf_weights(partial, config, dtype, read)
-        _copy_files(files_dir, partial, str(dtype))
+        def check(name: str, array: np.ndarray) -> None:
+            if name in kept and kept[name] != _described(array):
+                raise UserError(
+                    f"{params_dir} is damaged: {name} is not what its manifest.json "
+                    "says, by the sha256; convert the model again"
+                )
+
+        with _progress(arrays) as note:
+
+            def read(name: str) -> np.ndarray:
+                array = load_array(params_dir, name)
+                note(array.nbytes)
+                return array
+
+            write_hf_weights(new, config, dtype, read, check)
+        _copy_files(files_dir, new, str(dtype))
         bos = tokenizer.special_tokens.get("bos_token")
         ids = {
             "bos_token_id": tokenizer.backend.token_to_id(bos) if bos else None,
             "eos_token_id": tokenizer.eos_id,
         }
-        _write_json(partial / "generation_config.json", ids)
+        _write_json(new / "generation_config.json", ids)
+
+
+def _described(array: np.ndarray) -> dict[str, Any]:
+    """What the manifest says of a tensor."""
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "sha256": hashlib.sha256(array.view(np.uint8).data).hexdigest(),
+    }
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an e1jax checkpoint; empty if it has none, as a run has.
+
+    Raises UserError for one of another version of the format.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        return {}
+    manifest = read_json(file)
+    version = manifest.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format_version {version!r}, and this e1jax reads "
+            f"{_FORMAT_VERSION}; convert the model again, or install a newer e1jax"
+        )
+    return manifest
 
 
 def write_hf_weights(
@@ -420,10 +474,12 @@ def write_hf_weights(
     config: ModelConfig,
     dtype: np.dtype,
     read: Callable[[str], np.ndarray],
+    check: Callable[[str, np.ndarray], None] = lambda name, array: None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes safetensors files at `path`, from `read(name)`, our parameter of that name.
 
+    `check` is given each tensor by its Hugging Face name before it is written.
     One tensor after the other, each parameter read once: the library's own writer
     wants a whole file in memory, twice.
     """
@@ -455,6 +511,7 @@ def write_hf_weights(
             for name in shard:
                 array = next(arrays)
                 assert array.shape == shapes[name], (name, array.shape)
+                check(name, array)
                 out.write(array.view(np.uint8).data)
         weight_map |= dict.fromkeys(shard, file.name)
     if len(shards) > 1:
@@ -494,17 +551,43 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _conversion(
-    dst: Path, tensors: Mapping[str, Any]
-) -> Iterator[tuple[Path, Callable[[int], None]]]:
+def _new_directory(dst: Path) -> Iterator[Path]:
     """A directory beside `dst` to write in, which becomes `dst` if all goes well.
 
-    Besides gives a function to call with the bytes of each tensor that was read. It
-    shows them on a terminal, and is where Ctrl-C stops: elsewhere it could come in the
+    Else nothing is left. A link at `dst` is followed. That `dst` can be written is known
+    before anything else is done.
+    """
+    target = Path(os.path.realpath(dst))
+    partial = target.parent / f".{target.name}.partial"
+    made = [parent for parent in target.parents if not os.path.lexists(parent)]
+    try:
+        if os.path.lexists(target) and not (
+            target.is_dir() and not any(target.iterdir())
+        ):
+            raise UserError(f"{dst} exists already; remove it or give another name")
+        # What a conversion that was killed has left.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(
+            f"{dst} cannot be written: {error.strerror or error}; nothing was written"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                parent.rmdir()
+
+
+@contextlib.contextmanager
+def _progress(tensors: Mapping[str, Any]) -> Iterator[Callable[[int], None]]:
+    """A function to call with the bytes of each tensor that was read.
+
+    It shows them on a terminal, and is where Ctrl-C stops: elsewhere it could come in the
     middle of Orbax, which then complains at length.
     """
-    dst = dst.absolute()
-    partial = dst.with_name(f".{dst.name}.partial")
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
     with bar, stop_signals() as signals:
@@ -514,20 +597,7 @@ def _conversion(
             if signals:
                 raise KeyboardInterrupt("(nothing was written)")
 
-        try:
-            if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-                raise UserError(f"{dst} exists already; remove it or give another name")
-            # What a conversion that was killed has left.
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            yield partial, note
-            partial.rename(dst)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or dst}: {error.strerror or error}; nothing was written"
-            ) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        yield note
 
 
 def inspect(model: str) -> str:
@@ -537,8 +607,7 @@ def inspect(model: str) -> str:
     files = saved[1] if saved else path
     config = read_config(files)
     tensors = check_saved(saved[0], config) if saved else hf_tensors(path, config)
-    manifest = files / "manifest.json"
-    origin = read_json(manifest) if saved and manifest.is_file() else {}
+    origin = read_manifest(files) if saved else {}
     rows: dict[str, tuple[int, Any]] = {}  # one per kind of tensor: count, any of them
     for name, tensor in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", name)

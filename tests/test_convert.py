@@ -177,6 +177,19 @@ def test_the_step_of_a_run(tiny_hf, tmp_path, command):
     assert code == 2 and "no step 7" in error and "3, 20" in error
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "params"])
+def test_a_subdirectory_makes_no_run_of_a_hugging_face_directory(
+    tiny_hf, tmp_path, command, name
+):
+    path = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    (path / name).mkdir()
+    assert "Hugging Face directory" in command("inspect", path)[1]
+    expected = convert.load_model(str(tiny_hf())).params
+    assert same_params(convert.load_model(str(path)).params, expected)
+    (tmp_path / "project" / name).mkdir(parents=True)
+    refused(command("inspect", tmp_path / "project"), "no config.json", tmp_path)
+
+
 def test_tensors_without_a_use_are_skipped(tiny_hf, tmp_path):
     """A copy of tied embeddings, and buffers that old transformers versions saved."""
     source = tiny_hf(tied=True)
@@ -197,7 +210,9 @@ def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
     split = shutil.copytree(source, tmp_path / "split")
     (split / "model.safetensors").unlink()
     read = functools.partial(load_array, tmp_path / "e1/params")
-    convert.write_hf_weights(split, config, np.dtype(jnp.bfloat16), read, 50_000)
+    convert.write_hf_weights(
+        split, config, np.dtype(jnp.bfloat16), read, max_shard_bytes=50_000
+    )
     files = sorted(split.glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
     assert len(files) > 3 and all(f.stat().st_size < 55_000 for f in files)
@@ -246,6 +261,13 @@ def misplace(path: Path) -> None:
     last = max(weight_map.values())
     assert weight_map["model.embed_tokens.weight"] != last
     edit_json(index, weight_map=weight_map | {"model.embed_tokens.weight": last})
+
+
+def point_outside(path: Path) -> None:
+    """The index names a file by its path, which even exists."""
+    index = path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={k: f"../hf/{file}" for k, file in weight_map.items()})
 
 
 def only_torch_weights(path: Path) -> None:
@@ -300,6 +322,13 @@ BAD_SOURCES = {
 }
 BAD_SHARDS = {
     "missing shard": (drop_shard, "model-00002-of"),
+    "shard elsewhere": (point_outside, "../hf/model-00001-of"),
+    "shard of a long name": (
+        lambda p: edit_json(
+            p / "model.safetensors.index.json", weight_map={UP: "x" * 5000}
+        ),
+        "xxx",
+    ),
     "misplaced tensor": (misplace, "model.embed_tokens.weight"),
     "truncated shard": (
         lambda p: truncate(min(p.glob("model-00002-*"))),
@@ -354,6 +383,41 @@ def test_bad_orbax_checkpoint(tiny_hf, tmp_path, command):
     refused(result, "[2, 64] instead of [3, 64]", tmp_path)
 
 
+def damage(params: Path, array: np.ndarray) -> None:
+    """Flips a bit of an array where it is stored."""
+    for file in params.rglob("*"):
+        content = bytearray(file.read_bytes()) if file.is_file() else b""
+        place = content.find(array.tobytes()[:64])
+        if place >= 0:
+            content[place + 5] ^= 1
+            file.write_bytes(content)
+            return
+    raise AssertionError("the array is in no file")
+
+
+def test_a_flipped_bit_is_found(tiny_hf, tmp_path, command):
+    for flags in ((), ("--dtype", "bfloat16")):  # of a cast tensor nothing is known
+        command("from-hf", tiny_hf(), tmp_path / "e1", *flags)
+        up = np.asarray(load_array(tmp_path / "e1/params", "layers/mlp/up/kernel"))
+        damage(tmp_path / "e1/params", up[1])
+        result = command("to-hf", tmp_path / "e1", tmp_path / "dst")
+        if flags:
+            assert result[0] == 0
+        else:
+            refused(result, f"{UP} is not what its manifest.json says", tmp_path)
+        shutil.rmtree(tmp_path / "e1")
+
+
+def test_a_checkpoint_of_another_format_version(tiny_hf, tmp_path, command):
+    convert.from_hf(str(tiny_hf()), tmp_path / "e1")
+    edit_json(tmp_path / "e1/manifest.json", format_version=2)
+    named = "manifest.json has format_version 2, and this e1jax reads 1"
+    refused(command("to-hf", tmp_path / "e1", tmp_path / "dst"), named, tmp_path)
+    refused(command("inspect", tmp_path / "e1"), named, tmp_path)
+    with pytest.raises(UserError, match="format_version 2"):
+        convert.load_model(str(tmp_path / "e1"))
+
+
 def test_bad_arguments(tiny_hf, tmp_path, command):
     source = tiny_hf()
     convert.from_hf(str(source), tmp_path / "e1")
@@ -362,6 +426,10 @@ def test_bad_arguments(tiny_hf, tmp_path, command):
         (("from-hf", "owner/name", tmp_path / "dst"), "'owner/name'"),
         (("inspect", "no such thing"), "'no such thing'"),
         (("inspect", tmp_path), "no config.json"),
+        (("inspect", "x" * 5000), "'xxx"),
+        (("inspect", "~nosuch/x"), "'~nosuch/x'"),
+        (("from-hf", source, "/"), "/ exists already"),
+        (("from-hf", source, "/proc/dst"), "/proc/dst cannot be written"),
         (("from-hf", tmp_path / "e1", tmp_path / "dst"), "already"),
         (("to-hf", source, tmp_path / "dst"), "needs no conversion"),
         (("from-hf", source), "DST"),
@@ -387,6 +455,30 @@ def test_what_exists_is_left_alone(tiny_hf, tmp_path, command):
     empty.mkdir(parents=True)
     assert command("from-hf", tiny_hf(), empty)[0] == 0
     assert (empty / "manifest.json").is_file()
+
+
+def test_dst_is_checked_before_anything_else(tmp_path, command):
+    """Even before SRC, which may be a download of hours; and no parent is left."""
+    for dst in ("/proc/dst", tmp_path, tmp_path / "file" / "dst"):
+        (tmp_path / "file").touch()
+        for direction in ("from-hf", "to-hf"):
+            code, _, error = command(direction, "no such model", dst)
+            assert code == 2 and error.startswith(f"error: {dst} ")
+    code, _, error = command("from-hf", "no such model", tmp_path / "a" / "b" / "dst")
+    assert code == 2 and "no such model" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_link_at_dst_is_followed(tiny_hf, tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "new"):
+        link = tmp_path / f"link to {target}"
+        link.symlink_to(tmp_path / target)
+        assert command("from-hf", tiny_hf(), link)[0] == 0
+        assert link.is_symlink() and (tmp_path / target / "manifest.json").is_file()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    refused(command("from-hf", tiny_hf(), loop), f"{loop} exists already", tmp_path)
 
 
 def test_help_explains_every_flag(capsys):
