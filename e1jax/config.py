@@ -13,6 +13,7 @@ import math
 import numbers
 import os
 import re
+import reprlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,7 +91,9 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
         or (high is not None and int(value) > high)
     ):
         span = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise UserError(f"{name} must be a whole number, {span}, not {value!r:.60}")
+        raise UserError(
+            f"{name} must be a whole number, {span}, not {reprlib.repr(value)}"
+        )
 
 
 def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) -> None:
@@ -100,7 +103,7 @@ def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) 
         or not _is_finite(value)
         or not ok(float(value))
     ):
-        raise UserError(f"{name} must be a number {rule}, not {value!r:.60}")
+        raise UserError(f"{name} must be a number {rule}, not {reprlib.repr(value)}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -487,6 +490,7 @@ def stop_signals() -> Iterator[list[int]]:
 def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
     """Refuses flags and YAML keys that name no setting, offering the nearest one."""
     names = [f"--{name}" for name, _ in _flatten(_defaults(cls))]
+    # The last one comes with jsonargparse, which explains it in --help.
     known = [*names, "--config", "--run-dir", "--print_config"]
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     check_known(flags, known, prog)

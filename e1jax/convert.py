@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,7 +141,8 @@ def resolve(model: str) -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
         reason = str(getattr(error, "strerror", error)).rstrip(".")
         raise UserError(
-            f"the model {model!r:.80} cannot be looked for: {reason}; check the path"
+            f"the model {reprlib.repr(model)} cannot be looked for: {reason}; "
+            "check the path"
         ) from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(

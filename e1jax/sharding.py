@@ -8,6 +8,7 @@ table and nothing else.
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,8 +146,8 @@ def _parse(text: str) -> dict[str, int]:
         match = re.fullmatch("(data|tensor)=([1-9][0-9]{0,8})", part.strip())
         if not match:
             raise UserError(
-                f"mesh {text!r:.60}: {part!r:.60} is not an axis; write it like "
-                "data=1,tensor=4"
+                f"mesh {reprlib.repr(text)}: {reprlib.repr(part)} is not an axis; "
+                "write it like data=1,tensor=4"
             )
         shape[match[1]] = int(match[2])
     return shape

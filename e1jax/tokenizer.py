@@ -8,6 +8,7 @@ and several transformers 5 releases then replace its byte-level pre-tokenizer
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     if not isinstance(value, str | None):
         raise UserError(
             f"{path / 'tokenizer_config.json'}: chat_template must be a text, or a list "
-            f"with a template named 'default', not {value!r:.60}"
+            f"with a template named 'default', not {reprlib.repr(value)}"
         )
     return value
 

@@ -82,7 +82,7 @@ def test_other_numbers_are_refused_by_name(name, value):
         ({"use_mrope": True}, "use_mrope=True is not implemented"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:50],
 )
 def test_what_a_config_json_cannot_say(change, named):
     with pytest.raises(UserError, match=r"^config\.json: ") as error:

@@ -387,6 +387,7 @@ def test_shipped_configs_load_and_have_a_state(path):
         (["--config", "text.yaml"], "text.yaml holds no settings"),
         (["--config", "partial.yaml"], "model.vocab_size"),
         (["--run-dir", "text.yaml"], "text.yaml cannot be written"),
+        (["--run-dir", "mine"], "mine holds files but no config.yaml"),
         ([], "needs --config"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -399,10 +400,12 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     (tmp_path / "broken.yaml").write_text("steps: [3\n")
     (tmp_path / "text.yaml").write_text("hello\n")
     (tmp_path / "partial.yaml").write_text("steps: 3\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").touch()
     monkeypatch.chdir(tmp_path)
     config = [] if not flags or "--config" in flags else ["--config", "tiny.yaml"]
     monkeypatch.setattr(sys, "argv", ["sft", *config, *flags])
-    before = sorted(tmp_path.iterdir())
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ending:
         run_command(sft.main)
     assert ending.value.code == 2
@@ -410,7 +413,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     assert part in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_settings_of_the_wrong_kind_are_refused():
