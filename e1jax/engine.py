@@ -15,9 +15,11 @@ The cache (rows over the mesh axis `data`, heads over `tensor`) is donated to ev
 and updated in place; everything else per slot is replicated.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -312,38 +314,43 @@ class Engine:
         longest = max((len(r.forced_ids) for r in requests), default=0)
         rows = _empty_rows(self.slots, _bucket(longest, _SHORTEST_FORCED))
         rows = jax.device_put(rows, replicated(self.mesh))
-        # Kept for the next call only if all ends well: one key that is not finite would
-        # spoil every later row of its slot.
-        cache, self._cache = self._cache or self._new_cache(weights), None
         think_end = self.tokenizer.think_end_id
         ids = TokenIds(self.tokenizer.eos_id, -1 if think_end is None else think_end)
         # Steps per look of the host: as many as take about a second, so that progress
         # shows and Ctrl-C works on a slow device too.
         num_steps = 8
-        while queue or any(active):
-            while queue and not all(active):
-                cache, rows = self._admit(queue[-1], active, weights, cache, rows)
-                if not queue[-1].waiting:
-                    queue.pop()
-            # With work waiting, stop for a refill as soon as a few rows are done.
-            enough = max(1, self.slots // 16) if queue else self.slots
-            start = time.monotonic()
-            cache, rows, chunk = decode(
-                *(self.config, self.mesh, weights, ids, cache, rows),
-                *(enough, num_steps),
-            )
-            chunk, state = jax.device_get((chunk, rows.state))
-            seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
-            num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
-            progress(self._collect(chunk, state, active))
-            for slot, item in enumerate(active):
-                if item is not None and state.phase[slot] == sampling.DONE:
-                    active[slot] = None
-                    final = jax.tree.map(
-                        lambda field, slot=slot: int(field[slot]), state
-                    )
-                    yield self._completion(item, final)
-        self._cache = cache
+        with self._enough_memory():
+            # Kept for the next call only if all ends well: one key that is not finite
+            # would spoil every later row of its slot.
+            cache, self._cache = self._cache or self._new_cache(weights), None
+            while queue or any(active):
+                while queue and not all(active):
+                    cache, rows = self._admit(queue[-1], active, weights, cache, rows)
+                    if not queue[-1].waiting:
+                        queue.pop()
+                # With work waiting, stop for a refill as soon as a few rows are done.
+                enough = max(1, self.slots // 16) if queue else self.slots
+                start = time.monotonic()
+                cache, rows, chunk = decode(
+                    *(self.config, self.mesh, weights, ids, cache, rows),
+                    *(enough, num_steps),
+                )
+                chunk, state = jax.device_get((chunk, rows.state))
+                seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
+                num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
+                progress(self._collect(chunk, state, active))
+                yield from self._finished(state, active)
+            self._cache = cache
+
+    def _finished(
+        self, state: BudgetState, active: list[_Active | None]
+    ) -> Iterator[Completion]:
+        """The completions whose rows are done; their slots are free from then on."""
+        for slot in np.flatnonzero(state.phase == sampling.DONE):
+            item, active[slot] = active[slot], None
+            if item is not None:
+                final = jax.tree.map(lambda field, slot=slot: int(field[slot]), state)
+                yield self._completion(item, final)
 
     def _admit(
         self,
@@ -380,16 +387,21 @@ class Engine:
 
     def _new_cache(self, weights: Params) -> KVCache:
         dtype = weights["embedding"].dtype
-        sizes = (self.slots, self.cache_len)
+        cache = new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
+        return jax.block_until_ready(cache)
+
+    @contextlib.contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Says which sizes to lower where a device has no room for what it is to do."""
         try:
-            cache = new_cache(self.config, self.mesh, *sizes, dtype)
-            return jax.block_until_ready(cache)
+            yield
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
                 raise
             raise UserError(
-                f"a cache of {sizes[0]} slots x {sizes[1]} positions does not fit the "
-                "memory of the devices; lower slots or cache_len"
+                f"the devices have too little memory for this model with {self.slots} "
+                f"slots of {self.cache_len} positions; lower slots or cache_len, or use "
+                "more devices"
             ) from None
 
     def _collect(

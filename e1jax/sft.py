@@ -50,7 +50,7 @@ from e1jax.data import (
     sft_batches,
 )
 from e1jax.model import Params, abstract_params, forward, init_params, unembed
-from e1jax.sharding import make_mesh, replicated, sharding
+from e1jax.sharding import COMPILER_OPTIONS, make_mesh, replicated, sharding
 from e1jax.tokenizer import Tokenizer, read_json, write_byte_tokenizer
 
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
@@ -222,7 +222,9 @@ def make_update(config: ModelConfig, optimizer: optax.GradientTransformation):
     The first two arguments are donated. It is compiled once for each shape of a batch.
     """
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(
+        jax.jit, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS
+    )
     def update(params, state, batch):
         grads, metrics = jax.grad(sft_loss, argnums=1, has_aux=True)(
             config, params, **batch
@@ -268,7 +270,7 @@ def style_accuracy(
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
 def _whole_pass(
     config: ModelConfig,
     params: Params,

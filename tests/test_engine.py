@@ -403,6 +403,16 @@ def test_bfloat16_runs_and_says_what_it_sampled(make, params):
     assert all(math.isfinite(p) and p <= 0 for c in samples for p in c.logprobs)
 
 
+def test_too_little_memory_is_said_in_a_sentence(make, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+
+    engine = make(cache_len=77, slots=2)
+    monkeypatch.setattr(engine_module, "decode", exhausted)
+    with pytest.raises(UserError, match="2 slots of 77 positions"):
+        engine.generate(["a"], SamplingParams(thinking_budget=2, solution_budget=2))
+
+
 def test_broken_weights_are_reported_and_leave_nothing_behind(make, params):
     """As when a training step diverges and an older checkpoint is taken up again."""
     engine, request = (

@@ -132,7 +132,10 @@ np.savez(out, tokens=tokens, positions=positions, **results)
 def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
     source = tiny_hf(num_heads=8, num_kv_heads=4)
     convert.from_hf(str(source), tmp_path / "e1")
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = (  # see sharding.COMPILER_OPTIONS
+        "--xla_force_host_platform_device_count=8 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    )
     subprocess.run(
         [sys.executable, "-c", ON_EIGHT, source, tmp_path / "e1", tmp_path / "out.npz"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
