@@ -16,7 +16,7 @@ TEXT = [7, 8]  # tokens of an end_of_thinking_text
 
 
 def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
-    """DESIGN-style semantics, one token at a time: stream[i] is what the model would
+    """The budget rules, one token at a time: stream[i] is what the model would
     draw at position i.
 
     `thinking` and `solution` may be None; `forced` is the inserted text with
