@@ -214,7 +214,8 @@ class Engine:
         Requests are checked when this is called, before the first completion is asked
         for; `names` is what to call them in messages (default: "prompt 0", ...). Samples
         for which `skip(prompt_index, sample)` holds are left out (a resumed run has them
-        already). `progress` is told after each chunk how many tokens it gave.
+        already). `progress` is told after each chunk, once its completions are out, how
+        many tokens it gave; what it raises ends the stream.
         """
         requests = self._requests(prompts, params, names)
         for request in requests:
@@ -338,8 +339,9 @@ class Engine:
                 chunk, state = jax.device_get((chunk, rows.state))
                 seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
                 num_steps = min(CHUNK_STEPS, max(1, int(_LOOK_SECONDS / seconds)))
-                progress(self._collect(chunk, state, active))
+                new_tokens = self._collect(chunk, state, active)
                 yield from self._finished(state, active)
+                progress(new_tokens)
             self._cache = cache
 
     def _finished(

@@ -28,6 +28,7 @@ from e1jax.config import (
     check_known,
     parse_budget,
     run_command,
+    stop_signals,
 )
 from e1jax.convert import LoadedModel, load_model
 from e1jax.engine import Completion, Engine, Prompt
@@ -94,13 +95,13 @@ def main() -> None:
         slots=min(16, max(left, 1)) if args.slots is None else args.slots,
     )
     bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
-    speed = Speed(engine)
+    progress = Progress(engine, bar)
     completions = engine.stream(
         [item.encoded(engine.tokenizer) for item in items],
         [item.params for item in items],
         names=[item.name for item in items],
         skip=lambda index, sample: (items[index].id, sample) in done,
-        progress=lambda _: bar.set_postfix_str(str(speed)),
+        progress=progress,
     )
     if output:
         output.compare(_settings(args, loaded, engine, defaults))
@@ -109,11 +110,12 @@ def main() -> None:
         return
     use_compilation_cache()
     engine.params = loaded.params
-    speed.start = time.monotonic()
+    progress.start = time.monotonic()
     try:
         with (
             output or contextlib.nullcontext(),
             Printer(args, engine, items, bar) as show,
+            stop_signals() as progress.signals,
         ):
             for completion in completions:
                 record = _record(items[completion.prompt_index], completion)
@@ -131,18 +133,28 @@ def main() -> None:
         ) from None
     finally:
         bar.close()
-    summary = f"{bar.total} completion{'s' * (bar.total > 1)}, {speed}"
+    summary = f"{bar.total} completion{'s' * (bar.total > 1)}, {progress.speed()}"
     print(summary, file=sys.stderr if args.json or output else sys.stdout)
 
 
 @dataclasses.dataclass
-class Speed:
-    """Tokens so far, and per second since the weights are there."""
+class Progress:
+    """Called after each chunk: shows the speed, and is where Ctrl-C stops.
+
+    Elsewhere it could come in the middle of JAX, which may lose it.
+    """
 
     engine: Engine
-    start: float = 0.0
+    bar: tqdm
+    start: float = 0.0  # when the weights were there
+    signals: list[int] = dataclasses.field(default_factory=list)
 
-    def __str__(self) -> str:
+    def __call__(self, new_tokens: int) -> None:
+        self.bar.set_postfix_str(self.speed())
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def speed(self) -> str:
         tokens, seconds = self.engine.stats.tokens, time.monotonic() - self.start
         return f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
 
