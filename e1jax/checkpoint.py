@@ -390,7 +390,7 @@ class MetricsLog:
             if not math.isfinite(value):
                 raise UserError(
                     f"step {line['step']}: {key} is {value}; lower the learning rate "
-                    "(the last checkpoint is from before, and whole)"
+                    "and take another --run-dir"
                 )
         try:
             self.file.write(json.dumps(line) + "\n")

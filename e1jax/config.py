@@ -506,7 +506,12 @@ def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     check_known(values, fields, where)
     for key, value in values.items():
-        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {key} is {value!r}, but it is a section; write its "
+                    "settings below it, indented"
+                )
             _check_keys(fields[key], value, f"{where}: {key}")
 
 

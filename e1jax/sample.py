@@ -83,7 +83,7 @@ def main() -> None:
     args = _parser().parse_intermixed_args()
     defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
     items = _items(args, defaults)
-    output = Output(Path(args.output), items) if args.output else None
+    output = None if args.output is None else Output(Path(args.output), items)
     done = output.done if output else set()
     keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
@@ -94,6 +94,8 @@ def main() -> None:
         cache_len=args.cache_len,
         slots=min(16, max(left, 1)) if args.slots is None else args.slots,
     )
+    if output:
+        output.compare(_settings(args, loaded, engine, defaults))
     bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
     progress = Progress(engine, bar)
     completions = engine.stream(
@@ -103,10 +105,9 @@ def main() -> None:
         skip=lambda index, sample: (items[index].id, sample) in done,
         progress=progress,
     )
-    if output:
-        output.compare(_settings(args, loaded, engine, defaults))
     if left == 0:
-        print(f"all {len(keys)} are in {args.output} already", file=sys.stderr)
+        with output or contextlib.nullcontext():  # drops half a line at its end
+            print(f"all {len(keys)} are in {args.output} already", file=sys.stderr)
         return
     use_compilation_cache()
     engine.params = loaded.params
@@ -231,8 +232,8 @@ class Output:
     def __init__(self, path: Path, items: list[Item]):
         self.path = path
         with self._reading():
-            if path.is_dir():
-                raise UserError(f"--output {path} is a directory; give a file")
+            if path.exists() and not path.is_file():
+                raise UserError(f"--output {path} is not a regular file; give one")
             self.sidecar = path.with_name(path.name + ".settings.json")
             content = path.read_bytes() if path.exists() else b""
             ours = self.sidecar.exists()

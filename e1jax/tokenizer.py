@@ -8,13 +8,13 @@ and several transformers 5 releases then replace its byte-level pre-tokenizer
 
 import dataclasses
 import json
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from e1jax.config import UserError
 
@@ -98,17 +98,20 @@ class Tokenizer:
             raise UserError(
                 "this tokenizer has no chat template; pass text as it is (--raw) or prompt_ids"
             )
+        # At import, transformers complains that torch is missing, unless told not to.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        # Imported here, because it must come after that.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        special: dict[str, Any] = dict(self.special_tokens)
         try:
-            special: dict[str, Any] = dict(self.special_tokens)
             rendered, _ = render_jinja_template(
                 [list(messages)],
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
                 **special,
             )
-        except (
-            Exception
-        ) as error:  # templates raise what they like, jinja2's own errors included
+        except Exception as error:  # templates raise what they like, jinja2's own too
             reason = " ".join(str(error).split())
             raise UserError(
                 f"the chat template refuses these messages: {reason}"

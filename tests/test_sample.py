@@ -177,7 +177,10 @@ def test_output_resumes_by_id_and_sample(run, tiny_hf, tmp_path):
     again = {(r["id"], r["sample"]): r for r in records(out.read_text())}
     assert tokens(again) == tokens(whole)
     # Nothing left; more samples; more prompts.
+    with out.open("a") as file:
+        file.write('{"id": 7, "torn')
     assert "all 9 are in" in run(*args)[2]
+    assert len(records(out.read_text())) == 9
     write_lines(file, *({"prompt": f"p{i}", "n": 4} for i in range(4)))
     assert "7 completions" in run(*args)[2]
     found = records(out.read_text())
@@ -238,8 +241,8 @@ def test_two_runs_do_not_write_one_output(run, tiny_hf, tmp_path):
 def test_unwritable_output(run, tiny_hf, tmp_path):
     args = ["hi", "--model", tiny_hf(), *SHORT, "--output"]
     refused(run(*args, tmp_path / "no" / "out.jsonl"), "no writable directory")
-    refused(run(*args, tmp_path), "is a directory")
-    refused(run(*args, "."), "is a directory")
+    for other in (tmp_path, ".", "", "/dev/full"):
+        refused(run(*args, other), "is not a regular file")
     refused(run(*args, tmp_path / ("x" * 250)), "File name too long")
 
 
