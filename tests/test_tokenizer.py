@@ -237,3 +237,18 @@ def test_missing_or_broken_files(path, spoil, named):
 )
 def test_extract_boxed(text, content):
     assert extract_boxed(text) == content
+
+
+def test_chat_template_without_torch_says_nothing(tmp_path):
+    """As on every machine that installs the package alone."""
+    write_byte_tokenizer(tmp_path)
+    script = (
+        "import sys; sys.modules['torch'] = None; from pathlib import Path\n"
+        "from e1jax.tokenizer import Tokenizer\n"
+        f"tokenizer = Tokenizer.from_dir(Path({str(tmp_path)!r}))\n"
+        "print(len(tokenizer.encode_chat([{'role': 'user', 'content': 'hi'}])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("7\n", "")
