@@ -177,8 +177,8 @@ def test_output_resumes_by_id_and_sample(run, tiny_hf, tmp_path):
     again = {(r["id"], r["sample"]): r for r in records(out.read_text())}
     assert tokens(again) == tokens(whole)
     # Nothing left; more samples; more prompts.
-    with out.open("a") as file:
-        file.write('{"id": 7, "torn')
+    with out.open("a") as torn:
+        torn.write('{"id": 7, "torn')
     assert "all 9 are in" in run(*args)[2]
     assert len(records(out.read_text())) == 9
     write_lines(file, *({"prompt": f"p{i}", "n": 4} for i in range(4)))

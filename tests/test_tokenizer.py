@@ -1,5 +1,8 @@
 """tokenizer.json is loaded as it is, or refused; the template is rendered once."""
 
+import subprocess
+import sys
+
 import pytest
 import tokenizers
 from conftest import edit_json
