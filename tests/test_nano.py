@@ -23,7 +23,11 @@ def engine():
 )
 def test_share_of_held_out_problems_solved(engine, budgets, low, high):
     problems = held_out_problems(200)
-    params = SamplingParams(*budgets, temperature=0.6, top_p=1.0)
+    # A seed each: with one for all, every problem would choose its style by one draw.
+    params = [
+        SamplingParams(*budgets, temperature=0.6, top_p=1.0, seed=seed)
+        for seed in range(len(problems))
+    ]
     results = engine.generate([p["problem"] for p in problems], params)
     right = [
         completion.answer == problem["answer"]
