@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from e1jax.config import CheckpointConfig, ModelConfig, UserError
 from e1jax.model import Params, abstract_params
-from e1jax.sharding import make_mesh
+from e1jax.sharding import make_mesh, replicated
 from e1jax.tokenizer import read_json
 
 PARAMS = "params"
@@ -347,6 +348,29 @@ class RunCheckpoints:
             new = self.directory / "best.json.new"
             new.write_text(json.dumps({"step": step, metric: value}) + "\n")
             new.replace(self.directory / "best.json")
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
+) -> Any:
+    """The optimizer's state as shapes: moments lie where their parameters do."""
+
+    def like(array, param):
+        if isinstance(array, optax.MaskedNode):  # in the state of the other optimizer
+            return array
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=param.sharding)
+
+    def whole(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        like,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=whole,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
 
 
 class MetricsLog:

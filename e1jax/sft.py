@@ -28,7 +28,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from e1jax.checkpoint import MetricsLog, RunCheckpoints
+from e1jax.checkpoint import MetricsLog, RunCheckpoints, abstract_state
 from e1jax.config import (
     ModelConfig,
     MuonConfig,
@@ -50,7 +50,7 @@ from e1jax.data import (
     sft_batches,
 )
 from e1jax.model import Params, abstract_params, forward, init_params, unembed
-from e1jax.sharding import COMPILER_OPTIONS, make_mesh, replicated, sharding
+from e1jax.sharding import COMPILER_OPTIONS, make_mesh, sharding
 from e1jax.tokenizer import Tokenizer, read_json, write_byte_tokenizer
 
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
@@ -166,29 +166,6 @@ def make_optimizer(
             muon_weight_dimension_numbers=matrices,
             consistent_rms=0.2,
         ),
-    )
-
-
-def abstract_state(
-    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
-) -> Any:
-    """The optimizer's state as shapes: moments lie where their parameters do."""
-
-    def like(array, param):
-        if isinstance(array, optax.MaskedNode):  # in the state of the other optimizer
-            return array
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=param.sharding)
-
-    def whole(array):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
-
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        like,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=whole,
-        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
 
 

@@ -1,0 +1,191 @@
+"""The maths of GRPO (arXiv 2402.03300), as Elastic Reasoning trains with it
+(arXiv 2505.05315): advantages, loss, and log-probabilities of responses.
+
+Pure functions. B are responses, N prompts with G responses each, R response positions,
+T positions of prompt and response together. What counts of a response is told by masks
+made from lengths, never by comparing token ids: end-of-sequence and padding may be the
+same id.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from e1jax.config import ModelConfig, UserError
+from e1jax.model import Params, forward, unembed
+
+# Response positions of a row whose logits exist at a time: 152,064 of float32 at each of
+# 128 positions are 78 MB.
+CHUNK_LEN = 128
+
+Metrics = dict[str, Array]
+
+
+def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
+    """(reward - mean) / (std + 1e-6) among the G responses to each prompt.
+
+    The standard deviation is the unbiased one. Raises UserError for fewer than two
+    responses, which have nothing to be compared with.
+    """
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise UserError(
+            f"rewards of shape {list(rewards.shape)} are no groups; give [N, G] with 2 "
+            "or more responses a prompt"
+        )
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+
+
+def policy_loss(
+    logprobs: Float[Array, "B R"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"] | None,
+    advantages: Float[Array, " B"],
+    loss_mask: Num[Array, "B R"],
+    *,
+    clip: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    max_ratio: float | None = None,
+    kl_coef: float = 0.001,
+    aggregate: str = "token",
+) -> tuple[Float[Array, ""], Metrics]:
+    """Clipped surrogate plus `kl_coef` times the divergence from the reference policy.
+
+    With ratio = exp(logprobs - old_logprobs) and advantage A, a token adds
+
+        max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    (PPO, arXiv 1707.06347, equation 7; no dual clip), or -A * ratio for clip="none".
+    With `max_ratio`, a larger ratio counts, and is differentiated, as that multiple of
+    the policy gradient: truncated importance sampling, for `old_logprobs` that are those
+    of a sampler which computes a little otherwise. The divergence is k3,
+    exp(ref - logprobs) - (ref - logprobs) - 1, not clamped
+    (http://joschu.net/blog/kl-approx.html).
+
+    `loss_mask` is 1 where a token counts; other entries may hold anything, even NaN.
+    aggregate="token" is the mean over all tokens that count, "sequence" the mean over
+    responses of each one's mean; a response without a token that counts is left out.
+
+    Metrics: kl (0 without reference), clip_fraction (share of tokens whose clipped term
+    is the one that counts), ratio (mean). Raises UserError if `ref_logprobs` is None
+    though kl_coef is not 0, or for an unknown `clip` or `aggregate`.
+    """
+    if ref_logprobs is None and kl_coef:
+        raise UserError(
+            f"kl_coef={kl_coef} needs ref_logprobs; give them, or kl_coef=0"
+        )
+    if clip not in ("ppo", "none"):
+        raise UserError(f"clip must be ppo or none, not {clip!r}")
+    mask = loss_mask > 0
+    weights = token_weights(mask, aggregate)
+
+    def mean(values):
+        return (values * weights).sum()
+
+    def difference(a, b):
+        return jnp.where(mask, a, 0.0) - jnp.where(mask, b, 0.0)
+
+    gap = difference(logprobs, old_logprobs)
+    if max_ratio is not None:  # the value is cut off, the gradient is not
+        gap += jax.lax.stop_gradient(jnp.minimum(gap, jnp.log(max_ratio)) - gap)
+    ratio = jnp.exp(gap)
+    plain = -advantages[:, None] * ratio
+    clipped = -advantages[:, None] * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    if clip == "none":
+        clipped = plain
+    loss = mean(jnp.maximum(plain, clipped))
+    kl = jnp.float32(0)
+    if ref_logprobs is not None:
+        gap = difference(ref_logprobs, logprobs)
+        kl = mean(jnp.expm1(gap) - gap)
+        loss += kl_coef * kl
+    share = token_weights(mask, "token")
+    metrics = {
+        "kl": kl,
+        "clip_fraction": ((clipped > plain) * share).sum(),
+        "ratio": (ratio * share).sum(),
+    }
+    return loss, metrics
+
+
+def token_weights(mask: Num[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
+    """How much each token counts in a mean; they sum to 1, or to 0 without any token."""
+    if aggregate not in ("token", "sequence"):
+        raise UserError(f"aggregate must be token or sequence, not {aggregate!r}")
+    weights = (mask > 0).astype(jnp.float32)
+    if aggregate == "sequence":
+        weights /= jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+    # A sum of whole rows is their number, up to rounding; below 1 there is none.
+    return weights / jnp.maximum(weights.sum(), 1)
+
+
+def response_logprobs(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    prompt_len: Int[Array, " B"],
+    response_len: int,
+    temperature: Float[Array, ""],
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Log-probability of each response token under the policy, and the policy's entropy.
+
+    `tokens` are prompt and response, one after the other, then padding; R is
+    `response_len`, and T at least the longest prompt plus R. Both results are of
+    softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
+    positions go through the model but not through its head.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = forward(config, params, tokens, positions, remat=remat)
+
+    def of_response(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, response_len)
+
+    # The token at a position is predicted from the position before it.
+    hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
+    targets = jax.vmap(of_response)(tokens, prompt_len)
+    return chunked_logprobs(config, params, hidden, targets, temperature)
+
+
+def chunked_logprobs(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B R D"],
+    targets: Int[Array, "B R"],
+    temperature: Float[Array, ""],
+    chunk_len: int = CHUNK_LEN,
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Log-softmax of the logits / temperature at the targets, and the entropy there.
+
+    The logits of `chunk_len` positions of each row exist at a time, forward and backward
+    (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
+    over devices.
+    """
+    batch, length = targets.shape
+    chunk_len = min(chunk_len, length)
+    num_chunks = -(-length // chunk_len)
+    padding = num_chunks * chunk_len - length
+
+    def split(x):  # [B, R, ...] to [chunks, B, chunk_len, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(batch, num_chunks, chunk_len, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+    @jax.checkpoint
+    def step(carry, chunk):
+        hidden, targets = chunk
+        logits = unembed(config, params, hidden) / temperature
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        log_mass = jax.nn.logsumexp(logits, axis=-1)
+        probs = jnp.exp(logits - log_mass[..., None])
+        return carry, (chosen - log_mass, log_mass - (probs * logits).sum(axis=-1))
+
+    _, (logprobs, entropy) = jax.lax.scan(step, None, (split(hidden), split(targets)))
+    return join(logprobs), join(entropy)
