@@ -376,11 +376,24 @@ def abstract_state(
 class MetricsLog:
     """RUN_DIR/metrics.jsonl, one object a step, and progress on stderr.
 
-    A step is written when the next one is added: its numbers are read from the device
-    while that computes. Lines beyond `step`, where the run goes on from, are dropped.
+    The same numbers go to RUN_DIR/tensorboard and, if `wandb` names a project, to
+    Weights & Biases. A step is written when the next one is added: its numbers are read
+    from the device while that computes. Lines beyond `step`, where the run goes on from,
+    are dropped.
     """
 
-    def __init__(self, run_dir: Path, step: int, steps: int, headline: Sequence[str]):
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        steps: int,
+        headline: Sequence[str],
+        wandb: str | None = None,
+    ):
+        # Slow to load, and `sample` needs none of it.
+        from tensorboardX import SummaryWriter
+
+        self.wandb = _wandb_run(wandb, run_dir) if wandb else None
         path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
@@ -388,6 +401,7 @@ class MetricsLog:
         new.write_text(kept, encoding="utf-8")
         new.replace(path)
         self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
         self.headline = headline
         self.waiting: dict[str, Any] | None = None
         self.clock = time.perf_counter()
@@ -421,15 +435,39 @@ class MetricsLog:
             self.file.flush()
         except OSError as error:  # a full disk
             raise UserError(f"{self.file.name} cannot be written: {error}") from None
+        values = {key: value for key, value in line.items() if key != "step"}
+        for key, value in values.items():
+            self.board.add_scalar(key, value, line["step"])
+        if self.wandb:
+            self.wandb.log(values, step=line["step"])
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
         shown = ", ".join(f"{key} {line[key]:.4g}" for key in self.headline)
         self.bar.set_postfix_str(shown, refresh=False)
         self.bar.update()
-        if self.bar.disable and (line["step"] % 100 == 0 or line["step"] == 1):
-            print(f"step {line['step']}/{self.bar.total}: {shown}", file=sys.stderr)
+        step, steps = line["step"], self.bar.total
+        if self.bar.disable and (step % max(1, steps // 20) == 0 or step == 1):
+            print(f"step {step}/{steps}: {shown}", file=sys.stderr)
 
     def close(self) -> None:
         self.file.close()
+        self.board.close()
+        if self.wandb:
+            self.wandb.finish()
         self.bar.close()
+
+
+def _wandb_run(project: str, run_dir: Path) -> Any:
+    """A run of Weights & Biases that goes on where the run directory's earlier one did."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports] (an optional package)
+    except ImportError:
+        raise UserError(
+            f"wandb: {project} needs the package wandb; pip install wandb, or leave it out"
+        ) from None
+    name = run_dir.absolute().name
+    return wandb.init(project=project, id=name, name=name, dir=run_dir, resume="allow")
 
 
 def _step(line: str) -> float:
