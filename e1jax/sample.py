@@ -7,20 +7,17 @@ the output file, sample, and hand out each completion as it finishes.
 import argparse
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
 import json
-import os
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from e1jax import data
+from e1jax.checkpoint import JsonlOutput, Progress, digest
 from e1jax.config import (
     Parser,
     SamplingParams,
@@ -28,7 +25,6 @@ from e1jax.config import (
     check_known,
     parse_budget,
     run_command,
-    stop_signals,
 )
 from e1jax.convert import LoadedModel, load_model
 from e1jax.engine import Completion, Engine, Prompt
@@ -71,8 +67,7 @@ class Item:
     def digest(self) -> str:
         """Names prompt and parameters, but for n: more samples may be added later."""
         params = dataclasses.asdict(dataclasses.replace(self.params, n=1))
-        text = json.dumps([self.prompt, self.raw, params], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest([self.prompt, self.raw, params])
 
 
 def _is_message(value: Any) -> bool:
@@ -83,8 +78,14 @@ def main() -> None:
     args = _parser().parse_intermixed_args()
     defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
     items = _items(args, defaults)
-    output = None if args.output is None else Output(Path(args.output), items)
-    done = output.done if output else set()
+    output = None
+    if args.output is not None:
+        output = JsonlOutput(
+            Path(args.output),
+            {item.id: item.digest() for item in items},
+            lambda record: ((record["id"], record["sample"]), None),
+        )
+    done = output.done if output else {}
     keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
     loaded = load_model(args.model, args.mesh, args.dtype)
@@ -96,8 +97,7 @@ def main() -> None:
     )
     if output:
         output.compare(_settings(args, loaded, engine, defaults))
-    bar = tqdm(total=left, unit="completion", file=sys.stderr, disable=None)
-    progress = Progress(engine, bar)
+    progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
         [item.encoded(engine.tokenizer) for item in items],
         [item.params for item in items],
@@ -111,53 +111,18 @@ def main() -> None:
         return
     use_compilation_cache()
     engine.params = loaded.params
-    progress.start = time.monotonic()
-    try:
-        with (
-            output or contextlib.nullcontext(),
-            Printer(args, engine, items, bar) as show,
-            stop_signals() as progress.signals,
-        ):
-            for completion in completions:
-                record = _record(items[completion.prompt_index], completion)
-                if output:
-                    output.append(record)
-                show(completion, record)
-                bar.update()
-                left -= 1
-    except KeyboardInterrupt:
-        count = bar.total - left
-        way_on = "run the same command again to go on"
-        kept = f", kept in {args.output}; {way_on}" if output else ""
-        raise KeyboardInterrupt(
-            f"after {count} of {bar.total} completions{kept}"
-        ) from None
-    finally:
-        bar.close()
-    summary = f"{bar.total} completion{'s' * (bar.total > 1)}, {progress.speed()}"
-    print(summary, file=sys.stderr if args.json or output else sys.stdout)
-
-
-@dataclasses.dataclass
-class Progress:
-    """Called after each chunk: shows the speed, and is where Ctrl-C stops.
-
-    Elsewhere it could come in the middle of JAX, which may lose it.
-    """
-
-    engine: Engine
-    bar: tqdm
-    start: float = 0.0  # when the weights were there
-    signals: list[int] = dataclasses.field(default_factory=list)
-
-    def __call__(self, new_tokens: int) -> None:
-        self.bar.set_postfix_str(self.speed())
-        if self.signals:
-            raise KeyboardInterrupt
-
-    def speed(self) -> str:
-        tokens, seconds = self.engine.stats.tokens, time.monotonic() - self.start
-        return f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.0f} tokens/s)"
+    with (
+        output or contextlib.nullcontext(),
+        progress.shown(),
+        Printer(args, engine, items, progress.bar) as show,
+    ):
+        for completion in completions:
+            record = _record(items[completion.prompt_index], completion)
+            if output:
+                output.append(record)
+            show(completion, record)
+            progress.step()
+    print(progress.summary(), file=sys.stderr if args.json or output else sys.stdout)
 
 
 class Printer:
@@ -218,126 +183,6 @@ class Printer:
                 text = self.engine.tokenizer.decode([token])
                 lines.append(f"{logprob:10.4f} {'*' * forced:1} {token:6d} {text!r}")
         return "\n".join(lines)
-
-
-class Output:
-    """The output file: appended to as completions finish, and read when the command is
-    run again.
-
-    Beside it lies FILE.settings.json, which says how it was made, so that a run with
-    other settings is refused and not mixed in. Nothing is written before the context is
-    entered.
-    """
-
-    def __init__(self, path: Path, items: list[Item]):
-        self.path = path
-        with self._reading():
-            if path.exists() and not path.is_file():
-                raise UserError(f"--output {path} is not a regular file; give one")
-            self.sidecar = path.with_name(path.name + ".settings.json")
-            content = path.read_bytes() if path.exists() else b""
-            ours = self.sidecar.exists()
-        self.made_how: dict[str, Any] = {}
-        self.requests = {json.dumps(item.id): item.digest() for item in items}
-        if content and not ours:
-            raise UserError(
-                f"{path} has content but no {self.sidecar.name} beside it, so it was "
-                "not made by this command; choose another --output"
-            )
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"--output {path}: {path.parent} is no writable directory")
-        self.done, self.size = self._whole_lines(content)
-        self.file: TextIO | None = None
-
-    def compare(self, settings: dict[str, Any]) -> None:
-        """Refuses settings or requests that differ from those of the earlier run."""
-        self.made_how = {"settings": settings, "requests": self.requests}
-        if not self.size:
-            return
-        try:
-            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, requests = old["settings"], old["requests"]
-            names = [n for n, v in settings.items() if before.get(n) != v]
-            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.sidecar} is not readable; choose another --output"
-            ) from None
-        if names:
-            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
-            here = ", ".join(f"{n}={settings[n]!r}" for n in names)
-            raise UserError(
-                f"{self.path} was made with {there}, and this run has {here}; use the "
-                "same settings or another --output"
-            )
-        if changed:
-            raise UserError(
-                f"{self.path} was made with another prompt or other parameters for id "
-                f"{changed[0]}; choose another --output"
-            )
-        self.made_how["requests"] = {**requests, **self.requests}
-
-    def __enter__(self) -> "Output":
-        part = self.sidecar.with_name(self.sidecar.name + ".part")
-        with self._writing():
-            self.file = self.path.open("a", encoding="utf-8")
-            self._lock(self.file)
-            # A run that was killed while writing leaves half a line: written again.
-            self.file.truncate(self.size)
-            part.write_text(json.dumps(self.made_how, indent=1) + "\n")
-            os.replace(part, self.sidecar)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        assert self.file is not None
-        self.file.close()
-
-    def append(self, record: dict[str, Any]) -> None:
-        assert self.file is not None
-        with self._writing():
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-
-    def _lock(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing {self.path}; let it end or choose another "
-                "--output"
-            ) from None
-
-    @contextlib.contextmanager
-    def _reading(self):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"--output {self.path} cannot be read: {reason}") from None
-
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"--output {self.path} cannot be written: {reason}; choose another one"
-            ) from None
-
-    def _whole_lines(self, content: bytes) -> tuple[set[tuple[str | int, int]], int]:
-        """Which (id, sample) are there, and the bytes up to the last whole line."""
-        done, size = set(), content.rfind(b"\n") + 1
-        for number, line in enumerate(content[:size].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                done.add((record["id"], record["sample"]))
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(
-                    f"{self.path} line {number} is not a completion of this command; "
-                    "choose another --output"
-                ) from None
-        return done, size
 
 
 def read_items(
