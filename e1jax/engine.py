@@ -223,6 +223,10 @@ class Engine:
             request.waiting = [j for j in samples if not skip(request.index, j)]
         return self._run(requests, progress)
 
+    def release_cache(self) -> None:
+        """Frees the cache's memory until the next call."""
+        self._cache = None
+
     def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Token ids of a prompt, checked; see `generate`."""
         if isinstance(prompt, str):

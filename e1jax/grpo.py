@@ -70,8 +70,8 @@ def policy_loss(
     aggregate="token" is the mean over all tokens that count, "sequence" the mean over
     responses of each one's mean; a response without a token that counts is left out.
 
-    Metrics: kl (0 without reference), clip_fraction (share of tokens whose clipped term
-    is the one that counts), ratio (mean). Raises UserError if `ref_logprobs` is None
+    Metrics, means of the same kind: kl (0 without reference), clip_fraction (share of
+    tokens whose clipped term is the one that counts), ratio. Raises UserError if `ref_logprobs` is None
     though kl_coef is not 0, or for an unknown `clip` or `aggregate`.
     """
     if ref_logprobs is None and kl_coef:
@@ -103,13 +103,7 @@ def policy_loss(
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
         loss += kl_coef * kl
-    share = token_weights(mask, "token")
-    metrics = {
-        "kl": kl,
-        "clip_fraction": ((clipped > plain) * share).sum(),
-        "ratio": (ratio * share).sum(),
-    }
-    return loss, metrics
+    return loss, {"kl": kl, "clip_fraction": mean(clipped > plain), "ratio": mean(ratio)}
 
 
 def token_weights(mask: Num[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
@@ -132,6 +126,7 @@ def response_logprobs(
     temperature: Float[Array, ""],
     *,
     remat: bool = False,
+    entropy_grad: bool = False,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-probability of each response token under the policy, and the policy's entropy.
 
@@ -149,7 +144,9 @@ def response_logprobs(
     # The token at a position is predicted from the position before it.
     hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
     targets = jax.vmap(of_response)(tokens, prompt_len)
-    return chunked_logprobs(config, params, hidden, targets, temperature)
+    return chunked_logprobs(
+        config, params, hidden, targets, temperature, entropy_grad=entropy_grad
+    )
 
 
 def chunked_logprobs(
@@ -158,13 +155,15 @@ def chunked_logprobs(
     hidden: Float[Array, "B R D"],
     targets: Int[Array, "B R"],
     temperature: Float[Array, ""],
+    *,
     chunk_len: int = CHUNK_LEN,
+    entropy_grad: bool = False,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-softmax of the logits / temperature at the targets, and the entropy there.
 
     The logits of `chunk_len` positions of each row exist at a time, forward and backward
     (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
-    over devices.
+    over devices. The entropy has a gradient, which costs time, only with `entropy_grad`.
     """
     batch, length = targets.shape
     chunk_len = min(chunk_len, length)
@@ -184,8 +183,14 @@ def chunked_logprobs(
         logits = unembed(config, params, hidden) / temperature
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         log_mass = jax.nn.logsumexp(logits, axis=-1)
-        probs = jnp.exp(logits - log_mass[..., None])
-        return carry, (chosen - log_mass, log_mass - (probs * logits).sum(axis=-1))
+        entropy = _entropy(logits if entropy_grad else jax.lax.stop_gradient(logits))
+        return carry, (chosen - log_mass, entropy)
 
     _, (logprobs, entropy) = jax.lax.scan(step, None, (split(hidden), split(targets)))
     return join(logprobs), join(entropy)
+
+
+def _entropy(logits: Float[Array, "B R V"]) -> Float[Array, "B R"]:
+    log_mass = jax.nn.logsumexp(logits, axis=-1)
+    probs = jnp.exp(logits - log_mass[..., None])
+    return log_mass - (probs * logits).sum(axis=-1)

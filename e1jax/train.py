@@ -1,0 +1,632 @@
+"""Command: GRPO whose rollouts run under a thinking and a solution budget.
+
+    python -m e1jax.train --config configs/nano_grpo.yaml
+
+In order:
+1. the configuration, the model and the problems, checked, and the run directory, which
+   is a model: `config.yaml` and `config.json` beside the tokenizer files;
+2. parameters and optimizer state, those of the model or of the latest checkpoint;
+3. each step: prompts from the host (Grain), responses from the engine, which samples
+   from the parameters being trained, rewards from worker processes while sampling goes
+   on; then a few jitted updates with donated state, and a line of `metrics.jsonl`;
+4. every few steps: accuracy on other problems, and a checkpoint with the position in
+   the data, from which the run goes on bit for bit.
+
+All that is random follows from the seed, the step and the position in the data, so a
+checkpoint holds no generator.
+"""
+
+import functools
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from e1jax.checkpoint import (
+    MetricsLog,
+    RunCheckpoints,
+    abstract_state,
+    check_finite,
+    find_params,
+)
+from e1jax.config import (
+    AdamWConfig,
+    GRPOConfig,
+    ModelConfig,
+    SamplingParams,
+    UserError,
+    ValidationConfig,
+    budget_name,
+    load_config,
+    record_config,
+    run_command,
+    stop_signals,
+)
+from e1jax.convert import LoadedModel, load_model
+from e1jax.data import (
+    Example,
+    Prompt,
+    default_instruction,
+    encode_problems,
+    load_problems,
+    prompt_batches,
+    prompt_text,
+)
+from e1jax.engine import Completion, Engine
+from e1jax.grpo import (
+    group_advantages,
+    policy_loss,
+    response_logprobs,
+    token_weights,
+)
+from e1jax.model import Params, abstract_params
+from e1jax.rewards import grade
+from e1jax.sharding import COMPILER_OPTIONS, use_compilation_cache
+from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
+
+# The responses of a step are padded to one of this many lengths: each is a compilation.
+NUM_LENGTHS = 4
+
+HEADLINE = ["reward", "thinking_tokens", "forced_share", "kl"]
+
+
+class Stopped(Exception):
+    """A signal came while responses were sampled, and the step is given up."""
+
+
+class Batch(NamedTuple):
+    """The responses of a step: M micro-batches of B rows, which lie over `data`."""
+
+    tokens: Any  # [M, B, T] int32: prompt, response, padding
+    prompt_len: Any  # [M, B] int32
+    advantages: Any  # [M, B] float32
+    loss_mask: Any  # [M, B, R] bool: the response tokens that are learned
+    old_logprobs: Any  # [M, B, R] float32
+    ref_logprobs: Any = None  # [M, B, R] float32, where the divergence counts
+
+
+def main() -> None:
+    train(*load_config(GRPOConfig, sys.argv[1:], "python -m e1jax.train"))
+
+
+def train(config: GRPOConfig, run_dir: Path) -> None:
+    """Trains to the last step, from where the run directory left off.
+
+    Raises UserError if sizes or problems do not fit together, if the directory was begun
+    with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
+    saving, if Ctrl-C came.
+    """
+    loaded = load_model(config.model, config.mesh, config.update.param_dtype)
+    instruction = config.data.instruction
+    if instruction is None:
+        instruction = default_instruction(loaded.tokenizer)
+    examples = read_examples(config, loaded, instruction)
+    longest_prompt = max(len(example.prompt_ids) for example in examples)
+    engine = make_engine(config, loaded, longest_prompt)
+    validate = make_validation(config.validation, engine, instruction)
+    prepare(config, loaded, instruction, run_dir)
+    use_compilation_cache()
+
+    best = config.validation.best if validate else None
+    checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
+    learner = Learner(config, loaded, longest_prompt, engine.cache_len)
+    batches = prompt_batches(examples, prompts=config.rollout.prompts, seed=config.seed)
+    step = saved = learner.restore(checkpoints, batches)
+    log = MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
+    with closing(checkpoints), closing(log), stop_signals() as signals:
+
+        def stop_if_asked(new_tokens: int = 0) -> None:
+            if signals:
+                raise Stopped
+
+        def save(metrics: dict[str, float]) -> int:
+            log.flush(metrics)
+            record = {"seed": config.seed, "data": position, "metrics": metrics}
+            checkpoints.save(step, learner.params, learner.state, record)
+            return step
+
+        position = batches.get_state()
+        try:
+            while step < config.steps:
+                stop_if_asked()
+                engine.params = learner.sampling_params()
+                rollouts = sample_rollouts(config, engine, next(batches), stop_if_asked)
+                engine.params = None  # the update may write where they lie
+                engine.release_cache()
+                metrics = learner.learn(rollouts)
+                step, position = step + 1, batches.get_state()
+                metrics["learning_rate"] = float(learner.schedule(step - 1))
+                check_finite(step, metrics)
+                log.add(step, metrics)
+                last, measured = step == config.steps, {}
+                if validate and (last or step % config.validation.every == 0):
+                    engine.params = learner.sampling_params()
+                    measured = validate()
+                if measured or last or step % config.checkpoint.every == 0:
+                    saved = save(measured)
+        except Stopped:
+            if step > saved:
+                save({})
+    if signals:
+        print(f"stopped after step {step}, saved; repeat the command to go on")
+    else:
+        print(f"{run_dir} is trained; python -m e1jax.evaluate --model {run_dir}")
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
+
+
+def read_examples(
+    config: GRPOConfig, loaded: LoadedModel, instruction: str
+) -> list[Example]:
+    """The problems to train on, as token ids."""
+    problems = load_problems(config.data.problems)
+    longest = config.data.max_prompt_len
+    examples, dropped = encode_problems(
+        problems, loaded.tokenizer, instruction, longest
+    )
+    if dropped:
+        print(
+            f"note: {dropped} of {len(problems)} prompts have more than {longest} "
+            "tokens and are left out",
+            file=sys.stderr,
+        )
+    return examples
+
+
+def make_engine(config: GRPOConfig, loaded: LoadedModel, longest_prompt: int) -> Engine:
+    """The engine that samples for training; it has no parameters yet.
+
+    Raises UserError if its cache is too short for a prompt and both budgets.
+    """
+    rollout, data = config.rollout, loaded.mesh.shape["data"]
+    if config.update.microbatch % data:
+        raise UserError(
+            f"update.microbatch={config.update.microbatch} is not a multiple of the "
+            f"mesh's data={data}; change one of them"
+        )
+    budgets = (rollout.thinking_budget, rollout.solution_budget)
+    needed = longest_prompt + 1 + sum(budget or 0 for budget in budgets)
+    cache_len = needed if rollout.cache_len is None else rollout.cache_len
+    if cache_len < needed:
+        raise UserError(
+            f"rollout.cache_len={cache_len} is too short for a prompt of "
+            f"{longest_prompt} tokens, budgets of {budgets[0]} and {budgets[1]} and "
+            f"</think>; {needed} is enough"
+        )
+    return Engine(
+        *(loaded.config, None, loaded.tokenizer, loaded.mesh),
+        cache_len=cache_len,
+        slots=rollout.slots,
+    )
+
+
+def prepare(
+    config: GRPOConfig, loaded: LoadedModel, instruction: str, run_dir: Path
+) -> None:
+    """Writes what makes the run directory a model: settings, sizes and tokenizer.
+
+    The instruction that prompts end with is recorded with the tokenizer, for whoever
+    evaluates the model, wherever it is converted to.
+    """
+    record_config(config, run_dir)
+    sizes = loaded.config.to_hf(config.update.param_dtype)
+    file = run_dir / "config.json"
+    if file.exists() and read_json(file) != sizes:
+        raise UserError(
+            f"{run_dir} was begun with a model of other sizes than {config.model} has "
+            "now; bring that model back, or take another --run-dir"
+        )
+    source = (find_params(loaded.path) or (None, loaded.path))[1]
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, run_dir / name)
+    tokenizer_config = read_json(source / "tokenizer_config.json")
+    for name, values in (
+        ("tokenizer_config.json", {**tokenizer_config, INSTRUCTION_KEY: instruction}),
+        ("config.json", sizes),
+    ):
+        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        (run_dir / name).write_text(text, encoding="utf-8")
+
+
+class Rollouts(NamedTuple):
+    """The responses of a step with their rewards, prompt by prompt."""
+
+    completions: list[Completion]  # N x G
+    rewards: np.ndarray  # [N, G] float32
+    metrics: dict[str, float]
+
+
+def sample_rollouts(
+    config: GRPOConfig,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    stop_if_asked: Callable[[int], None],
+) -> Rollouts:
+    """Samples the responses of a step and grades each while others are sampled."""
+    start = time.perf_counter()
+    rollout = config.rollout
+    requests = [
+        SamplingParams(
+            rollout.thinking_budget,
+            rollout.solution_budget,
+            n=rollout.samples,
+            temperature=rollout.temperature,
+            top_p=1.0,  # a ratio of probabilities is of the whole distribution
+            seed=request_seed(config.seed, prompt.position),
+        )
+        for prompt in prompts
+    ]
+    stream = engine.stream(
+        [prompt.prompt_ids for prompt in prompts], requests, progress=stop_if_asked
+    )
+    graded = list(grade(stream, [prompt.answers for prompt in prompts]))
+    graded.sort(key=lambda pair: (pair[0].prompt_index, pair[0].sample))
+    completions = [completion for completion, _ in graded]
+    rewards = np.array([reward for _, reward in graded], np.float32)
+    rewards = rewards.reshape(len(prompts), rollout.samples)
+    seconds = time.perf_counter() - start
+    metrics = rollout_metrics(completions, rewards) | {
+        "rollout_waste": 1 - engine.stats.tokens / engine.stats.slot_steps,
+        "rollout_tokens_per_second": engine.stats.tokens / seconds,
+    }
+    return Rollouts(completions, rewards, metrics)
+
+
+def request_seed(seed: int, *position: int) -> int:
+    """A seed of 64 bits for one request."""
+    sequence = np.random.SeedSequence([seed, *position])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def rollout_metrics(
+    completions: Sequence[Completion], rewards: np.ndarray
+) -> dict[str, float]:
+    """Means over responses; `solved` and `mixed` are shares of prompts."""
+
+    def mean(value: Callable[[Completion], float]) -> float:
+        return float(np.mean([value(completion) for completion in completions]))
+
+    return {
+        "reward": float(rewards.mean()),
+        "accuracy": float((rewards == 1).mean()),
+        "solved": float((rewards == 1).any(axis=1).mean()),
+        "mixed": float((rewards.std(axis=1) > 0).mean()),  # the rest teaches nothing
+        "response_tokens": mean(lambda c: len(c.token_ids)),
+        "thinking_tokens": mean(lambda c: c.thinking_tokens),
+        "solution_tokens": mean(lambda c: c.solution_tokens),
+        "forced_share": mean(lambda c: any(c.forced)),
+        "unfinished_share": mean(lambda c: c.finish_reason != "stop"),
+    }
+
+
+def make_batch(
+    config: GRPOConfig, rollouts: Rollouts, longest_prompt: int, longest_response: int
+) -> Batch:
+    """Rollouts as arrays, of few different shapes.
+
+    Masks follow from lengths and from what was forced, never from token ids.
+    """
+    completions = rollouts.completions
+    longest = max(len(c.token_ids) for c in completions)
+    unit = -(-longest_response // NUM_LENGTHS)
+    response_len = -(-longest // unit) * unit
+    prompt_len = np.array([len(c.prompt_ids) for c in completions], np.int32)
+    shape = (len(completions), response_len)
+    tokens = np.zeros((len(completions), longest_prompt + response_len), np.int32)
+    mask, logprobs = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    for row, c in enumerate(completions):
+        ids = c.prompt_ids + c.token_ids
+        tokens[row, : len(ids)] = ids
+        logprobs[row, : len(c.logprobs)] = c.logprobs
+        mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
+    advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
+    batch = Batch(tokens, prompt_len, advantages, mask, logprobs)
+    micro = config.update.microbatch
+    return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
+
+
+class Learner:
+    """The policy in training: its parameters, the optimizer's state, the reference.
+
+    The engine samples from `sampling_params()`, which are the parameters themselves
+    where they have the dtype of the computation.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        loaded: LoadedModel,
+        longest_prompt: int,
+        longest_response: int,
+    ):
+        on_cpu = jax.default_backend() == "cpu"
+        self.dtype = jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+        self.config, self.loaded = config, loaded
+        self.longest = (longest_prompt, longest_response)
+        self.optimizer = make_optimizer(config)
+        self.schedule = learning_rates(config.optimizer, config.steps)
+        self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+        self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
+        shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
+        self.update = make_update(
+            config, loaded.config, self.optimizer, self.dtype, shardings
+        )
+        self.params: Params = {}
+        self.state: Any = None
+        self.reference: Params | None = None
+
+    def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
+        """Goes on from the latest checkpoint, or begins with the model; the step."""
+        if self.config.loss.kl_coef:
+            self.reference = _cast(self.loaded.params, self.dtype, copy=True)
+        restored = checkpoints.restore(self.shapes, self.state_shapes)
+        if restored:
+            step, self.params, self.state, record = restored
+            batches.set_state(record["data"])
+            return step
+        self.params = self.loaded.params
+        shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
+        self.state = jax.jit(self.optimizer.init, out_shardings=shardings)(self.params)
+        return 0
+
+    def sampling_params(self) -> Params:
+        return _cast(self.params, self.dtype)
+
+    def learn(self, rollouts: Rollouts) -> dict[str, float]:
+        """Updates the policy by the responses of a step; the metrics of the step."""
+        start = time.perf_counter()
+        config, loss = self.config, self.config.loss
+        batch = make_batch(config, rollouts, *self.longest)
+        rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
+        batch = jax.tree.map(lambda x: jax.device_put(x, rows), batch)
+        temperature = jnp.float32(config.rollout.temperature)
+        sampler_gap = jnp.float32(0)
+        if self.reference is not None:
+            logprobs = self._logprobs(self.reference, batch, temperature)
+            batch = batch._replace(ref_logprobs=logprobs)
+        if loss.old_logprobs == "recomputed":
+            logprobs = self._logprobs(self.sampling_params(), batch, temperature)
+            gaps = jnp.abs(logprobs - batch.old_logprobs) * batch.loss_mask
+            sampler_gap = gaps.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
+            batch = batch._replace(old_logprobs=logprobs)
+        num_micro = len(batch.tokens) * config.update.epochs // config.updates_per_step
+        firsts = range(0, len(batch.tokens), num_micro)
+        measured = []
+        for first in [*firsts] * config.update.epochs:
+            self.params, self.state, metrics = self.update(
+                self.params, self.state, batch, first, temperature
+            )
+            measured.append(metrics)
+        means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
+        tokens = sum(len(c.token_ids) for c in rollouts.completions)
+        seconds = time.perf_counter() - start
+        return {
+            **rollouts.metrics,
+            **means,
+            "sampler_gap": sampler_gap.item(),
+            "update_tokens_per_second": tokens * config.update.epochs / seconds,
+        }
+
+    def _logprobs(self, params: Params, batch: Batch, temperature: Array) -> Array:
+        return batch_logprobs(
+            self.loaded.config,
+            params,
+            batch.tokens,
+            batch.prompt_len,
+            batch.loss_mask.shape[-1],
+            temperature,
+        )
+
+
+def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
+    """Parameters in another dtype; the same arrays, or copies, if they have it."""
+
+    def cast(p):
+        return (jnp.copy(p) if copy else p) if p.dtype == dtype else p.astype(dtype)
+
+    return jax.tree.map(cast, params)
+
+
+def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; the learning rate is that of the step."""
+    adam, updates = config.optimizer, config.updates_per_step
+    rates = learning_rates(adam, config.steps)
+    return optax.chain(
+        optax.clip_by_global_norm(adam.max_grad_norm),
+        optax.adamw(
+            lambda count: rates(count // updates),
+            b1=adam.b1,
+            b2=adam.b2,
+            weight_decay=adam.weight_decay,
+        ),
+    )
+
+
+def learning_rates(config: AdamWConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up to the peak, which the last warm-up step has; then the schedule,
+    which would be 0 one step after the last."""
+    warmup = config.warmup_steps
+    falls = {
+        "constant": lambda left: 1.0,
+        "linear": lambda left: left,
+        "cosine": lambda left: 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+    }
+
+    def rate(step):
+        left = (steps - step) / max(1, steps - warmup)
+        fall = falls[config.schedule](jnp.clip(left, 0, 1))
+        rise = jnp.minimum(1, (step + 1) / max(1, warmup))
+        return config.learning_rate * rise * fall
+
+    return rate
+
+
+def make_update(
+    config: GRPOConfig,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    shardings: tuple[Any, Any],
+):
+    """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
+
+    (params, state, batch, first, temperature) -> (params, state, metrics); `first` is
+    the index of the mini-batch's first micro-batch. The first two arguments are donated,
+    and lie where `shardings` says. Gradients are summed up in float32.
+    """
+    per_prompt = config.rollout.samples
+    minibatch = config.update.minibatch_prompts * per_prompt
+    num_micro = minibatch // config.update.microbatch
+
+    def update(params, state, batch, first, temperature):
+        def part(x):
+            return jax.lax.dynamic_slice_in_dim(x, first, num_micro)
+
+        minibatch = jax.tree.map(part, batch)
+        computed = jax.tree.map(lambda p: p.astype(dtype), params)
+        weights = _microbatch_weights(minibatch.loss_mask, config.loss.aggregate)
+
+        def add(grads, inputs):
+            microbatch, weight = inputs
+            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
+                config, model, computed, microbatch, weight, temperature
+            )
+            wide = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
+            return wide, metrics
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        grads, metrics = jax.lax.scan(add, zeros, (minibatch, weights))
+        metrics = {name: values.sum() for name, values in metrics.items()}
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return jax.jit(
+        update,
+        donate_argnums=(0, 1),
+        out_shardings=(*shardings, None),
+        compiler_options=COMPILER_OPTIONS,
+    )
+
+
+def _microbatch_weights(
+    loss_mask: Bool[Array, "M B R"], aggregate: str
+) -> Float[Array, " M"]:
+    """What the mean over each micro-batch counts in the mean over all; see
+    grpo.token_weights."""
+    shape = loss_mask.shape
+    weights = token_weights(loss_mask.reshape(-1, shape[-1]), aggregate)
+    return weights.reshape(shape).sum(axis=(1, 2))
+
+
+def grpo_loss(
+    config: GRPOConfig,
+    model: ModelConfig,
+    params: Params,
+    batch: Batch,
+    weight: Float[Array, ""],
+    temperature: Float[Array, ""],
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Loss of a micro-batch and its metrics, both times `weight`."""
+    loss = config.loss
+    logprobs, entropy = response_logprobs(
+        *(model, params, batch.tokens, batch.prompt_len, batch.loss_mask.shape[-1]),
+        temperature,
+        remat=config.update.remat,
+        entropy_grad=loss.entropy_coef > 0,
+    )
+    value, metrics = policy_loss(
+        *(logprobs, batch.old_logprobs, batch.ref_logprobs),
+        *(batch.advantages, batch.loss_mask),
+        clip=loss.clip,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        max_ratio=loss.max_ratio if loss.old_logprobs == "sampler" else None,
+        kl_coef=loss.kl_coef,
+        aggregate=loss.aggregate,
+    )
+    entropy = jnp.where(batch.loss_mask, entropy, 0.0)
+    entropy = (entropy * token_weights(batch.loss_mask, loss.aggregate)).sum()
+    value -= loss.entropy_coef * entropy
+    metrics = {"loss": value, "entropy": entropy, **metrics}
+    return value * weight, {name: v * weight for name, v in metrics.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=COMPILER_OPTIONS)
+def batch_logprobs(
+    model: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "M B T"],
+    prompt_len: Int[Array, "M B"],
+    response_len: int,
+    temperature: Float[Array, ""],
+) -> Float[Array, "M B R"]:
+    """Log-probabilities of the responses of a step, a micro-batch at a time."""
+
+    def of_one(inputs):
+        return response_logprobs(model, params, *inputs, response_len, temperature)[0]
+
+    return jax.lax.map(of_one, (tokens, prompt_len))
+
+
+def make_validation(
+    config: ValidationConfig, engine: Engine, instruction: str
+) -> Callable[[], dict[str, float]] | None:
+    """Measures accuracy and length at each pair of budgets; None without problems.
+
+    Requests are made, and refused, here. Problem i has the same seed at every budget and
+    every step, so that what is compared differs in nothing else.
+    """
+    if config.problems is None:
+        return None
+    problems = load_problems(config.problems, config.limit)
+    texts = [prompt_text(problem.text, instruction) for problem in problems]
+    requests = [
+        SamplingParams(
+            *pair,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=request_seed(0, index),
+        )
+        for pair in config.budgets
+        for index in range(len(problems))
+    ]
+    prompts = texts * len(config.budgets)
+    answers = [problem.answers for problem in problems] * len(config.budgets)
+    names = [f"problem {p.id} of {config.problems}" for p in problems]
+    engine.stream(prompts, requests, names=names * len(config.budgets))  # checks them
+
+    def validate() -> dict[str, float]:
+        shape = (len(config.budgets), len(problems))
+        right, tokens = np.zeros(shape), np.zeros(shape)
+        for completion, reward in grade(engine.stream(prompts, requests), answers):
+            at = divmod(completion.prompt_index, len(problems))
+            right[at], tokens[at] = reward, len(completion.token_ids)
+        metrics = {"validation_accuracy": right.mean().item()}
+        for pair, accuracy, length in zip(
+            config.budgets, right.mean(axis=1), tokens.mean(axis=1), strict=True
+        ):
+            name = budget_name(*pair)
+            metrics[f"validation_accuracy_{name}"] = accuracy.item()
+            metrics[f"validation_tokens_{name}"] = length.item()
+        return metrics
+
+    return validate
+
+
+if __name__ == "__main__":
+    run_command(main)
