@@ -413,7 +413,9 @@ class MetricsLog:
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Notes a step's metrics, which may still be on the device."""
         self.flush()
-        self.waiting = {"step": step, **metrics}
+        now = time.perf_counter()
+        self.waiting = {"step": step, **metrics, "seconds": round(now - self.clock, 4)}
+        self.clock = now
 
     def flush(self, more: Mapping[str, float] | None = None) -> None:
         """Writes the step that was added last, with more metrics of it.
@@ -424,15 +426,8 @@ class MetricsLog:
             return
         line = {key: np.asarray(v).item() for key, v in self.waiting.items()}
         line |= more or {}
-        now = time.perf_counter()
-        line["seconds"] = round(now - self.clock, 4)
-        self.clock, self.waiting = now, None
-        for key, value in line.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"step {line['step']}: {key} is {value}; lower the learning rate "
-                    "and take another --run-dir"
-                )
+        self.waiting = None
+        check_finite(line["step"], line)
         try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
@@ -459,6 +454,16 @@ class MetricsLog:
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Raises UserError if a metric is not a finite number: training has failed."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {step}: {name} is {value}; lower the learning rate and take "
+                "another --run-dir"
+            )
 
 
 def _wandb_run(project: str, run_dir: Path) -> Any:
