@@ -1,4 +1,8 @@
-"""Training and evaluation data, on the host: the nano task, and its fine-tuning batches.
+"""Training and evaluation data, on the host: problems, prompts and their batches.
+
+Problems are read from a file, a hub dataset, or made up (the nano task). For
+reinforcement learning they become prompts and batches of prompts; for fine-tuning, nano
+problems become batches of whole solutions.
 
 A nano problem is text like `47a+5b*3c-8?`: a start value of two digits, then two to six
 steps labelled a, b, ..., each an operator and a digit, all modulo 100. Its solution is
@@ -11,21 +15,59 @@ Results have two digits in both. The box holds the plain integer (`\\boxed{5}`, 
 `\\boxed{05}`), and so does the answer, so equal answers are equal strings.
 
 Problems whose text has a CRC-32 divisible by 8 are held out: no training problem is
-ever one of them, whatever the seed. All that is random here is drawn from NumPy
-generators keyed by (seed, index), so any element can be made without the earlier ones.
+ever one of them, whatever the seed.
+
+All that is random here depends on a seed and a position alone, so any element can be
+made without the earlier ones: a position is all that a checkpoint needs to hold.
 """
 
 import dataclasses
+import difflib
 import functools
+import itertools
+import json
+import math
 import operator
+import re
+import reprlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import grain
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 
-from e1jax.config import SFTConfig, TraceMix
-from e1jax.tokenizer import THINK_END, Tokenizer
+from e1jax.config import SFTConfig, TraceMix, UserError, check_integer
+from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
+
+# Nano datasets: held out or not, and which of all such problems.
+NANO = {
+    "nano": (True, range(1024)),
+    "nano-validation": (True, range(1024, 1280)),
+    "nano-train": (False, range(16384)),
+}
+# Hub datasets, as owner/name and, within it, the files. `answer` holds the answer in all
+# but OlympiadBench, where it is `final_answer`, a list; in AMC it is a float.
+HUB = {
+    "aime24": "HuggingFaceH4/aime_2024/data/train",  # 30 problems
+    "math500": "HuggingFaceH4/MATH-500/test",  # 500
+    "amc": "AI-MO/aimo-validation-amc/data/train",  # 83, the AMC 12 of 2022 and 2023
+    "minerva": "math-ai/minervamath/test",  # 272
+    # 674: in English, of text alone, with an answer that can be checked.
+    "olympiadbench": "Hothan/OlympiadBench/OlympiadBench/OE_TO_maths_en_COMP/"
+    "OE_TO_maths_en_COMP",
+    "deepscaler": "agentica-org/DeepScaleR-Preview-Dataset/deepscaler",  # 40,315
+}
+FORMATS = (".json", ".jsonl", ".parquet")
+# Of the released E1 recipe, and of DeepScaleR before it.
+DEFAULT_INSTRUCTION = (
+    r"Let's think step by step and output the final answer within \boxed{}."
+)
 
 LABELS = "abcdef"
 WORDS = (r"\boxed{", "wait")  # single tokens of the nano tokenizer
@@ -122,6 +164,319 @@ def write_solution(
         whole = rng.random() < 0.5
         recap = problem.terse(0 if whole else int(rng.integers(len(problem.steps))))
     return rf"{thinking}{THINK_END}{recap}\boxed{{{problem.answer}}}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question and the texts that are accepted as its answer."""
+
+    id: str | int  # its own, else its index in the dataset
+    text: str
+    answers: tuple[str, ...]
+
+
+def load_problems(name: str, limit: int | None = None) -> list[Problem]:
+    """The problems of a dataset, the first `limit` of them if that is given.
+
+    `name` is a key of `NANO` or `HUB`, a file, or a hub dataset: owner/name, followed by
+    /FILES if it holds several sets of files, like owner/name/data/train. A file is a JSON
+    list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
+    field `answer` or `final_answer`, a text, a number or a list of those that are
+    accepted; and may have `id` or `unique_id`. Of an answer with `\\boxed{}` the content
+    of the box is taken.
+
+    Raises UserError, naming file and line or index (from 0), for whatever is missing,
+    broken or empty, and for two problems with one id.
+    """
+    if limit is not None:
+        check_integer("limit", limit, 1)
+    if name in NANO:
+        held_out, which = NANO[name]
+        which = which[:limit]
+        made = nano_problems(which.stop, held_out=held_out)[which.start :]
+        return [Problem(i, nano.text, (nano.answer,)) for i, nano in enumerate(made)]
+    files = _dataset_files(HUB.get(name, name))
+    rows = enumerate(row for file in files for row in _rows(file))
+    if name == "deepscaler":  # six of the published problems have no answer
+        rows = (row for row in rows if not _is_empty(row[1][1].get("answer")))
+    problems: dict[str | int, Problem] = {}
+    for index, (where, row) in itertools.islice(rows, limit):
+        problem = _problem(row, index, where)
+        if problem.id in problems:
+            raise UserError(
+                f"{where}: an earlier problem has the id {problem.id!r} too; ids must "
+                "differ, or be left out"
+            )
+        problems[problem.id] = problem
+    if not problems:
+        raise UserError(f"the dataset {name!r} holds no problems")
+    return list(problems.values())
+
+
+def default_instruction(tokenizer: Tokenizer) -> str:
+    """What prompts end with: as recorded with the model, else as in the reference."""
+    if tokenizer.instruction is None:
+        return DEFAULT_INSTRUCTION
+    return tokenizer.instruction
+
+
+def prompt_text(problem: str, instruction: str) -> str:
+    """The user's message: the problem, a space, the instruction if there is one."""
+    return f"{problem} {instruction}" if instruction else problem
+
+
+class EncodedProblem(NamedTuple):
+    """A problem as its prompt's token ids, chat template included."""
+
+    prompt_ids: list[int]
+    answers: tuple[str, ...]
+
+
+def encode_problems(
+    problems: Sequence[Problem],
+    tokenizer: Tokenizer,
+    instruction: str,
+    max_prompt_len: int,
+) -> tuple[list[EncodedProblem], int]:
+    """The problems whose prompts have at most `max_prompt_len` tokens, in their order,
+    and how many are longer and left out.
+
+    Raises UserError if none is left, or if the tokenizer has no chat template.
+    """
+    encoded = []
+    for problem in problems:
+        text = prompt_text(problem.text, instruction)
+        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
+        encoded.append(EncodedProblem(ids, problem.answers))
+    kept = [e for e in encoded if len(e.prompt_ids) <= max_prompt_len]
+    if not kept:
+        shortest = min(len(e.prompt_ids) for e in encoded)
+        raise UserError(
+            f"no prompt has at most max_prompt_len={max_prompt_len} tokens; the shortest "
+            f"of the {len(encoded)} has {shortest}"
+        )
+    return kept, len(encoded) - len(kept)
+
+
+class Prompt(NamedTuple):
+    """A prompt to be answered in training."""
+
+    position: int  # in the stream of all prompts of the run, over all epochs
+    index: int  # of the problem among those kept
+    prompt_ids: list[int]
+    answers: tuple[str, ...]
+
+
+def prompt_batches(
+    kept: Sequence[EncodedProblem],
+    *,
+    prompts: int,
+    seed: int,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator[list[Prompt]]:
+    """Endless batches; every epoch holds each problem once, in an order of its own.
+
+    A batch of `prompts` is shared out among the processes: of the positions i * prompts
+    to (i + 1) * prompts - 1, process p of P takes every P-th from the p-th on. The state
+    is the number of batches read, so it restores the iterator of any process, also where
+    their number has changed.
+    """
+    if prompts % processes:
+        raise UserError(
+            f"a batch of {prompts} prompts cannot be shared out evenly among "
+            f"{processes} processes; choose a multiple of {processes}"
+        )
+    # Indices are shuffled, not problems: Grain would look through all of their tokens.
+    stream = grain.MapDataset.range(len(kept)).seed(seed).shuffle().repeat()
+    stream = stream.map_with_index(lambda at, index: Prompt(at, index, *kept[index]))
+    batches = stream[process::processes].batch(prompts // processes, batch_fn=list)
+    # Made when asked for: nothing here is worth a thread.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _dataset_files(name: str) -> list[Path]:
+    """A local file, or those of a hub dataset, downloaded."""
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise UserError(
+                f"the dataset {name!r} is a directory; give a file, of the kind "
+                f"{', '.join(FORMATS)}"
+            )
+        if path.exists():
+            return [path]
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        reason = str(getattr(error, "strerror", error)).rstrip(".")
+        raise UserError(
+            f"the dataset {reprlib.repr(name)} cannot be looked for: {reason}; check "
+            "the path"
+        ) from None
+    hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", name)
+    if path.suffix in FORMATS and not (hub and hub[2]):
+        raise UserError(f"there is no file {name!r}; check the path")
+    if not hub:
+        known = [*NANO, *HUB]
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise UserError(
+            f"the dataset {reprlib.repr(name)} is neither a known name, nor a file, nor "
+            f"a hub id (owner/name); {hint}"
+        )
+    return _hub_files(name, *hub.groups())
+
+
+def _hub_files(name: str, repository: str, files: str | None) -> list[Path]:
+    """The parts, in order, of the one set of files in a hub dataset, or of `files`."""
+    patterns = [f"*{suffix}" for suffix in FORMATS] if files is None else [f"{files}*"]
+    try:
+        path = Path(
+            huggingface_hub.snapshot_download(
+                repository, repo_type="dataset", allow_patterns=patterns
+            )
+        )
+    except Exception as error:  # many kinds: no network, no such repository, no right
+        reason = str(error).strip().split("\n")[0].strip(" .:")
+        raise UserError(
+            f"the dataset {name!r} is not a file here and cannot be had from the hub "
+            f"({reason}); check the name and the network, or give a local file"
+        ) from None
+    sets: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        if file.suffix in FORMATS:
+            part = file.relative_to(path).as_posix()
+            whole = re.sub(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?", "", part)
+            if files in (None, whole, whole.removesuffix(file.suffix)):
+                sets.setdefault(whole, []).append(file)
+    if not sets:
+        raise UserError(
+            f"the dataset {name!r} has no data on the hub in the formats "
+            f"{', '.join(FORMATS)}; check the name of its files there"
+        )
+    if len(sets) > 1:
+        more = ", ..." if len(sets) > 8 else ""
+        raise UserError(
+            f"the dataset {name!r} has several sets of files "
+            f"({', '.join(list(sets)[:8])}{more}); say which, like "
+            f"{repository}/{next(iter(sets))}"
+        )
+    return next(iter(sets.values()))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a data file, after its place in words."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    read = _parquet_rows if content.startswith(b"PAR1") else _json_rows
+    for where, row in read(path, content):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{where}: a problem is an object with the fields problem and answer, "
+                f"not {reprlib.repr(row)}"
+            )
+        yield where, row
+
+
+def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    index = itertools.count()
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        for batch in file.iter_batches():
+            yield from ((f"{path} index {next(index)}", r) for r in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a whole parquet file: {reason}") from None
+
+
+def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, or the lines of JSONL that are not blank."""
+    try:
+        text = content.decode("utf-8-sig")  # with or without a BOM
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is neither parquet nor UTF-8: {error}") from None
+    if text.lstrip().startswith("["):
+        for index, row in enumerate(_parse_json(path, 1, text)):
+            yield f"{path} index {index}", row
+        return
+    # Not splitlines, which also splits at characters that a text in JSON may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path} line {number}", _parse_json(path, number, line)
+
+
+def _parse_json(path: Path, line: int, text: str) -> Any:
+    """JSON that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        reason = f"{error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # endless digits, endless nesting
+        reason = str(error)
+    raise UserError(
+        f"{path} line {line} is not JSON ({reason}); a file holds a list of objects, or "
+        "one object a line"
+    )
+
+
+def _problem(row: dict[str, Any], index: int, where: str) -> Problem:
+    name, text = _field(row, ("problem", "question", "prompt"), where)
+    text = _checked_text(text, "a text", f"{where}: {name}")
+    name, answers = _field(row, ("answer", "final_answer"), where)
+    answers = answers if isinstance(answers, list) else [answers]
+    accepted = tuple(_accepted(answer, f"{where}: {name}") for answer in answers)
+    own = [row[n] for n in ("id", "unique_id") if row.get(n) is not None]
+    if own and type(own[0]) is not int:
+        _checked_text(own[0], "a text or a whole number", f"{where}: its id")
+    return Problem(own[0] if own else index, text, accepted)
+
+
+def _field(row: dict[str, Any], names: Sequence[str], where: str) -> tuple[str, Any]:
+    """Name and value of the first of several fields that is not empty."""
+    there = [name for name in names if name in row]
+    if not there:
+        fields = ", ".join(row) or "none"
+        raise UserError(
+            f"{where} has no field {' or '.join(names)}; its fields are: {fields}"
+        )
+    full = [name for name in there if not _is_empty(row[name])]
+    if not full:
+        raise UserError(f"{where}: {there[0]} is empty; fill it or remove the problem")
+    return full[0], row[full[0]]
+
+
+def _is_empty(value: Any) -> bool:
+    return (
+        value is None or value == [] or (isinstance(value, str) and not value.strip())
+    )
+
+
+def _accepted(answer: Any, where: str) -> str:
+    """An answer as text: a number in digits, the content of a box."""
+    rule = "a text, a number or a list of those"
+    if type(answer) is int:
+        return str(answer)
+    if isinstance(answer, float) and math.isfinite(answer):
+        return f"{Decimal(repr(answer)).normalize():f}"
+    text = _checked_text(answer, rule, where)
+    boxed = extract_boxed(text)
+    return text if boxed is None else _checked_text(boxed, rule, where)
+
+
+def _checked_text(value: Any, rule: str, where: str) -> str:
+    if not isinstance(value, str) or _is_empty(value):
+        raise UserError(f"{where} must be {rule}, not {reprlib.repr(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where} is not valid Unicode text: {value[: error.end][-20:]!r} ends in "
+            "half of a surrogate pair; replace it"
+        ) from None
+    return value
 
 
 class SFTBatches:

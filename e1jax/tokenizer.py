@@ -40,6 +40,7 @@ class Tokenizer:
     think_end_id: int | None  # None: the model has no `</think>`
     special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
     chat_template: str | None
+    instruction: str | None  # what training ended its prompts with; None: not recorded
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":
@@ -70,12 +71,19 @@ class Tokenizer:
                 f"{path / 'tokenizer.json'} does not round-trip text: {_PROBE!r} came back as {back!r}; "
                 "take the file from the original model repository"
             )
+        instruction = config.get("e1jax_instruction")
+        if not isinstance(instruction, str | None):
+            raise UserError(
+                f"{path / 'tokenizer_config.json'}: e1jax_instruction must be a text, "
+                f"not {reprlib.repr(instruction)}"
+            )
         return cls(
             backend,
             eos_id,
             backend.token_to_id(THINK_END),
             special,
             _chat_template(path, config),
+            instruction,
         )
 
     def encode(self, text: str) -> list[int]:
