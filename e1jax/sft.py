@@ -51,7 +51,12 @@ from e1jax.data import (
 )
 from e1jax.model import Params, abstract_params, forward, init_params, unembed
 from e1jax.sharding import COMPILER_OPTIONS, make_mesh, sharding
-from e1jax.tokenizer import Tokenizer, read_json, write_byte_tokenizer
+from e1jax.tokenizer import (
+    INSTRUCTION_KEY,
+    Tokenizer,
+    read_json,
+    write_byte_tokenizer,
+)
 
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
 
@@ -124,7 +129,7 @@ def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
     write_byte_tokenizer(run_dir, WORDS)
     tokenizer_config = read_json(run_dir / "tokenizer_config.json")
     for name, values in (
-        ("tokenizer_config.json", {**tokenizer_config, "e1jax_instruction": ""}),
+        ("tokenizer_config.json", {**tokenizer_config, INSTRUCTION_KEY: ""}),
         ("config.json", config.model.to_hf("float32")),
     ):
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"

@@ -19,6 +19,9 @@ import tokenizers
 from e1jax.config import UserError
 
 THINK_END = "</think>"
+# In tokenizer_config.json, beside the chat template: the text that training ended its
+# prompts with.
+INSTRUCTION_KEY = "e1jax_instruction"
 
 # Files that make up a tokenizer; conversion copies those that are there.
 FILES = (
@@ -71,10 +74,10 @@ class Tokenizer:
                 f"{path / 'tokenizer.json'} does not round-trip text: {_PROBE!r} came back as {back!r}; "
                 "take the file from the original model repository"
             )
-        instruction = config.get("e1jax_instruction")
+        instruction = config.get(INSTRUCTION_KEY)
         if not isinstance(instruction, str | None):
             raise UserError(
-                f"{path / 'tokenizer_config.json'}: e1jax_instruction must be a text, "
+                f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY} must be a text, "
                 f"not {reprlib.repr(instruction)}"
             )
         return cls(

@@ -56,7 +56,7 @@ from e1jax.config import (
 )
 from e1jax.convert import LoadedModel, load_model
 from e1jax.data import (
-    Example,
+    EncodedProblem,
     Prompt,
     default_instruction,
     encode_problems,
@@ -169,7 +169,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
 
 def read_examples(
     config: GRPOConfig, loaded: LoadedModel, instruction: str
-) -> list[Example]:
+) -> list[EncodedProblem]:
     """The problems to train on, as token ids."""
     problems = load_problems(config.data.problems)
     longest = config.data.max_prompt_len
@@ -455,7 +455,7 @@ def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rates(config: AdamWConfig, steps: int) -> optax.Schedule:
+def learning_rates(config: AdamWConfig, steps: int) -> Callable[[Any], Any]:
     """Linear warm-up to the peak, which the last warm-up step has; then the schedule,
     which would be 0 one step after the last."""
     warmup = config.warmup_steps
@@ -578,7 +578,11 @@ def batch_logprobs(
     """Log-probabilities of the responses of a step, a micro-batch at a time."""
 
     def of_one(inputs):
-        return response_logprobs(model, params, *inputs, response_len, temperature)[0]
+        tokens, prompt_len = inputs
+        logprobs, _ = response_logprobs(
+            model, params, tokens, prompt_len, response_len, temperature
+        )
+        return logprobs
 
     return jax.lax.map(of_one, (tokens, prompt_len))
 
