@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Shaped
 
 from e1jax.config import ModelConfig, UserError
 from e1jax.model import Params, forward, unembed
@@ -27,7 +27,7 @@ def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
     """(reward - mean) / (std + 1e-6) among the G responses to each prompt.
 
     The standard deviation is the unbiased one. Raises UserError for fewer than two
-    responses, which have nothing to be compared with.
+    responses, which have nothing to be compared with. Equal rewards give exactly 0.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -35,6 +35,8 @@ def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
             f"rewards of shape {list(rewards.shape)} are no groups; give [N, G] with 2 "
             "or more responses a prompt"
         )
+    # A rounded mean of equal rewards is off by about the 1e-6 below; that of zeros is 0.
+    rewards -= rewards[:, :1]
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)
 
@@ -44,7 +46,7 @@ def policy_loss(
     old_logprobs: Float[Array, "B R"],
     ref_logprobs: Float[Array, "B R"] | None,
     advantages: Float[Array, " B"],
-    loss_mask: Num[Array, "B R"],
+    loss_mask: Shaped[Array, "B R"],
     *,
     clip: str = "ppo",
     clip_low: float = 0.2,
@@ -66,13 +68,15 @@ def policy_loss(
     exp(ref - logprobs) - (ref - logprobs) - 1, not clamped
     (http://joschu.net/blog/kl-approx.html).
 
-    `loss_mask` is 1 where a token counts; other entries may hold anything, even NaN.
+    `loss_mask` (bool, or 1 and 0) says which tokens count; where it does not, the other
+    arrays may hold anything, even NaN.
     aggregate="token" is the mean over all tokens that count, "sequence" the mean over
     responses of each one's mean; a response without a token that counts is left out.
 
     Metrics, means of the same kind: kl (0 without reference), clip_fraction (share of
-    tokens whose clipped term is the one that counts), ratio. Raises UserError if `ref_logprobs` is None
-    though kl_coef is not 0, or for an unknown `clip` or `aggregate`.
+    tokens whose clipped term is the one that counts), ratio. Raises UserError if
+    `ref_logprobs` is None though kl_coef is not 0, or for an unknown `clip` or
+    `aggregate`.
     """
     if ref_logprobs is None and kl_coef:
         raise UserError(
@@ -97,16 +101,17 @@ def policy_loss(
     clipped = -advantages[:, None] * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     if clip == "none":
         clipped = plain
-    loss = mean(jnp.maximum(plain, clipped))
+    cut = clipped > plain  # no maximum, which where they are equal halves the gradient
+    loss = mean(jnp.where(cut, clipped, plain))
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
         loss += kl_coef * kl
-    return loss, {"kl": kl, "clip_fraction": mean(clipped > plain), "ratio": mean(ratio)}
+    return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
 
 
-def token_weights(mask: Num[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
+def token_weights(mask: Shaped[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
     """How much each token counts in a mean; they sum to 1, or to 0 without any token."""
     if aggregate not in ("token", "sequence"):
         raise UserError(f"aggregate must be token or sequence, not {aggregate!r}")
