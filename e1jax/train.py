@@ -72,7 +72,7 @@ from e1jax.grpo import (
     token_weights,
 )
 from e1jax.model import Params, abstract_params
-from e1jax.rewards import grade
+from e1jax.rewards import Grader, grade
 from e1jax.sharding import COMPILER_OPTIONS, use_compilation_cache
 from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
 
@@ -113,19 +113,23 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     if instruction is None:
         instruction = default_instruction(loaded.tokenizer)
     examples = read_examples(config, loaded, instruction)
-    longest_prompt = max(len(example.prompt_ids) for example in examples)
-    engine = make_engine(config, loaded, longest_prompt)
+    engine = make_engine(config, loaded, examples)
     validate = make_validation(config.validation, engine, instruction)
     prepare(config, loaded, instruction, run_dir)
     use_compilation_cache()
 
     best = config.validation.best if validate else None
     checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
-    learner = Learner(config, loaded, longest_prompt, engine.cache_len)
+    learner = Learner(config, loaded, longest_lengths(config, engine, examples))
     batches = prompt_batches(examples, prompts=config.rollout.prompts, seed=config.seed)
     step = saved = learner.restore(checkpoints, batches)
     log = MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
-    with closing(checkpoints), closing(log), stop_signals() as signals:
+    with (
+        closing(checkpoints),
+        closing(log),
+        Grader() as grader,
+        stop_signals() as signals,
+    ):
 
         def stop_if_asked(new_tokens: int = 0) -> None:
             if signals:
@@ -142,7 +146,9 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             while step < config.steps:
                 stop_if_asked()
                 engine.params = learner.sampling_params()
-                rollouts = sample_rollouts(config, engine, next(batches), stop_if_asked)
+                rollouts = sample_rollouts(
+                    config, engine, next(batches), grader, stop_if_asked
+                )
                 engine.params = None  # the update may write where they lie
                 engine.release_cache()
                 metrics = learner.learn(rollouts)
@@ -153,7 +159,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
                 last, measured = step == config.steps, {}
                 if validate and (last or step % config.validation.every == 0):
                     engine.params = learner.sampling_params()
-                    measured = validate()
+                    measured = validate(grader)
                 if measured or last or step % config.checkpoint.every == 0:
                     saved = save(measured)
         except Stopped:
@@ -185,7 +191,9 @@ def read_examples(
     return examples
 
 
-def make_engine(config: GRPOConfig, loaded: LoadedModel, longest_prompt: int) -> Engine:
+def make_engine(
+    config: GRPOConfig, loaded: LoadedModel, examples: Sequence[EncodedProblem]
+) -> Engine:
     """The engine that samples for training; it has no parameters yet.
 
     Raises UserError if its cache is too short for a prompt and both budgets.
@@ -196,6 +204,7 @@ def make_engine(config: GRPOConfig, loaded: LoadedModel, longest_prompt: int) ->
             f"update.microbatch={config.update.microbatch} is not a multiple of the "
             f"mesh's data={data}; change one of them"
         )
+    longest_prompt = max(len(example.prompt_ids) for example in examples)
     budgets = (rollout.thinking_budget, rollout.solution_budget)
     needed = longest_prompt + 1 + sum(budget or 0 for budget in budgets)
     cache_len = needed if rollout.cache_len is None else rollout.cache_len
@@ -205,11 +214,14 @@ def make_engine(config: GRPOConfig, loaded: LoadedModel, longest_prompt: int) ->
             f"{longest_prompt} tokens, budgets of {budgets[0]} and {budgets[1]} and "
             f"</think>; {needed} is enough"
         )
-    return Engine(
+    engine = Engine(
         *(loaded.config, None, loaded.tokenizer, loaded.mesh),
         cache_len=cache_len,
         slots=rollout.slots,
     )
+    # Refuses, now, what the model cannot do.
+    engine.stream([[0] * longest_prompt], rollout_request(config, 0), names=["rollout"])
+    return engine
 
 
 def prepare(
@@ -241,6 +253,18 @@ def prepare(
         (run_dir / name).write_text(text, encoding="utf-8")
 
 
+def longest_lengths(
+    config: GRPOConfig, engine: Engine, examples: Sequence[EncodedProblem]
+) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest response that can come."""
+    lengths = [len(example.prompt_ids) for example in examples]
+    response = engine.cache_len - min(lengths)
+    thinking, solution = config.rollout.thinking_budget, config.rollout.solution_budget
+    if thinking is not None and solution is not None:
+        response = thinking + 1 + solution
+    return max(lengths), response
+
+
 class Rollouts(NamedTuple):
     """The responses of a step with their rewards, prompt by prompt."""
 
@@ -253,41 +277,47 @@ def sample_rollouts(
     config: GRPOConfig,
     engine: Engine,
     prompts: Sequence[Prompt],
+    grader: Grader,
     stop_if_asked: Callable[[int], None],
 ) -> Rollouts:
     """Samples the responses of a step and grades each while others are sampled."""
     start = time.perf_counter()
-    rollout = config.rollout
-    requests = [
-        SamplingParams(
-            rollout.thinking_budget,
-            rollout.solution_budget,
-            n=rollout.samples,
-            temperature=rollout.temperature,
-            top_p=1.0,  # a ratio of probabilities is of the whole distribution
-            seed=request_seed(config.seed, prompt.position),
-        )
-        for prompt in prompts
-    ]
+    failures = dict(grader.failures)
     stream = engine.stream(
-        [prompt.prompt_ids for prompt in prompts], requests, progress=stop_if_asked
+        [prompt.prompt_ids for prompt in prompts],
+        [rollout_request(config, prompt.position) for prompt in prompts],
+        progress=stop_if_asked,
     )
-    graded = list(grade(stream, [prompt.answers for prompt in prompts]))
+    graded = list(grade(stream, [prompt.answers for prompt in prompts], grader))
     graded.sort(key=lambda pair: (pair[0].prompt_index, pair[0].sample))
     completions = [completion for completion, _ in graded]
     rewards = np.array([reward for _, reward in graded], np.float32)
-    rewards = rewards.reshape(len(prompts), rollout.samples)
+    rewards = rewards.reshape(len(prompts), config.rollout.samples)
     seconds = time.perf_counter() - start
     metrics = rollout_metrics(completions, rewards) | {
+        "reward_timeouts": grader.failures["timeout"] - failures["timeout"],
+        "reward_crashes": grader.failures["crash"] - failures["crash"],
         "rollout_waste": 1 - engine.stats.tokens / engine.stats.slot_steps,
         "rollout_tokens_per_second": engine.stats.tokens / seconds,
     }
     return Rollouts(completions, rewards, metrics)
 
 
-def request_seed(seed: int, *position: int) -> int:
+def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
+    """How the prompt at a position of the stream is sampled in training."""
+    return SamplingParams(
+        config.rollout.thinking_budget,
+        config.rollout.solution_budget,
+        n=config.rollout.samples,
+        temperature=config.rollout.temperature,
+        top_p=1.0,  # a ratio of probabilities is of the whole distribution
+        seed=request_seed(config.seed, position),
+    )
+
+
+def request_seed(seed: int, index: int) -> int:
     """A seed of 64 bits for one request."""
-    sequence = np.random.SeedSequence([seed, *position])
+    sequence = np.random.SeedSequence([seed, index])
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
@@ -349,13 +379,12 @@ class Learner:
         self,
         config: GRPOConfig,
         loaded: LoadedModel,
-        longest_prompt: int,
-        longest_response: int,
+        longest: tuple[int, int],
     ):
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
         self.config, self.loaded = config, loaded
-        self.longest = (longest_prompt, longest_response)
+        self.longest = longest  # prompt and response, in tokens
         self.optimizer = make_optimizer(config)
         self.schedule = learning_rates(config.optimizer, config.steps)
         self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
@@ -447,7 +476,7 @@ def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(adam.max_grad_norm),
         optax.adamw(
-            lambda count: rates(count // updates),
+            lambda count: rates(jnp.asarray(count) // updates),
             b1=adam.b1,
             b2=adam.b2,
             weight_decay=adam.weight_decay,
@@ -589,7 +618,7 @@ def batch_logprobs(
 
 def make_validation(
     config: ValidationConfig, engine: Engine, instruction: str
-) -> Callable[[], dict[str, float]] | None:
+) -> Callable[[Grader], dict[str, float]] | None:
     """Measures accuracy and length at each pair of budgets; None without problems.
 
     Requests are made, and refused, here. Problem i has the same seed at every budget and
@@ -614,10 +643,11 @@ def make_validation(
     names = [f"problem {p.id} of {config.problems}" for p in problems]
     engine.stream(prompts, requests, names=names * len(config.budgets))  # checks them
 
-    def validate() -> dict[str, float]:
+    def validate(grader: Grader) -> dict[str, float]:
         shape = (len(config.budgets), len(problems))
         right, tokens = np.zeros(shape), np.zeros(shape)
-        for completion, reward in grade(engine.stream(prompts, requests), answers):
+        stream = engine.stream(prompts, requests)
+        for completion, reward in grade(stream, answers, grader):
             at = divmod(completion.prompt_index, len(problems))
             right[at], tokens[at] = reward, len(completion.token_ids)
         metrics = {"validation_accuracy": right.mean().item()}
