@@ -30,6 +30,7 @@ import math
 import operator
 import re
 import reprlib
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -287,10 +288,22 @@ def prompt_batches(
             f"a batch of {prompts} prompts cannot be shared out evenly among "
             f"{processes} processes; choose a multiple of {processes}"
         )
-    # Indices are shuffled, not problems: Grain would look through all of their tokens.
-    stream = grain.MapDataset.range(len(kept)).seed(seed).shuffle().repeat()
-    stream = stream.map_with_index(lambda at, index: Prompt(at, index, *kept[index]))
-    batches = stream[process::processes].batch(prompts // processes, batch_fn=list)
+
+    # Not Grain's own shuffle: of few problems, it takes milliseconds for each.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([seed, epoch]).permutation(len(kept))
+
+    def prompt(position: int) -> Prompt:
+        epoch, place = divmod(position, len(kept))
+        index = int(order(epoch)[place])
+        return Prompt(position, index, *kept[index])
+
+    def batch(number: int) -> list[Prompt]:
+        first, end = number * prompts + process, (number + 1) * prompts
+        return [prompt(position) for position in range(first, end, processes)]
+
+    batches = grain.MapDataset.range(sys.maxsize).map(batch)
     # Made when asked for: nothing here is worth a thread.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return iter(batches.to_iter_dataset(options))
@@ -329,11 +342,15 @@ def _dataset_files(name: str) -> list[Path]:
 
 def _hub_files(name: str, repository: str, files: str | None) -> list[Path]:
     """The parts, in order, of the one set of files in a hub dataset, or of `files`."""
-    patterns = [f"*{suffix}" for suffix in FORMATS] if files is None else [f"{files}*"]
+    begin = files or ""
+    for suffix in FORMATS:
+        begin = begin.removesuffix(suffix)
     try:
         path = Path(
             huggingface_hub.snapshot_download(
-                repository, repo_type="dataset", allow_patterns=patterns
+                repository,
+                repo_type="dataset",
+                allow_patterns=[f"{begin}*{suffix}" for suffix in FORMATS],
             )
         )
     except Exception as error:  # many kinds: no network, no such repository, no right
