@@ -465,20 +465,18 @@ def _draw(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
     Points with a thinking budget are joined, the one without is a star. After the
     figures of arXiv 2505.05315.
     """
-    # Imported here, because it takes long, and not every run draws. No pyplot: it looks
-    # for a screen.
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    # Imported here, because it takes long, and most runs draw nothing.
+    from matplotlib import figure, lines, ticker
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    line: dict[str, Any] = {"marker": "o", "markersize": 5}
+    # Not of pyplot, which would look for a screen.
+    page = figure.Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = page.add_subplot()
+    dot: dict[str, Any] = {"marker": "o", "markersize": 5}
     star: dict[str, Any] = {"marker": "*", "markersize": 12, "linestyle": "none"}
     handles = []
     for number, (label, rows) in enumerate(curves):
         color = f"C{number}"
-        for style, unconstrained in ((line, False), (star, True)):
+        for style, unconstrained in ((dot, False), (star, True)):
             points = [
                 (row["mean_tokens"], 100 * row["accuracy"], 100 * (row["stderr"] or 0))
                 for row in rows
@@ -491,19 +489,19 @@ def _draw(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
                 )
         # A dollar sign would begin a formula.
         name = label.replace("$", r"\$")
-        handles.append(Line2D([], [], color=color, label=name, **line))
+        handles.append(lines.Line2D([], [], color=color, label=name, **dot))
     every = [row for _, rows in curves for row in rows]
     if any(row["thinking_budget"] is None for row in every):
         name = "thinking unconstrained"
-        handles.append(Line2D([], [], color="0.4", label=name, **star))
+        handles.append(lines.Line2D([], [], color="0.4", label=name, **star))
     # From one power of two to another, so that there are ticks to read the points by.
     sizes = [math.log2(row["mean_tokens"]) for row in every]
     low, high = math.floor(min(sizes)), math.floor(max(sizes)) + 1
     axes.set_xscale("log", base=2)
     axes.set_xlim(2 ** (low - 0.1), 2 ** (high + 0.1))
     axes.set_xticks([2**i for i in range(low, high + 1)])
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlabel("mean tokens per response")
     axes.set_ylabel("accuracy (%)")
     axes.set_ylim(bottom=0)
@@ -511,7 +509,7 @@ def _draw(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize="small")
     with _writing(path):
-        figure.savefig(path, dpi=150)
+        page.savefig(path, dpi=150)
 
 
 def _make_directory(path: Path | None) -> None:
