@@ -1,0 +1,433 @@
+r"""Rewards: 1 if the answer that a solution boxes is equivalent to an accepted one.
+
+Equal texts and whole numbers are compared at once. All else is left to `math-verify`,
+which can be made to compute for ever, to fill the memory or to crash by what a model
+writes (`9^{9^{9^{9}}}`). So it runs in worker processes, `python -m e1jax.rewards`:
+fresh interpreters that share nothing with this one, know nothing of JAX, and hold
+themselves to a time and a memory limit. They read a JSON line per comparison and
+answer with a line.
+"""
+
+import atexit
+import collections
+import contextlib
+import ctypes
+import functools
+import json
+import logging
+import math
+import numbers
+import os
+import queue
+import re
+import reprlib
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from decimal import Decimal
+from typing import Any, Protocol, TypeVar
+
+from e1jax.config import UserError, check_integer, check_number
+from e1jax.tokenizer import THINK_END, extract_boxed
+
+Accepted = str | float | Sequence[str | float]
+
+_MAX_WORKERS = 8
+_MAX_LENGTH = 2000  # characters; a longer answer is only right if it is the same text
+_MEMORY = 2 << 30  # bytes of address space of a worker
+_START_SECONDS = 60.0
+_START_ATTEMPTS = 3
+_GRACE_SECONDS = 5.0  # a worker that has not ended itself by then is killed
+_AROUND = " \t\r\n$"  # what says nothing around an answer
+_READY = b"ready\n"
+_INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
+# Spellings that math-verify does not know.
+_SPELLINGS = (
+    (re.compile(r"\s+"), " "),
+    (re.compile(r"\\(left|right) "), r"\\\1"),
+    (re.compile(r"(?<!\.)\.$"), ""),  # the end of a sentence
+    (re.compile(r"\\+$"), ""),  # what is left of a final `\$`
+    (re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))"), ""),  # 10\,000
+    (re.compile(r"\^?°"), r"^{\\circ}"),
+    (re.compile("\N{MINUS SIGN}"), "-"),
+)
+
+
+class Solved(Protocol):
+    """The fields of an engine's Completion that grading needs."""
+
+    @property
+    def solution(self) -> str: ...
+    @property
+    def prompt_index(self) -> int: ...
+
+
+SolvedT = TypeVar("SolvedT", bound=Solved)
+
+
+def score(responses: Sequence[str], answers: Sequence[Accepted]) -> list[float]:
+    r"""1.0 or 0.0 for each response: is its answer equivalent to an accepted one?
+
+    A response is the whole text after the prompt. Its answer is the last `\boxed{}`
+    after the first `</think>`; without either the reward is 0.0. `answers` holds, per
+    response, a text, a number or a list of accepted ones; each text may itself be
+    wrapped in `\boxed{}` or `$`. A comparison that takes too long or crashes gives 0.0.
+    Raises UserError if the lengths differ, or for an answer of another kind.
+    """
+    for name, items in (("responses", responses), ("answers", answers)):
+        if isinstance(items, str):
+            raise UserError(f"{name} is one string; pass a list of them")
+    if len(responses) != len(answers):
+        raise UserError(
+            f"{len(responses)} responses came with {len(answers)} answers; give one each"
+        )
+    accepted = _all_accepted(answers)
+    grader = _shared_grader(os.getpid())
+    futures: list[Future[float]] = []
+    try:
+        for response, texts in zip(responses, accepted, strict=True):
+            futures.append(grader.submit(response, texts))
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:  # after Ctrl-C, say
+            future.cancel()
+
+
+def grade(
+    completions: Iterable[SolvedT],
+    answers: Sequence[Accepted],
+    grader: "Grader | None" = None,
+) -> Iterator[tuple[SolvedT, float]]:
+    """Yields each completion with its reward, in the order in which they come.
+
+    `completions` may be an engine's stream: what it has given is compared in the
+    background while it goes on. `answers[completion.prompt_index]` is what is accepted;
+    see `score`. All of `completion.solution` counts, also that of a model without
+    `</think>`. Without a `grader`, one shared by the process is used.
+    """
+    # Not in the generator, so that a wrong answer is found before any sampling.
+    accepted = _all_accepted(answers)
+    return _graded(completions, accepted, grader or _shared_grader(os.getpid()))
+
+
+def _graded(
+    completions: Iterable[SolvedT], accepted: list[list[str]], grader: "Grader"
+) -> Iterator[tuple[SolvedT, float]]:
+    waiting: collections.deque[tuple[SolvedT, Future[float]]] = collections.deque()
+    try:
+        for completion in completions:
+            response = THINK_END + completion.solution
+            future = grader.submit(response, accepted[completion.prompt_index])
+            waiting.append((completion, future))
+            while waiting and waiting[0][1].done():
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in waiting:  # whoever asked has gone
+            future.cancel()
+
+
+def accepted_texts(answer: Accepted, where: str) -> list[str]:
+    r"""The accepted answers as texts, without `\boxed{}` and `$` around them.
+
+    Raises UserError naming `where` it stands if `answer` is not a text, a finite number
+    or a list of those, or is empty.
+    """
+    items = answer if isinstance(answer, list | tuple) else [answer]
+    texts = [_unbox(_text(item, where)) for item in items]
+    if not texts or not all(texts):
+        raise UserError(f"{where} is empty; write what answer is accepted")
+    return texts
+
+
+class Grader:
+    """Worker processes that compare answers, at most `workers` of them.
+
+    They start with the first comparison that needs them. `limit` is in seconds of wall
+    clock per comparison; one that takes longer, or crashes its worker twice, gives 0.0
+    and is counted in `failures`. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, workers: int | None = None, limit: float = 5.0):
+        """`workers` None: half of the CPU cores, at most 8; sampling needs the rest.
+
+        Raises UserError for numbers that are not above 0.
+        """
+        if workers is None:
+            workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2))
+        check_integer("workers", workers, 1)
+        check_number("limit", limit, "of seconds, up to 3600", lambda v: 0 < v <= 3600)
+        self.workers, self.limit = workers, limit
+        self.failures = {"timeout": 0, "crash": 0}
+        self._queue: queue.SimpleQueue[tuple[Future[float], bytes] | None]
+        self._queue = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._closed = False
+        atexit.register(self.close)
+
+    def submit(self, response: str, accepted: Accepted) -> Future[float]:
+        """The future reward of a response; see `score`.
+
+        Raises UserError for a response that is no text, or unusable accepted answers.
+        """
+        if not isinstance(response, str):
+            raise UserError(f"a response must be a text, not {reprlib.repr(response)}")
+        texts = accepted_texts(accepted, "the accepted answer")
+        answer = _answer(response)
+        reward = _reward_at_once(answer, texts)
+        future: Future[float] = Future()
+        if reward is not None:
+            future.set_result(reward)
+            return future
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this Grader is closed")
+            self._queue.put((future, json.dumps([answer, texts]).encode() + b"\n"))
+            if len(self._threads) < self.workers:
+                thread = threading.Thread(target=self._serve, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        return future
+
+    def close(self) -> None:
+        """Ends the workers at once; comparisons that are not done are cancelled."""
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.kill()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def _serve(self) -> None:
+        """Passes comparisons to a worker process, which lives as long as this thread."""
+        process = None
+        while (item := self._queue.get()) is not None:
+            future, request = item
+            if self._closed:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                process, reward = self._compare(process, request)
+                future.set_result(reward)
+            except Exception as error:  # goes to whoever waits for the reward
+                process = None
+                future.set_exception(error)
+        if process is not None:
+            self._end(process)
+
+    def _compare(
+        self, process: subprocess.Popen[bytes] | None, request: bytes
+    ) -> tuple[subprocess.Popen[bytes] | None, float]:
+        """The reward, and the process if it can go on.
+
+        After a crash, which may have had nothing to do with this comparison, it is
+        tried once more.
+        """
+        for _ in range(2):
+            process = process or self._start()
+            start = time.monotonic()
+            reply = _ask(process, request, self.limit + _GRACE_SECONDS)
+            if reply:
+                return process, float(reply)
+            self._end(process)
+            process = None
+            if self._closed:
+                raise RuntimeError("this Grader was closed")
+            timed_out = time.monotonic() - start >= self.limit
+            with self._lock:
+                self.failures["timeout" if timed_out else "crash"] += 1
+            if timed_out:
+                break
+        return None, 0.0
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        """A worker that has imported all it needs, so that this costs no one's limit.
+
+        Raises RuntimeError if it cannot start: then nothing could ever be compared.
+        """
+        reason = b""
+        for _ in range(_START_ATTEMPTS):
+            process = self._spawn()
+            reply = _ask(process, b"", _START_SECONDS)
+            if reply == _READY:
+                return process
+            self._end(process)
+            reason = reply.strip() or b"exit code %d" % process.returncode
+        raise RuntimeError(
+            f"a worker process that compares answers did not start: {reason.decode()}"
+        )
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        path = [os.path.abspath(entry) for entry in sys.path]  # "" is where we are
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path),
+            "PYTHONHASHSEED": "0",  # SymPy's order of terms, and so its results
+        }
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this Grader was closed")
+            # Not forked, because JAX's threads hold locks, nor made by multiprocessing,
+            # which runs the user's script again. Ctrl-C does not reach its session.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "e1jax.rewards", str(self.limit)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+            self._processes.add(process)
+        return process
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        with self._lock:
+            self._processes.discard(process)
+        process.communicate()  # waits, and closes the pipes
+
+
+def _ask(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
+    """The line that answers; b"" if the process ends or is killed after `seconds`."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    # Also where writing blocks, because the process is stopped.
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        process.stdin.write(request)
+        process.stdin.flush()
+        return process.stdout.readline()
+    except OSError:  # nobody reads
+        return b""
+    finally:
+        timer.cancel()
+
+
+@functools.cache
+def _shared_grader(pid: int) -> Grader:
+    """The Grader of this process; a forked one has none of its parent's threads."""
+    return Grader()
+
+
+def _all_accepted(answers: Sequence[Accepted]) -> list[list[str]]:
+    return [accepted_texts(a, f"answers[{i}]") for i, a in enumerate(answers)]
+
+
+def _text(answer: Any, where: str) -> str:
+    """An accepted answer as text; a float is written without an exponent."""
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, numbers.Integral) and not isinstance(answer, bool):
+        return str(int(answer))
+    if isinstance(answer, numbers.Real) and not isinstance(answer, bool):
+        value = float(answer)
+        if math.isfinite(value):
+            return f"{Decimal(repr(value)):f}".removesuffix(".0")
+    raise UserError(
+        f"{where} is {reprlib.repr(answer)}; give a text, a number, or a list of them"
+    )
+
+
+def _answer(response: str) -> str:
+    """The answer in a response's solution, or an empty text."""
+    _, _, solution = response.partition(THINK_END)
+    return (extract_boxed(solution) or "").strip(_AROUND)
+
+
+def _unbox(text: str) -> str:
+    boxed = extract_boxed(text)
+    return (text if boxed is None else boxed).strip(_AROUND)
+
+
+def _reward_at_once(answer: str, accepted: list[str]) -> float | None:
+    """The reward where no algebra is needed, else None."""
+    if answer in accepted:
+        return 1.0
+    if not answer or len(answer) > _MAX_LENGTH:
+        return 0.0
+    if all(map(_INTEGER.fullmatch, [answer, *accepted])):
+        return float(int(answer) in map(int, accepted))
+    return None
+
+
+def _work(limit: float) -> None:
+    """A worker: answers each line on stdin, a JSON [answer, accepted texts], with 1 or 0.
+
+    It ends when stdin does, and with its parent. The alarm that ends it after `limit`
+    seconds has no handler: a handler would wait for C code to return.
+    """
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for kind, most in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
+        # Some systems have no such limit, or a lower one already.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (most, most))
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    logging.disable()
+    try:
+        equivalent = _comparison()
+        equivalent("1", ["2"])  # the first one builds tables
+    except Exception as error:
+        replies.write(f"{error!r}\n".encode())
+        return
+    replies.write(_READY)
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        equal = equivalent(*json.loads(line))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(b"1\n" if equal else b"0\n")
+
+
+def _comparison():
+    """A function of an answer and accepted texts: is it equivalent to one of them?"""
+    # Imported here, because only workers may load SymPy.
+    import sympy.core.random
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    # Only LaTeX: the other rules look for any number in a text that does not parse.
+    config = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    def expressions(text: str) -> list[Any]:
+        for pattern, spelling in _SPELLINGS:
+            text = pattern.sub(spelling, text)
+        return parse(rf"\boxed{{{text}}}", config, parsing_timeout=0)
+
+    def equivalent(answer: str, accepted: list[str]) -> bool:
+        # SymPy tests some equalities at random points.
+        sympy.core.random.seed(0)
+        target = expressions(answer)
+        # The option lets `x > 2` stand for `(2, \infty)` both ways round.
+        options = {"allow_set_relation_comp": True, "timeout_seconds": 0}
+        return any(verify(expressions(text), target, **options) for text in accepted)
+
+    return equivalent
+
+
+if __name__ == "__main__":
+    _work(float(sys.argv[1]))
