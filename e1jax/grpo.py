@@ -196,6 +196,6 @@ def chunked_logprobs(
 
 
 def _entropy(logits: Float[Array, "B R V"]) -> Float[Array, "B R"]:
-    log_mass = jax.nn.logsumexp(logits, axis=-1)
-    probs = jnp.exp(logits - log_mass[..., None])
-    return log_mass - (probs * logits).sum(axis=-1)
+    # Not log_mass - sum(probs * logits), which loses digits where logits are large.
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return -(jnp.exp(logprobs) * logprobs).sum(axis=-1)
