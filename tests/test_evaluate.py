@@ -244,18 +244,25 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(run, tmp_path):
 
 def test_budgets_samples_and_problems_can_be_added(run, tmp_path):
     path = tmp_path / "completions.jsonl"
-    flags = [*FLAGS, "--output", tmp_path, "--limit", 2, "-n", 1, "--budgets"]
-    assert run(*flags, 8)[0] == 0
+    flags = [*FLAGS, "--output", tmp_path, "--temperature", 1, "--limit", 2, "-n", 1]
+    assert run(*flags, "--budgets", 64)[0] == 0
     before = path.read_text()
-    assert "6 completions" in run(*flags, "8,12", "-n", 2)[2]  # of 8
+    assert before.count("\n") == 2
+    more = run(*flags, "--budgets", "64,8", "-n", 4)
+    assert more[0] == 0 and "14 completions" in more[2]
     assert path.read_text().startswith(before)
-    [row] = results(tmp_path)["rows"][:1]
-    assert (row["thinking_budget"], results(tmp_path)["n"]) == (8, 2)
-    assert "4 completions" in run(*flags, 8, "--limit", 6)[2]
+    made = results(tmp_path)
+    assert [row["thinking_budget"] for row in made["rows"]] == [8, 64]
+    assert made["n"] == 4 and made["problems"] == 2
+    more = run(*flags, "--budgets", 64, "--limit", 6)
+    assert more[0] == 0 and "4 completions" in more[2]
     # Of what is there, only what is asked for counts.
-    found = [r for r in records(path) if r["thinking_budget"] == 8 and not r["sample"]]
+    found = [r for r in records(path) if r["thinking_budget"] == 64]
+    asked = [r for r in found if r["sample"] == 0]
+    assert (len(found), len(asked)) == (12, 6)
     problems = data.load_problems("nano", 6)
-    assert results(tmp_path)["rows"] == brute_force(found, problems)
+    assert results(tmp_path)["rows"] == brute_force(asked, problems)
+    assert results(tmp_path)["rows"] != brute_force(found, problems)
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(run, whole, tmp_path):
@@ -347,6 +354,15 @@ def test_comparisons_that_take_too_long_are_counted(run, tmp_path, monkeypatch):
     code, out, err = run("grade", path, "--dataset", file)
     assert code == 0 and "note: 1 comparison of answers ran into the time limit" in err
     assert out.splitlines()[1].split()[1] == "50.0"
+
+
+def test_share_of_forced_ends(run, tmp_path):
+    """By the budget or by EOS; not by the model, nor where `</think>` never came."""
+    ends = ["budget", "eos", "model", None, "eos"]
+    found = [record(id=i, thinking_end=end) for i, end in enumerate(ends)]
+    path = write_lines(tmp_path / "out.jsonl", found)
+    assert run("grade", path, "--dataset", "nano", "--output", tmp_path)[0] == 0
+    assert results(tmp_path)["rows"][0]["forced_share"] == 0.6
 
 
 def record(**changes):
