@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -399,12 +400,16 @@ class MetricsLog:
         self.wandb = _wandb_run(wandb, run_dir) if wandb else None
         path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = "".join(f"{line}\n" for line in lines if _step(line) <= step)
+        kept = [line for line in lines if _step(line) <= step]
         new = run_dir / "metrics.jsonl.new"
-        new.write_text(kept, encoding="utf-8")
+        new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         new.replace(path)
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        # Drawn anew: a run that was killed has lost what TensorBoard had not written yet.
+        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+        self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        for line in kept:
+            self._draw(json.loads(line))
         self.headline = headline
         self.waiting: dict[str, Any] | None = None
         self.clock = time.perf_counter()
@@ -433,12 +438,17 @@ class MetricsLog:
             self.file.flush()
         except OSError as error:  # a full disk
             raise UserError(f"{self.file.name} cannot be written: {error}") from None
-        values = {key: value for key, value in line.items() if key != "step"}
-        for key, value in values.items():
-            self.board.add_scalar(key, value, line["step"])
+        values = self._draw(line)
         if self.wandb:
             self.wandb.log(values, step=line["step"])
         self._show(line)
+
+    def _draw(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Hands a line to TensorBoard; its numbers without the step."""
+        values = {key: value for key, value in line.items() if key != "step"}
+        for key, value in values.items():
+            self.board.add_scalar(key, value, line["step"])
+        return values
 
     def _show(self, line: dict[str, Any]) -> None:
         shown = ", ".join(f"{key} {line[key]:.4g}" for key in self.headline)
