@@ -345,7 +345,7 @@ def test_a_directory_is_no_dataset(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Makes hub datasets of {file: rows}, which a download then gives."""
+    """Makes hub datasets of {file: rows}. A download removes what it does not ask for."""
     root = tmp_path / "hub"
 
     def make(repository, files):
@@ -506,6 +506,14 @@ def test_one_of_several_sets_must_be_named(hub):
     with pytest.raises(UserError, match="no data on the hub") as error:
         load_problems("owner/name/main/valid")
     assert "owner/name/main/valid" in str(error.value)
+
+
+def test_only_the_named_set_is_downloaded(hub, tmp_path):
+    files = {f"{name}.parquet": rows_named(name) for name in ("test", "train", "b/c")}
+    hub("owner/name", files)
+    assert [p.text for p in load_problems("owner/name/train.parquet")] == ["train"]
+    left = [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["train.parquet"]
 
 
 def test_many_sets_are_not_all_listed(hub):
