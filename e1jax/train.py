@@ -250,7 +250,9 @@ def prepare(
         ("config.json", sizes),
     ):
         text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        (run_dir / name).write_text(text, encoding="utf-8")
+        new = run_dir / f"{name}.new"
+        new.write_text(text, encoding="utf-8")
+        new.replace(run_dir / name)  # whole, wherever the run is killed
 
 
 def longest_lengths(
