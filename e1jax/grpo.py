@@ -186,7 +186,10 @@ def chunked_logprobs(
     def step(carry, chunk):
         hidden, targets = chunk
         logits = unembed(config, params, hidden) / temperature
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        # Not a gather, for which the logits of a vocabulary that lies over several
+        # devices would be sent around.
+        is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+        chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
         log_mass = jax.nn.logsumexp(logits, axis=-1)
         entropy = _entropy(logits if entropy_grad else jax.lax.stop_gradient(logits))
         return carry, (chosen - log_mass, entropy)
