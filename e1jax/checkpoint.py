@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -476,16 +477,35 @@ def check_finite(step: int, metrics: Mapping[str, float]) -> None:
             )
 
 
-def _wandb_run(project: str, run_dir: Path) -> Any:
-    """A run of Weights & Biases that goes on where the run directory's earlier one did."""
+def import_wandb(project: str) -> Any:
+    """The package wandb; raises UserError if it is not installed."""
     try:
         import wandb  # pyright: ignore[reportMissingImports] (an optional package)
     except ImportError:
         raise UserError(
             f"wandb: {project} needs the package wandb; pip install wandb, or leave it out"
         ) from None
-    name = run_dir.absolute().name
-    return wandb.init(project=project, id=name, name=name, dir=run_dir, resume="allow")
+    return wandb
+
+
+def _wandb_run(project: str, run_dir: Path) -> Any:
+    """A run of Weights & Biases that goes on where the run directory's earlier one did."""
+    wandb = import_wandb(project)
+    # Not the directory's name: a run made anew under it would be taken for the old one,
+    # whose steps cannot be written again.
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    key, name = file.read_text(), run_dir.absolute().name
+    try:
+        return wandb.init(
+            project=project, id=key, name=name, dir=run_dir, resume="allow"
+        )
+    except Exception as error:  # many kinds: no login, no network, no right
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"wandb: {project} cannot be written ({reason}); log in, or leave it out"
+        ) from None
 
 
 def _step(line: str) -> float:

@@ -40,6 +40,7 @@ from e1jax.checkpoint import (
     abstract_state,
     check_finite,
     find_params,
+    import_wandb,
 )
 from e1jax.config import (
     AdamWConfig,
@@ -108,6 +109,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
     saving, if Ctrl-C came.
     """
+    if config.wandb:
+        import_wandb(config.wandb)  # or says, now, that it is missing
     loaded = load_model(config.model, config.mesh, config.update.param_dtype)
     instruction = config.data.instruction
     if instruction is None:
