@@ -209,7 +209,9 @@ def make_engine(
         )
     longest_prompt = max(len(example.prompt_ids) for example in examples)
     budgets = (rollout.thinking_budget, rollout.solution_budget)
-    needed = longest_prompt + 1 + sum(budget or 0 for budget in budgets)
+    # An unlimited solution gets at least one token.
+    solution = 1 if budgets[1] is None else budgets[1]
+    needed = longest_prompt + (budgets[0] or 0) + 1 + solution
     cache_len = needed if rollout.cache_len is None else rollout.cache_len
     if cache_len < needed:
         raise UserError(
