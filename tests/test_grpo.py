@@ -1,0 +1,765 @@
+"""GRPO: its maths against NumPy and torch, its update against a whole one in torch."""
+
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+from transformers import AutoModelForCausalLM
+
+from e1jax import grpo, train
+from e1jax.checkpoint import abstract_state, named_leaves
+from e1jax.config import (
+    AdamWConfig,
+    GRPOConfig,
+    LossConfig,
+    ModelConfig,
+    RolloutConfig,
+    UpdateConfig,
+    UserError,
+)
+from e1jax.convert import TABLE, load_model
+from e1jax.engine import Completion
+from e1jax.model import abstract_params, forward, init_params, unembed
+from e1jax.sharding import make_mesh
+
+# Sums of float32 in another order, relative to the largest number among them.
+TOLERANCE = 1e-5
+
+
+def assert_close(ours, reference, tolerance=TOLERANCE, name=""):
+    ours, reference = np.asarray(ours), np.asarray(reference)
+    assert ours.shape == reference.shape, name
+    assert np.abs(ours - reference).max() <= tolerance * np.abs(reference).max(), name
+
+
+# Advantages and loss.
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(1, 2), (5, 3), (3, 17)])
+def test_advantages_are_those_of_numpy(prompts, samples):
+    rewards = np.random.default_rng(samples).normal(2, 3, (prompts, samples))
+    rewards[0] = np.arange(samples) == 1
+    rewards[-1] = 1e-6 * np.arange(samples)  # no larger than the 1e-6 in the quotient
+    advantages = grpo.group_advantages(rewards.astype(np.float32))
+    for ours, group in zip(advantages, rewards, strict=True):
+        mean = sum(group) / samples
+        variance = sum((reward - mean) ** 2 for reward in group) / (samples - 1)
+        np.testing.assert_allclose(
+            ours, (group - mean) / (variance**0.5 + 1e-6), rtol=1e-4, atol=1e-5
+        )
+    assert advantages.dtype == np.float32
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7, 16, 41, 97])
+def test_equal_rewards_are_no_advantage(samples):
+    rewards = np.repeat(np.float32([[0], [1], [0.1], [-2.7], [1e6]]), samples, axis=1)
+    np.testing.assert_array_equal(grpo.group_advantages(rewards), 0 * rewards)
+
+
+def test_one_response_is_no_group():
+    with pytest.raises(UserError, match=r"\[7, 1\].*2 or more responses a prompt"):
+        grpo.group_advantages(np.zeros((7, 1), np.float32))
+
+
+def torch_loss(
+    rows,
+    advantages,
+    *,
+    clip="ppo",
+    clip_low=0.2,
+    clip_high=0.2,
+    max_ratio=None,
+    kl_coef=0.001,
+    aggregate="token",
+):
+    """The formulas, token by token. `rows` holds, for each response, the logprob under
+    the policy, the old policy and the reference, of every token that counts."""
+    responses = []
+    for tokens, advantage in zip(rows, advantages, strict=True):
+        responses.append([])
+        for logprob, old, ref in tokens:
+            ratio = torch.exp(logprob - old)
+            if max_ratio is not None and ratio > max_ratio:
+                ratio = max_ratio * torch.exp(logprob - logprob.detach())
+            bounded = ratio
+            if clip == "ppo" and advantage > 0 and ratio > 1 + clip_high:
+                bounded = torch.tensor(1 + clip_high)
+            if clip == "ppo" and advantage < 0 and ratio < 1 - clip_low:
+                bounded = torch.tensor(1 - clip_low)
+            kl = torch.exp(ref - logprob) - (ref - logprob) - 1
+            loss = -advantage * bounded + kl_coef * kl
+            was_clipped = torch.tensor(float(bounded is not ratio))
+            responses[-1].append(torch.stack([loss, kl, was_clipped, ratio]))
+    responses = [torch.stack(tokens) for tokens in responses if tokens]
+    if aggregate == "token":
+        means = torch.cat(responses).mean(dim=0)
+    else:
+        means = torch.stack([tokens.mean(dim=0) for tokens in responses]).mean(dim=0)
+    return means[0], dict(zip(["kl", "clip_fraction", "ratio"], means[1:], strict=True))
+
+
+def loss_and_grads(*arrays, **options):
+    """((loss, metrics), gradient with respect to the policy's logprobs)."""
+    loss = functools.partial(grpo.policy_loss, **options)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(*arrays)
+
+
+LOW, HIGH, CAP = 0.1, 0.3, 1.6
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    """(logprobs, old, ref, advantages, mask) [9, 11], in which every case comes up."""
+    rng = np.random.default_rng(0)
+    logprobs = rng.normal(-2, 1, (9, 11)).astype(np.float32)
+    old = logprobs + rng.normal(0, 0.5, (9, 11)).astype(np.float32)
+    ref = logprobs + rng.normal(0, 0.8, (9, 11)).astype(np.float32)
+    advantages = np.float32([1.3, -0.4, 2.0, 0.7, -1.1, -3.0, 0.0, 0.5, -2.5])
+    mask = rng.random((9, 11)) < 0.7
+    mask[2] = False
+    mask[3, 1:] = False
+    edges = [0, 1 - LOW, 1 + HIGH, CAP, np.inf]
+    for rows in (advantages > 0, advantages < 0):
+        ratios = np.exp(logprobs - old)[rows][mask[rows]]
+        assert np.histogram(ratios, edges)[0].min() > 0
+    return logprobs, old, ref, advantages, mask
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+@pytest.mark.parametrize("clip", ["ppo", "none"])
+@pytest.mark.parametrize("max_ratio", [None, CAP])
+def test_loss_and_its_gradient_are_those_of_torch(arrays, aggregate, clip, max_ratio):
+    logprobs, old, ref, advantages, mask = arrays
+    options = {"clip": clip, "clip_low": LOW, "clip_high": HIGH, "max_ratio": max_ratio}
+    options |= {"kl_coef": 0.3, "aggregate": aggregate}
+    leaf, *others = (torch.from_numpy(x).double() for x in (logprobs, old, ref))
+    leaf.requires_grad_()
+    rows = [
+        [(leaf[b, r], *(x[b, r] for x in others)) for r in range(11) if mask[b, r]]
+        for b in range(9)
+    ]
+    expected, expected_metrics = torch_loss(rows, advantages.tolist(), **options)
+    expected.backward()
+
+    (loss, metrics), grads = loss_and_grads(*arrays, **options)
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    assert_close(grads, leaf.grad.numpy())
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name].item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence"])
+def test_gradient_is_that_of_finite_differences(arrays, aggregate):
+    options = {"clip_low": LOW, "kl_coef": 0.3, "aggregate": aggregate}
+    with jax.enable_x64(True):
+        logprobs, *others = (jnp.asarray(array, jnp.float64) for array in arrays)
+
+        def loss(logprobs):
+            return grpo.policy_loss(jnp.asarray(logprobs), *others, **options)[0]
+
+        check_grads(loss, (logprobs,), order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("max_ratio", [None, CAP])
+def test_what_is_masked_may_be_anything(arrays, max_ratio):
+    *tokens, advantages, mask = arrays
+    options = {"max_ratio": max_ratio, "kl_coef": 0.3, "aggregate": "sequence"}
+    junk = np.resize(np.float32([np.nan, np.inf, -np.inf, 1e30, -1e30, 0]), mask.shape)
+    clean = [np.where(mask, x, 0) for x in tokens]
+    dirty = [np.where(mask, x, np.roll(junk, i)) for i, x in enumerate(tokens)]
+    expected = loss_and_grads(*clean, advantages, mask, **options)
+    for kind in (bool, np.int32, np.float32):
+        ours = loss_and_grads(*dirty, advantages, mask.astype(kind), **options)
+        jax.tree.map(np.testing.assert_array_equal, ours, expected)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(ours))
+        assert not np.asarray(ours[1])[~mask].any()
+    nothing = loss_and_grads(*dirty, advantages, 0 * mask, **options)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("low", [0.2, 0.0])
+@pytest.mark.parametrize("high", [0.2, 0.0])
+def test_an_advantage_pulls_in_full_at_a_ratio_of_one(low, high):
+    """As it is in the first update of a step, also where that is a bound."""
+    logprobs = np.float32([[-1.5, -0.1, -7.0], [-2, -3, -4]])
+    advantages = np.float32([2.5, -1.3])
+    (loss, _), grads = loss_and_grads(
+        *(logprobs, logprobs, None, advantages, np.ones((2, 3))),
+        **{"clip_low": low, "clip_high": high, "kl_coef": 0.0},
+    )
+    np.testing.assert_allclose(loss, -advantages.mean(), rtol=1e-6)
+    expected = np.repeat(-advantages[:, None] / 6, 3, axis=1)
+    np.testing.assert_allclose(grads, expected, rtol=1e-6)
+
+
+def test_the_reference_is_needed_only_where_it_counts(arrays):
+    logprobs, old, _, *others = arrays
+    (loss, metrics), grads = loss_and_grads(logprobs, old, None, *others, kl_coef=0.0)
+    (same, measured), same_grads = loss_and_grads(*arrays, kl_coef=0.0)
+    assert metrics["kl"] == 0 and measured["kl"] > 0.1 and loss == same
+    np.testing.assert_array_equal(grads, same_grads)
+    with pytest.raises(UserError, match=r"kl_coef=0.001 needs ref_logprobs"):
+        loss_and_grads(logprobs, old, None, *others)
+
+
+@pytest.mark.parametrize("option", [{"clip": "dual"}, {"aggregate": "batch"}])
+def test_unknown_choices_are_refused(arrays, option):
+    [(name, value)] = option.items()
+    with pytest.raises(UserError, match=f"{name} must be .* or .*, not '{value}'"):
+        loss_and_grads(*arrays, **option)
+
+
+# Log-probabilities in chunks.
+
+
+@pytest.mark.parametrize(("tied", "temperature"), [(True, 0.6), (False, 1.7)])
+@pytest.mark.parametrize(("length", "chunk_len"), [(7, 3), (6, 3), (5, 1), (4, 128)])
+def test_chunks_are_the_plain_log_softmax(tied, temperature, length, chunk_len):
+    """Against all logits at once, and their gradients as formulas, in float64."""
+    config, params, hidden, targets = head(tied, length)
+    pulls = np.random.default_rng(1).normal(size=(2, 3, length)).astype(np.float32)
+    kernel = params["embedding"].T if tied else params["lm_head"]["kernel"]
+    wide, kernel = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
+    logits = wide @ kernel / np.float32(temperature)
+    probs = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    is_target = np.asarray(targets)[..., None] == np.arange(19)
+    logprobs = np.log(probs[is_target]).reshape(3, length)
+    entropy = -(probs * np.log(probs)).sum(axis=-1)
+    of_logprobs = is_target - probs
+    of_entropy = -probs * (np.log(probs) + entropy[..., None])
+
+    for entropy_grad in (True, False):
+
+        @jax.jit
+        def chunked(params, hidden, entropy_grad=entropy_grad):
+            logprobs, entropy = grpo.chunked_logprobs(
+                *(config, params, hidden, targets, jnp.float32(temperature)),
+                **{"chunk_len": chunk_len, "entropy_grad": entropy_grad},
+            )
+            return (pulls[0] * logprobs + pulls[1] * entropy).sum(), (logprobs, entropy)
+
+        (_, ours), (of_params, of_hidden) = jax.value_and_grad(
+            chunked, argnums=(0, 1), has_aux=True
+        )(params, hidden)
+        jax.tree.map(assert_close, ours, (logprobs, entropy))
+        back = pulls[0, ..., None] * of_logprobs
+        back = back + entropy_grad * pulls[1, ..., None] * of_entropy
+        back = back / np.float32(temperature)
+        assert_close(of_hidden, back @ kernel.T)
+        of_kernel = np.einsum("brd,brv->dv", wide, back)
+        if tied:
+            assert_close(of_params["embedding"], of_kernel.T)
+        else:
+            assert_close(of_params["lm_head"]["kernel"], of_kernel)
+            assert not of_params["embedding"].any()
+
+
+def head(tied: bool, length: int):
+    """(config, params, hidden [3, R, 8], targets [3, R]) of a model without layers."""
+    config = ModelConfig(19, 8, 8, 1, 1, 1, 8, 64, 1e4, tie_word_embeddings=tied)
+    rng = np.random.default_rng(0)
+    params = {"embedding": jnp.asarray(rng.normal(size=(19, 8)), "float32")}
+    if not tied:
+        kernel = jnp.asarray(rng.normal(size=(8, 19)), "float32")
+        params["lm_head"] = {"kernel": kernel}
+    hidden = jnp.asarray(rng.normal(size=(3, length, 8)), "float32")
+    return config, params, hidden, jnp.asarray(rng.integers(0, 19, (3, length)))
+
+
+def largest_array(program, operation: str = "") -> int:
+    """Elements of the largest result of an operation (a pattern) in a compiled program;
+    0 without any."""
+    results = re.findall(rf"= (.*?) (?:{operation})[a-z-]*\(", program.as_text())
+    shapes = re.findall(r"\b[a-z]+[0-9]*\[([0-9,]+)\]", " ".join(results))
+    return max((math.prod(map(int, s.split(","))) for s in shapes), default=0)
+
+
+WIDE = ModelConfig(9001, 8, 8, 2, 2, 1, 4, 512, 1e4)
+
+
+def program_of(logprobs_by, response_len: int):
+    """The gradient, compiled, of what (params, tokens, prompt_len) give, for two
+    prompts of up to 60 tokens."""
+    one = make_mesh("data=1,tensor=1", WIDE, jax.devices()[:1])
+    params = abstract_params(WIDE, one, jnp.float32)
+    tokens = jax.ShapeDtypeStruct((2, 60 + response_len), jnp.int32)
+    prompt_len = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def total(*arguments):
+        return sum(result.sum() for result in logprobs_by(*arguments))
+
+    return jax.jit(jax.grad(total)).lower(params, tokens, prompt_len).compile()
+
+
+@pytest.mark.parametrize(
+    ("response_len", "remat", "at_a_time"),
+    [(2 * grpo.CHUNK_LEN + 5, True, grpo.CHUNK_LEN), (20, False, 20)],
+)
+def test_no_more_logits_exist_than_those_of_a_chunk(response_len, remat, at_a_time):
+    """Forward and backward, nor any of a prompt."""
+
+    def ours(params, tokens, prompt_len):
+        return grpo.response_logprobs(
+            *(WIDE, params, tokens, prompt_len, response_len, jnp.float32(0.6)),
+            **{"remat": remat, "entropy_grad": True},
+        )
+
+    program = program_of(ours, response_len)
+    assert largest_array(program) == 2 * at_a_time * WIDE.vocab_size
+
+
+def test_a_program_with_all_logits_is_seen():
+    def plain(params, tokens, prompt_len):
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        hidden, _ = forward(WIDE, params, tokens, positions)
+        return [jax.nn.log_softmax(unembed(WIDE, params, hidden))[:, 60:, 7]]
+
+    assert largest_array(program_of(plain, 20)) >= 2 * 80 * WIDE.vocab_size
+
+
+def test_chunks_save_memory():
+    config = ModelConfig(8192, 16, 8, 1, 1, 1, 8, 64, 1e4)
+    shapes = (
+        {"lm_head": {"kernel": jax.ShapeDtypeStruct((16, 8192), jnp.float32)}}
+        | {"embedding": jax.ShapeDtypeStruct((8192, 16), jnp.float32)},
+        jax.ShapeDtypeStruct((1, 512, 16), jnp.float32),
+        jax.ShapeDtypeStruct((1, 512), jnp.int32),
+    )
+
+    def bytes_needed(chunk_len):
+        def total(params, hidden, targets):
+            logprobs, entropy = grpo.chunked_logprobs(
+                *(config, params, hidden, targets, jnp.float32(1)),
+                **{"chunk_len": chunk_len, "entropy_grad": True},
+            )
+            return (logprobs + entropy).sum()
+
+        program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    # A sixteenth of the logits, and what does not depend on the chunk.
+    assert bytes_needed(32) < bytes_needed(512) / 8
+
+
+# Policy updates, on responses of very different lengths.
+
+TEMPERATURE = 0.7
+PROMPT_LENGTHS = [1, 6, 3, 4]  # each with three responses
+RESPONSE_LENGTHS = [1, 20, 3, 9, 2, 17, 5, 11, 20, 1, 4, 13]
+LONGEST = (8, 20)
+
+
+@pytest.fixture(scope="module")
+def small(tiny_hf) -> Path:
+    return tiny_hf(hidden_size=16, intermediate_size=24, head_dim=6)
+
+
+@pytest.fixture(scope="module")
+def loaded(small):
+    return load_model(str(small))
+
+
+@pytest.fixture(scope="module")
+def completions(small, loaded) -> list[Completion]:
+    """Random ones, with an id 0 (that of padding) in each; some tokens are forced."""
+    return make_completions(small, loaded.config.vocab_size)
+
+
+def make_completions(path, vocab_size) -> list[Completion]:
+    rng = np.random.default_rng(3)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+    made = []
+    for row, length in enumerate(RESPONSE_LENGTHS):
+        if row % 3 == 0:
+            prompt = rng.integers(1, vocab_size, PROMPT_LENGTHS[row // 3]).tolist()
+        tokens = rng.integers(0, vocab_size, length).tolist()
+        tokens[length // 2] = 0
+        forced = (rng.random(length) < 0.2).tolist()
+        with torch.no_grad():
+            logprobs, _ = torch_logprobs(reference, prompt, tokens)
+        # Those of a policy some way off, so that many ratios are clipped.
+        old = logprobs.numpy() + rng.normal(0, 0.3, length)
+        made.append(completion(prompt, tokens, old.tolist(), forced))
+    made[4].forced[:] = [True, True]  # nothing to learn from
+    return made
+
+
+def completion(prompt, tokens, logprobs, forced) -> Completion:
+    texts, counts = ("", "", "", None), (0, 0, None, "stop", 0, 0)
+    return Completion(prompt, tokens, logprobs, forced, *texts, *counts)
+
+
+def torch_logprobs(reference, prompt, tokens):
+    """Of a response, alone and without padding: logprobs and entropies."""
+    ids = torch.tensor([prompt + tokens])
+    logits = reference(ids).logits[0, len(prompt) - 1 : -1].double()
+    logprobs = torch.log_softmax(logits / TEMPERATURE, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+    return logprobs[torch.arange(len(tokens)), tokens], entropy
+
+
+def settings(
+    *,
+    microbatch: int = 2,
+    minibatch_prompts: int = 4,
+    samples: int = 3,
+    remat: bool = False,
+    optimizer: AdamWConfig | None = None,
+    **loss,
+) -> GRPOConfig:
+    update = UpdateConfig(minibatch_prompts, microbatch, remat=remat)
+    rollout = RolloutConfig(prompts=4, samples=samples, temperature=TEMPERATURE)
+    loss = LossConfig(**{"kl_coef": 0.2, **loss})
+    optimizer = optimizer or AdamWConfig()
+    return GRPOConfig(
+        "", 5, 0, rollout=rollout, loss=loss, optimizer=optimizer, update=update
+    )
+
+
+REWARDS = np.float32([[1, 0, 0], [0, 1, 1], [0.5, 1, 0.7], [3, 0, -1]])
+
+
+def batch_of(config: GRPOConfig, completions) -> train.Batch:
+    """As of a step, with another policy for a reference."""
+    rollouts = train.Rollouts(completions, REWARDS, {})
+    batch = train.make_batch(config, rollouts, *LONGEST)
+    if config.loss.kl_coef:
+        noise = np.random.default_rng(4).normal(0, 0.5, (12, 20)).astype(np.float32)
+        ref = batch.old_logprobs + noise.reshape(batch.old_logprobs.shape)
+        batch = batch._replace(ref_logprobs=ref)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+# Keeps gradients as its state, and hands them on.
+KEEP = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (grads, grads),
+)
+
+
+@functools.cache
+def update_of(config: GRPOConfig, model: ModelConfig, dtype: str):
+    return train.make_update(config, model, KEEP, dtype, (None, None))
+
+
+def gradients(config, loaded, batch, dtype="float32"):
+    """Gradients of an update, and its metrics."""
+    update = update_of(config, loaded.config, dtype)
+    params = jax.tree.map(jnp.copy, loaded.params)
+    _, grads, metrics = update(
+        params, KEEP.init(params), batch, 0, jnp.float32(TEMPERATURE)
+    )
+    return grads, metrics
+
+
+def by_hf_name(params):
+    """(name, array) of each parameter as torch has it."""
+    for name, array in named_leaves(params).items():
+        pattern, turned = TABLE[name]
+        layers = np.asarray(array) if "{}" in pattern else np.asarray(array)[None]
+        for layer, part in enumerate(layers):
+            yield pattern.format(layer), part.T if turned else part
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"entropy_coef": 0.3},
+        {"aggregate": "sequence", "clip_low": 0.1, "clip_high": 0.4},
+        {"clip": "none", "old_logprobs": "sampler", "max_ratio": 1.1, "kl_coef": 0.0},
+    ],
+    ids=str,
+)
+def test_an_update_is_that_of_torch(small, loaded, completions, loss):
+    """Its gradients and metrics, against the whole of the loss on rows of their own."""
+    config = settings(**loss)
+    batch = batch_of(config, completions)
+    grads, metrics = gradients(config, loaded, batch)
+
+    reference = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float64)
+    refs = np.zeros((12, 20))
+    if config.loss.kl_coef:
+        refs = np.asarray(batch.ref_logprobs, np.float64).reshape(12, 20)
+    rows, entropies = [], []
+    for c, ref in zip(completions, refs, strict=True):
+        logprobs, entropy = torch_logprobs(reference, c.prompt_ids, c.token_ids)
+        counts = [config.loss.train_on_forced or not forced for forced in c.forced]
+        old, ref = torch.tensor(c.logprobs).double(), torch.from_numpy(ref)
+        each = zip(logprobs, old, ref[: len(old)], strict=True)
+        rows.append([token for token, yes in zip(each, counts, strict=True) if yes])
+        entropies.append(entropy[counts])
+    deviations = REWARDS - REWARDS.mean(axis=1, keepdims=True)
+    spread = np.sqrt((deviations**2).sum(axis=1, keepdims=True) / 2)
+    value, expected = torch_loss(
+        rows,
+        (deviations / (spread + 1e-6)).ravel().tolist(),
+        clip=config.loss.clip,
+        clip_low=config.loss.clip_low,
+        clip_high=config.loss.clip_high,
+        max_ratio=loss.get("max_ratio"),
+        kl_coef=config.loss.kl_coef,
+        aggregate=config.loss.aggregate,
+    )
+    if config.loss.aggregate == "token":
+        entropy = torch.cat(entropies).mean()
+    else:
+        entropy = torch.stack([e.mean() for e in entropies if len(e)]).mean()
+    value = value - config.loss.entropy_coef * entropy
+    value.backward()
+
+    weights = dict(reference.named_parameters())
+    total = sum((p.grad**2).sum() for p in weights.values()) ** 0.5
+    expected |= {"loss": value, "entropy": entropy, "grad_norm": total}
+    if not config.loss.kl_coef:
+        expected["kl"] = torch.tensor(0.0)
+    assert metrics.keys() == expected.keys()
+    assert 0.1 < metrics["clip_fraction"] < 0.9 or config.loss.clip == "none"
+    for name, number in metrics.items():
+        np.testing.assert_allclose(
+            number, expected[name].item(), rtol=1e-4, err_msg=name
+        )
+    for name, ours in by_hf_name(grads):
+        assert_close(ours, weights[name].grad.numpy(), 1e-4, name)
+
+
+@pytest.mark.parametrize(
+    ("microbatch", "loss"),
+    [(1, {"entropy_coef": 0.3}), (12, {"aggregate": "sequence"})],
+    ids=str,
+)
+def test_microbatches_add_up_to_the_whole(loaded, completions, microbatch, loss):
+    """One, at 1, is a single response from which nothing is learned."""
+    ours, reference = (
+        gradients(config, loaded, batch_of(config, completions))
+        for config in (settings(microbatch=microbatch, **loss), settings(**loss))
+    )
+    jax.tree.map(assert_close, ours, reference)
+
+
+def test_remat_changes_nothing(loaded, completions):
+    plain, remat = settings(entropy_coef=0.3), settings(entropy_coef=0.3, remat=True)
+    batch = batch_of(plain, completions)
+    reference = gradients(plain, loaded, batch)
+    jax.tree.map(assert_close, gradients(remat, loaded, batch), reference)
+
+
+def test_bfloat16_is_only_computed_in(loaded, completions):
+    """Gradients of micro-batches are added, and kept, in float32."""
+    config = settings(entropy_coef=0.3)
+    batch = batch_of(config, completions)
+    exact, _ = gradients(config, loaded, batch)
+    grads, _ = gradients(config, loaded, batch, "bfloat16")
+    for name, ours in named_leaves(grads).items():
+        reference = named_leaves(exact)[name]
+        assert ours.dtype == jnp.float32
+        if name != "embedding":  # whose rows come up once, and need no sum
+            assert (ours != ours.astype(jnp.bfloat16)).mean() > 0.5, name
+        # Rounding clips other tokens here and there.
+        error = jnp.linalg.norm(ours - reference) / jnp.linalg.norm(reference)
+        assert 1e-3 < error < 0.3, name
+
+
+def test_updates_are_those_of_adamw(loaded, completions):
+    """Two in a step, each by its own mini-batch and both at the rate of the step."""
+    adam = AdamWConfig(
+        *(0.01, 3, "linear", 0.8, 0.9), weight_decay=0.3, max_grad_norm=0.1
+    )
+    config = settings(minibatch_prompts=2, optimizer=adam)
+    batch = batch_of(config, completions)
+    optimizer = optax.chain(KEEP, train.make_optimizer(config))
+    shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
+    shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    update = train.make_update(config, loaded.config, optimizer, "float32", shardings)
+
+    params = jax.tree.map(jnp.copy, loaded.params)
+    state = optimizer.init(params)
+    first = {name: 0.0 for name in named_leaves(params)}
+    second = dict(first)
+    for count in range(10):
+        at, other = (0, 3) if count % 2 == 0 else (3, 0)
+        if count < 2:  # the other mini-batch may hold anything
+            changed = jax.tree.map(np.array, batch)
+            for array in changed:
+                array[other : other + 3] = array[at : at + 3]
+            copies = jax.tree.map(jnp.copy, (params, state))
+            same = update(*copies, changed, at, jnp.float32(TEMPERATURE))
+        before = {name: np.array(p) for name, p in named_leaves(params).items()}
+        given = jax.tree.leaves((params, state[1:]))
+        params, state, metrics = update(
+            params, state, batch, at, jnp.float32(TEMPERATURE)
+        )
+        assert all(leaf.is_deleted() for leaf in given)  # written over
+        if count < 2:
+            jax.tree.map(np.testing.assert_array_equal, same, (params, state, metrics))
+
+        grads = {n: np.float64(np.array(g)) for n, g in named_leaves(state[0]).items()}
+        norm = sum((grad**2).sum() for grad in grads.values()) ** 0.5
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        assert norm > adam.max_grad_norm
+        rate = 0.01 * [1 / 3, 2 / 3, 1, 1, 1 / 2][count // 2]
+        for name, ours in named_leaves(params).items():
+            grad = grads[name] * adam.max_grad_norm / norm
+            first[name] = 0.8 * first[name] + 0.2 * grad
+            second[name] = 0.9 * second[name] + 0.1 * grad**2
+            mean = first[name] / (1 - 0.8 ** (count + 1))
+            size = np.sqrt(second[name] / (1 - 0.9 ** (count + 1)))
+            change = mean / (size + 1e-8) + 0.3 * before[name]
+            expected = before[name] - rate * change
+            np.testing.assert_allclose(ours, expected, atol=1e-3 * rate, err_msg=name)
+
+
+def test_learning_rates():
+    def rates(schedule, warmup, steps):
+        rate = train.learning_rates(AdamWConfig(0.5, warmup, schedule), steps)
+        return [float(rate(jnp.int32(step))) for step in range(steps + 1)]
+
+    cosine = [0.25 + 0.25 * math.cos(math.pi * i / 4) for i in range(5)]
+    for schedule, warmup, steps, expected in (
+        ("constant", 0, 3, [0.5, 0.5, 0.5, 0.5]),
+        ("constant", 2, 4, [0.25, 0.5, 0.5, 0.5, 0.5]),
+        ("linear", 0, 4, [0.5, 0.375, 0.25, 0.125, 0]),
+        ("linear", 2, 4, [0.25, 0.5, 0.5, 0.25, 0]),
+        ("cosine", 0, 4, cosine),
+        ("cosine", 5, 9, [0.1, 0.2, 0.3, 0.4, 0.5, *cosine]),
+        ("linear", 4, 4, [0.125, 0.25, 0.375, 0.5, 0]),
+        ("linear", 8, 4, [0.0625, 0.125, 0.1875, 0.25]),
+    ):
+        ours = rates(schedule, warmup, steps)[: len(expected)]
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("train_on_forced", [False, True])
+def test_a_batch_is_made_from_lengths(completions, train_on_forced):
+    config = settings(microbatch=3, train_on_forced=train_on_forced, kl_coef=0.0)
+    batch = batch_of(config, completions)
+    assert batch.tokens.shape == (4, 3, 8 + 20)
+    assert batch.loss_mask.shape == batch.old_logprobs.shape == (4, 3, 20)
+    assert batch.ref_logprobs is None
+    kinds = {"tokens": "int32", "prompt_len": "int32", "loss_mask": "bool"}
+    kinds |= {"advantages": "float32", "old_logprobs": "float32"}
+    assert {name: getattr(batch, name).dtype for name in kinds} == kinds
+    advantages = np.asarray(grpo.group_advantages(REWARDS))
+    for row, c in enumerate(completions):
+        got = [np.asarray(x)[row // 3, row % 3] for x in batch[:5]]
+        tokens, prompt_len, advantage, mask, logprobs = got
+        prompt, length = c.prompt_ids, len(c.token_ids)
+        assert prompt_len == len(prompt)
+        assert advantage == advantages[row // 3, row % 3]
+        padding = [0] * (28 - len(prompt) - length)
+        assert tokens.tolist() == prompt + c.token_ids + padding
+        learned = [train_on_forced or not forced for forced in c.forced]
+        assert mask.tolist() == learned + [False] * (20 - length)
+        np.testing.assert_array_equal(logprobs[:length], np.float32(c.logprobs))
+        assert 0 in c.token_ids  # also the id of padding; it counts as any other
+
+
+def test_batches_are_of_few_lengths():
+    """Four, of which each takes the shortest that holds its responses."""
+    response_lens = []
+    for length in range(1, 19):
+        longest = completion([5], [7] * length, [0.0] * length, [False] * length)
+        shortest = completion([5], [7], [0.0], [False])
+        rollouts = train.Rollouts([longest, *[shortest] * 11], REWARDS, {})
+        batch = train.make_batch(settings(), rollouts, 3, 18)
+        response_lens.append(batch.loss_mask.shape[-1])
+        assert batch.tokens.shape[-1] == 3 + response_lens[-1]
+    assert response_lens == [5] * 5 + [10] * 5 + [15] * 5 + [20] * 3
+
+
+def test_logprobs_of_a_step_are_those_of_torch(small, loaded, completions):
+    config = settings(microbatch=3)
+    batch = batch_of(config, completions)
+    logprobs = train.batch_logprobs(
+        *(loaded.config, loaded.params, batch.tokens, batch.prompt_len, 20),
+        jnp.float32(TEMPERATURE),
+    )
+    assert logprobs.shape == (4, 3, 20) and logprobs.dtype == jnp.float32
+    reference = AutoModelForCausalLM.from_pretrained(small)
+    for ours, c in zip(logprobs.reshape(12, 20), completions, strict=True):
+        with torch.no_grad():
+            expected, _ = torch_logprobs(reference, c.prompt_ids, c.token_ids)
+        assert_close(ours[: len(expected)], expected.numpy())
+
+
+# Runs with eight devices, which a process can only get at its start.
+ON_EIGHT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_grpo
+test_grpo.update_on_meshes()
+"""
+MESHES = {
+    "data=1,tensor=1": 1,
+    "data=1,tensor=2": 2,
+    "data=2,tensor=2": 4,
+    "data=8,tensor=1": 8,
+}
+MESHED = ModelConfig(2048, 16, 24, 2, 4, 2, 6, 64, 1e4)
+
+
+def update_on_meshes() -> None:
+    """An update of two micro-batches on each mesh: is it that of one device?"""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(0, 2048, (2, 8, 30), dtype=np.int32)
+    lengths = rng.integers(1, 24, (2, 8, 1))
+    lengths[0, 0], lengths[1, 1:] = 24, 1
+    batch = train.Batch(
+        *(tokens, rng.integers(1, 7, (2, 8), dtype=np.int32)),
+        rng.normal(size=(2, 8)).astype(np.float32),
+        np.arange(24) < lengths,
+        *rng.normal(-8, 1, (2, 2, 8, 24)).astype(np.float32),
+    )
+    config = settings(microbatch=8, samples=4, aggregate="sequence", remat=True)
+    optimizer = train.make_optimizer(config)
+    expected = None
+    for text, count in MESHES.items():
+        mesh = make_mesh(text, MESHED, jax.devices()[:count])
+        shapes = abstract_params(MESHED, mesh, jnp.float32)
+        shapes = (shapes, abstract_state(optimizer, shapes, mesh))
+        shardings = jax.tree.map(lambda s: s.sharding, shapes)
+        update = train.make_update(config, MESHED, optimizer, jnp.float32, shardings)
+        params = init_params(MESHED, mesh, jnp.float32, 0)
+        params = jax.tree.map(lambda p: 5 * p, params)
+        state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+        rows = NamedSharding(mesh, PartitionSpec(None, "data"))
+        arguments = (params, state, jax.device_put(batch, rows), 0, jnp.float32(0.7))
+        program = update.lower(*arguments).compile()
+        # Logits are larger than anything else, and stay where they were computed.
+        assert largest_array(program) >= 8 * 24 * 2048 // count
+        moved = largest_array(program, "all-|collective-|reduce-scatter")
+        assert moved < 8 * 24 * 2048 // count
+        params, state, metrics = program(*arguments)
+        assert jax.tree.map(lambda x: x.sharding, (params, state)) == shardings
+        # Adam's first moment is a share of the gradient.
+        ours = jax.device_get((optax.tree.get(state, "mu"), metrics))
+        expected = expected or ours
+        jax.tree.map(assert_close, ours, expected)
+        print(text)
+
+
+def test_eight_devices_update_as_one():
+    flags = (  # the latter two halve the time that it takes to compile
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT, str(Path(__file__).parent)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == list(MESHES), done.stderr[-3000:]
