@@ -328,13 +328,13 @@ class Engine:
             # Kept for the next call only if all ends well: one key that is not finite
             # would spoil every later row of its slot.
             cache, self._cache = self._cache or self._new_cache(weights), None
+            # Slots are refilled a few at a time, at a step that the rows decide and not
+            # the clock: the same requests meet in the same slots whenever they run.
+            few = max(1, self.slots // 16)
             while queue or any(active):
-                while queue and not all(active):
-                    cache, rows = self._admit(queue[-1], active, weights, cache, rows)
-                    if not queue[-1].waiting:
-                        queue.pop()
-                # With work waiting, stop for a refill as soon as a few rows are done.
-                enough = max(1, self.slots // 16) if queue else self.slots
+                if active.count(None) >= few:
+                    cache, rows = self._refill(queue, active, weights, cache, rows)
+                enough = few if queue else self.slots
                 start = time.monotonic()
                 cache, rows, chunk = decode(
                     *(self.config, self.mesh, weights, ids, cache, rows),
@@ -347,6 +347,21 @@ class Engine:
                 yield from self._finished(state, active)
                 progress(new_tokens)
             self._cache = cache
+
+    def _refill(
+        self,
+        queue: list[_Request],
+        active: list[_Active | None],
+        weights: Params,
+        cache: KVCache,
+        rows: Rows,
+    ) -> tuple[KVCache, Rows]:
+        """Gives the free slots to the samples that wait; the queue's end comes first."""
+        while queue and not all(active):
+            cache, rows = self._admit(queue[-1], active, weights, cache, rows)
+            if not queue[-1].waiting:
+                queue.pop()
+        return cache, rows
 
     def _finished(
         self, state: BudgetState, active: list[_Active | None]
