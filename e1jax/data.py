@@ -226,6 +226,12 @@ def prompt_text(problem: str, instruction: str) -> str:
     return f"{problem} {instruction}" if instruction else problem
 
 
+def request_seed(seed: int, index: int) -> int:
+    """A seed of 64 bits for one of the requests of a run; equal seeds would share their
+    draws."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+
+
 class EncodedProblem(NamedTuple):
     """A problem as its prompt's token ids, chat template included."""
 

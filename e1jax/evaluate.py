@@ -41,7 +41,7 @@ from e1jax.config import (
     run_command,
 )
 from e1jax.convert import LoadedModel, load_model
-from e1jax.data import Problem
+from e1jax.data import Problem, request_seed
 from e1jax.engine import Completion, Engine
 from e1jax.sharding import use_compilation_cache
 from e1jax.tokenizer import read_json
@@ -63,7 +63,7 @@ _FIELDS = {
     "thinking_budget": ((int, type(None)), "a whole number or null"),
     "solution_budget": ((int, type(None)), "a whole number or null"),
 }
-_MAY_LACK = ("thinking_budget", "solution_budget")  # `sample` does not write them
+_MAY_LACK = ("thinking_budget", "solution_budget")  # in files of other programs
 _FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 Budgets = tuple[int | None, int | None]  # thinking, solution; None is unlimited
@@ -197,14 +197,10 @@ def plot(argv: Sequence[str]) -> None:
 # Sampling.
 
 
-def request_seed(seed: int, index: int) -> int:
-    """The seed of a problem, by its index from 0: the same at every budget."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
-
-
 def _request_params(
     params: SamplingParams, index: int, budget: int | None
 ) -> SamplingParams:
+    # By the problem's index: the same at every budget.
     seed = request_seed(params.seed, index)
     return dataclasses.replace(params, thinking_budget=budget, seed=seed)
 

@@ -32,6 +32,7 @@ from e1jax.sharding import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
 
 _PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]
+_BUDGETS = ("thinking_budget", "solution_budget")
 # What a line may hold as its prompt: the rule, and a test of it.
 _PROMPTS = {
     "prompt": ("a text", lambda value: isinstance(value, str)),
@@ -305,7 +306,8 @@ def _settings(
 
 
 def _record(item: Item, completion: Completion) -> dict[str, Any]:
-    record = {"id": item.id, **dataclasses.asdict(completion)}
+    budgets = {name: getattr(item.params, name) for name in _BUDGETS}
+    record = {"id": item.id, **budgets, **dataclasses.asdict(completion)}
     del record["prompt_index"]
     # The shortest text that gives the float32 back.
     record["logprobs"] = [float(str(np.float32(p))) for p in completion.logprobs]

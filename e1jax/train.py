@@ -64,6 +64,7 @@ from e1jax.data import (
     load_problems,
     prompt_batches,
     prompt_text,
+    request_seed,
 )
 from e1jax.engine import Completion, Engine
 from e1jax.grpo import (
@@ -320,12 +321,6 @@ def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
         top_p=1.0,  # a ratio of probabilities is of the whole distribution
         seed=request_seed(config.seed, position),
     )
-
-
-def request_seed(seed: int, index: int) -> int:
-    """A seed of 64 bits for one request."""
-    sequence = np.random.SeedSequence([seed, index])
-    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def rollout_metrics(

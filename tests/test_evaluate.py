@@ -325,7 +325,7 @@ def test_grading_the_completions_gives_the_same_results(run, whole, tmp_path):
 
 
 def test_completions_of_sample_are_graded(run, tmp_path):
-    """They hold no budgets, and their ids are the numbers of their lines."""
+    """Their ids are the numbers of their lines."""
     problems = data.load_problems("nano", 9)
     prompts = write_lines(tmp_path / "in.jsonl", [{"prompt": p.text} for p in problems])
     out = tmp_path / "out.jsonl"
@@ -336,7 +336,7 @@ def test_completions_of_sample_are_graded(run, tmp_path):
     dataset = [{"question": p.text, "answer": p.answers[0]} for p in problems]
     file.write_text(json.dumps([*dataset, {"question": "11a+2?", "answer": 13}]))
     code, _, err = run("grade", out, "--dataset", file, "--output", tmp_path)
-    assert code == 0 and "of 10 problems, 1 at none+none have no completion" in err
+    assert code == 0 and "of 10 problems, 1 at 40+12 have no completion" in err
     assert results(tmp_path)["rows"] == brute_force(records(out), problems)
     assert results(tmp_path)["n"] == 2 and results(tmp_path)["problems"] == 9
 

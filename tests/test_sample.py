@@ -81,7 +81,9 @@ def test_json_holds_the_fields_of_completion(run, tiny_hf):
         assert set(r) == {
             "id", "sample", "prompt_ids", "token_ids", "logprobs", "forced", "thinking", "solution", "text",
             "answer", "thinking_tokens", "solution_tokens", "thinking_end", "finish_reason",
+            "thinking_budget", "solution_budget",
         }  # fmt: skip
+        assert (r["thinking_budget"], r["solution_budget"]) == (8, 6)
         assert len(r["token_ids"]) == len(r["logprobs"]) == len(r["forced"])
         assert r["thinking_tokens"] <= 8 and r["solution_tokens"] <= 6
 
