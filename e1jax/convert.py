@@ -10,7 +10,6 @@ very end, so that an interrupted conversion leaves nothing at DST.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -82,7 +81,7 @@ _FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model whose weights are read when `params` is first asked for."""
+    """A model whose weights are read when, and each time, `params` is asked for."""
 
     name: str  # as the user gave it
     path: Path
@@ -91,9 +90,10 @@ class LoadedModel:
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
 
-    @functools.cached_property
+    @property
     def params(self) -> Params:
-        """The parameters on the mesh, each device reading its own part."""
+        """The parameters on the mesh, each device reading its own part. They are not
+        kept here: whoever trains them would have them in memory twice."""
         if saved := find_params(self.path):
             return load_params(saved[0], self.config, self.mesh, self.dtype)
         return _load_hf(self.path, self.config, self.mesh, self.dtype)

@@ -170,7 +170,10 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             if step > saved:
                 save({})
     if signals:
-        print(f"stopped after step {step}, saved; repeat the command to go on")
+        state = (
+            f"after step {step}, saved" if step else "before the first step was done"
+        )
+        print(f"stopped {state}; repeat the command to go on")
     else:
         print(f"{run_dir} is trained; python -m e1jax.evaluate --model {run_dir}")
     if signal.SIGINT in signals:
@@ -401,14 +404,16 @@ class Learner:
 
     def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
         """Goes on from the latest checkpoint, or begins with the model; the step."""
-        if self.config.loss.kl_coef:
-            self.reference = _cast(self.loaded.params, self.dtype, copy=True)
         restored = checkpoints.restore(self.shapes, self.state_shapes)
         if restored:
             step, self.params, self.state, record = restored
             batches.set_state(record["data"])
+            if self.config.loss.kl_coef:
+                self.reference = _cast(self.loaded.params, self.dtype)
             return step
         self.params = self.loaded.params
+        if self.config.loss.kl_coef:  # copied, because the update donates its input
+            self.reference = _cast(self.params, self.dtype, copy=True)
         shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
         self.state = jax.jit(self.optimizer.init, out_shardings=shardings)(self.params)
         return 0
@@ -643,6 +648,16 @@ def make_validation(
     prompts = texts * len(config.budgets)
     answers = [problem.answers for problem in problems] * len(config.budgets)
     names = [f"problem {p.id} of {config.problems}" for p in problems]
+    longest = max(len(engine.encode(text)) for text in texts)
+    for pair in config.budgets:
+        needed = longest + sum(budget or 0 for budget in pair) + 1
+        if needed > engine.cache_len:  # or thinking would be cut, and that measured
+            raise UserError(
+                f"validation.budgets {list(pair)} do not fit rollout.cache_len="
+                f"{engine.cache_len} after a prompt of {longest} tokens; set it to "
+                f"{needed} or more"
+            )
+
     engine.stream(prompts, requests, names=names * len(config.budgets))  # checks them
 
     def validate(grader: Grader) -> dict[str, float]:
