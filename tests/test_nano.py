@@ -1,4 +1,5 @@
-"""What the bundled nano model promises: right if it may think, wrong if it is cut."""
+"""What the bundled models promise: nano is right if it may think and wrong if it is cut;
+nano-e1, trained under budgets, is right in both cases, and brief."""
 
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import e1jax
 from e1jax import Engine, SamplingParams, sft
 from e1jax.data import held_out_problems, nano_problems
 
-NANO = Path(e1jax.__file__).parent / "models" / "nano"
+MODELS = Path(e1jax.__file__).parent / "models"
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +18,33 @@ def engine():
     return Engine.from_pretrained("nano", slots=32)
 
 
+@pytest.fixture(scope="module")
+def e1_engine():
+    return Engine.from_pretrained("nano-e1", slots=32)
+
+
 @pytest.mark.parametrize(
     ("budgets", "low", "high"),
     [((None, None), 0.97, 1.0), ((1024, 1024), 0.97, 1.0), ((32, 28), 0.0, 0.35)],
 )
 def test_share_of_held_out_problems_solved(engine, budgets, low, high):
+    assert low <= share_solved(engine, budgets)[0] <= high
+
+
+@pytest.mark.parametrize(
+    ("budgets", "low"), [((None, None), 0.97), ((32, 28), 0.95), ((20, 28), 0.5)]
+)
+def test_trained_under_budgets(engine, e1_engine, budgets, low):
+    """At the budget of its training, at a tighter one that it never saw, and at none."""
+    accuracy, tokens = share_solved(e1_engine, budgets)
+    before, tokens_before = share_solved(engine, budgets)
+    assert accuracy >= low
+    assert budgets == (None, None) or accuracy >= before + 0.35
+    assert budgets != (None, None) or tokens <= tokens_before / 2
+
+
+def share_solved(engine, budgets):
+    """Of 200 held-out problems, and the mean tokens of a response."""
     problems = held_out_problems(200)
     # A seed each: with one for all, every problem would choose its style by one draw.
     params = [
@@ -33,7 +56,8 @@ def test_share_of_held_out_problems_solved(engine, budgets, low, high):
         completion.answer == problem["answer"]
         for problem, [completion] in zip(problems, results, strict=True)
     ]
-    assert low <= sum(right) / len(right) <= high
+    tokens = sum(len(completion.token_ids) for [completion] in results) / len(results)
+    return sum(right) / len(right), tokens
 
 
 def test_both_styles_are_accurate(engine):
@@ -50,6 +74,8 @@ def test_a_step_costs_nine_tokens_or_five(engine):
         assert len(engine.tokenizer.encode(problem.terse())) == 5 * steps
 
 
-def test_it_is_small(engine):
-    assert sum(p.size for p in jax.tree.leaves(engine.params)) == 317_520
-    assert sum(file.stat().st_size for file in NANO.iterdir()) <= 4 * 10**6
+@pytest.mark.parametrize("name", ["nano", "nano-e1"])
+def test_it_is_small(name):
+    params = Engine.from_pretrained(name).params
+    assert sum(p.size for p in jax.tree.leaves(params)) == 317_520
+    assert sum(f.stat().st_size for f in (MODELS / name).iterdir()) <= 4 * 10**6
