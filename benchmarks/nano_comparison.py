@@ -57,6 +57,7 @@ def main() -> None:
     output = parser.parse_args().output
     for seed in SEEDS:
         run_seed(output / f"seed{seed}", seed)
+    run_more(output / f"seed{SEEDS[0]}", SEEDS[0])
     results = {
         variant: [
             merge(output / f"seed{seed}" / "results" / variant)
@@ -86,12 +87,14 @@ def run_seed(folder: Path, seed: int) -> None:
         # It was stopped after a whole step, which it saved.
         last = metrics(run)[-1]["step"]
         evaluate(run / "checkpoints" / str(last), results)
-    if seed != SEEDS[0]:
-        return
-    train("train", "nano_grpo", run, seed, *flags)
-    evaluate(
-        run / "checkpoints" / str(STEPS), folder / "results" / "unconstrained-steps"
-    )
+
+
+def run_more(folder: Path, seed: int) -> None:
+    """What only one seed has: equal steps, and training on forced tokens."""
+    base, run = folder / "base", folder / "unconstrained"
+    train("train", "nano_grpo", run, seed, "--model", str(base), *WITHOUT_BUDGETS)
+    last = run / "checkpoints" / str(STEPS)
+    evaluate(last, folder / "results" / "unconstrained-steps")
     flags = ["--model", str(base), "--loss.train_on_forced", "true"]
     train("train", "nano_grpo", folder / "budget-forced", seed, *flags)
     last = folder / "budget-forced" / "checkpoints" / str(STEPS)
