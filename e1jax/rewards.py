@@ -40,6 +40,7 @@ Accepted = str | float | Sequence[str | float]
 _MAX_WORKERS = 8
 _MAX_LENGTH = 2000  # characters; a longer answer is only right if it is the same text
 _MEMORY = 2 << 30  # bytes of address space of a worker
+_ROOM = 1 << 28  # bytes that a worker must have left; not touched, so it costs nothing
 _START_SECONDS = 60.0
 _START_ATTEMPTS = 3
 _GRACE_SECONDS = 5.0  # a worker that has not ended itself by then is killed
@@ -401,14 +402,16 @@ def _work(limit: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, limit)
         equal = equivalent(*json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
+        # Without memory SymPy finds nothing equal. A worker that is full, of what caches
+        # hold, ends here by MemoryError, and a fresh one compares again.
+        bytes(_ROOM)
         replies.write(b"1\n" if equal else b"0\n")
 
 
 def _comparison():
     """A function of an answer and accepted texts: is it equivalent to one of them?"""
-    # Imported here, because only workers may load SymPy.
-    import sympy.core.random
-    from math_verify import LatexExtractionConfig, parse, verify
+    import sympy.core.random  # here, because only workers may load it
+    from math_verify import LatexExtractionConfig, parse, verify  # likewise
 
     # Only LaTeX: the other rules look for any number in a text that does not parse.
     config = [LatexExtractionConfig(boxed_match_priority=0)]
