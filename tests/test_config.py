@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from e1jax.config import (
+    AdamWConfig,
     CheckpointConfig,
+    DataConfig,
+    GRPOConfig,
+    LossConfig,
     ModelConfig,
+    RolloutConfig,
     SamplingParams,
+    UpdateConfig,
     UserError,
+    ValidationConfig,
+    load_config,
     read_yaml,
     record_config,
 )
@@ -117,3 +125,107 @@ def test_deep_yaml_is_refused(tmp_path):
     (tmp_path / "deep.yaml").write_text("[" * 10_000)
     with pytest.raises(UserError, match=r"deep\.yaml is not YAML"):
         read_yaml(tmp_path / "deep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (RolloutConfig, {"prompts": 0}, "prompts must be a whole number, 1 or more"),
+        (RolloutConfig, {"samples": 1}, "samples must be a whole number, 2 or more"),
+        (RolloutConfig, {"samples": True}, "samples must be"),
+        (RolloutConfig, {"thinking_budget": -1}, "thinking_budget must be"),
+        (RolloutConfig, {"solution_budget": 2.0}, "solution_budget must be"),
+        (RolloutConfig, {"temperature": 0}, "temperature must be a number above 0"),
+        (RolloutConfig, {"temperature": float("nan")}, "temperature must be"),
+        (RolloutConfig, {"slots": 0}, "slots must be"),
+        (RolloutConfig, {"cache_len": 0}, "cache_len must be"),
+        (RolloutConfig, {"solution_budget": None}, "needs rollout.cache_len"),
+        (LossConfig, {"clip": "dual"}, "clip must be ppo or none, not 'dual'"),
+        (LossConfig, {"aggregate": "mean"}, "aggregate must be token or sequence"),
+        (LossConfig, {"old_logprobs": "old"}, "old_logprobs must be recomputed or"),
+        (LossConfig, {"clip_low": 1.5}, "clip_low must be a number from 0 to 1"),
+        (LossConfig, {"clip_high": -0.1}, "clip_high must be a number of 0 or more"),
+        (LossConfig, {"kl_coef": -1}, "kl_coef must be"),
+        (LossConfig, {"entropy_coef": "x"}, "entropy_coef must be"),
+        (LossConfig, {"max_ratio": 0.9}, "max_ratio must be a number of 1 or more"),
+        (AdamWConfig, {"learning_rate": 0}, "learning_rate must be a number above 0"),
+        (AdamWConfig, {"schedule": "step"}, "schedule must be constant or linear or"),
+        (AdamWConfig, {"warmup_steps": -1}, "warmup_steps must be"),
+        (AdamWConfig, {"b2": 1.0}, "b2 must be a number from 0 to below 1"),
+        (AdamWConfig, {"weight_decay": -0.1}, "weight_decay must be"),
+        (AdamWConfig, {"max_grad_norm": 0}, "max_grad_norm must be"),
+        (UpdateConfig, {"minibatch_prompts": 0}, "minibatch_prompts must be"),
+        (UpdateConfig, {"microbatch": 0}, "microbatch must be"),
+        (UpdateConfig, {"epochs": 0}, "epochs must be"),
+        (UpdateConfig, {"param_dtype": "float16"}, "param_dtype must be float32 or"),
+        (DataConfig, {"max_prompt_len": 0}, "max_prompt_len must be"),
+        (ValidationConfig, {"limit": 0}, "limit must be"),
+        (ValidationConfig, {"every": 0}, "every must be"),
+        (ValidationConfig, {"budgets": ()}, "validation.budgets is empty"),
+        (ValidationConfig, {"budgets": ((-1, 5),)}, "thinking_budget must be"),
+        (ValidationConfig, {"temperature": -1}, "temperature must be"),
+        (ValidationConfig, {"top_p": 0}, "top_p must be"),
+        (ValidationConfig, {"best": "validation_acuracy"}, "'validation_accuracy'?"),
+        (ValidationConfig, {"best": "validation_accuracy_1_2"}, "validation.best"),
+        (GRPOConfig, {"steps": 0}, "steps must be"),
+        (GRPOConfig, {"seed": 2**32}, "seed must be a whole number, from 0 to"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_a_training_configuration_cannot_say(section, values, message):
+    required = {"model": "nano", "steps": 1} if section is GRPOConfig else {}
+    with pytest.raises(UserError) as error:
+        section(**(required | values))
+    assert message in str(error.value)
+
+
+def test_batches_divide(tmp_path):
+    def config(prompts, samples, minibatch, microbatch, epochs=1):
+        return GRPOConfig(
+            "nano",
+            3,
+            rollout=RolloutConfig(prompts, samples),
+            update=UpdateConfig(minibatch, microbatch, epochs),
+        )
+
+    assert config(12, 4, 3, 6, epochs=5).updates_per_step == 20
+    assert config(12, 4, 12, 48).updates_per_step == 1
+    with pytest.raises(UserError, match=r"prompts=12 .* update\.minibatch_prompts=5;"):
+        config(12, 4, 5, 4)
+    with pytest.raises(UserError, match=r"samples=12 .* update\.microbatch=8; change"):
+        config(12, 4, 3, 8)
+
+
+def test_the_metrics_that_can_name_the_best_step():
+    budgets = ((32, 28), (None, 28), (None, None))
+    names = ["validation_accuracy"]
+    names += [f"validation_accuracy_{n}" for n in ("32_28", "none_28", "none_none")]
+    for name in names:
+        assert ValidationConfig(budgets=budgets, best=name).metrics == names
+
+
+def test_yaml_and_flags_set_what_the_dataclasses_hold(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text(
+        "model: nano\nsteps: 7\nrollout: {prompts: 4, thinking_budget: 9}\n"
+        "update: {minibatch_prompts: 2}\n"
+        "validation: {budgets: [[8, 6], [null, null]]}\n"
+    )
+    flags = ["--rollout.thinking_budget", "null", "--rollout.cache_len=77", "--seed=3"]
+    argv = ["--config", str(file), *flags, "--optimizer.learning_rate", "1e-3"]
+    config, run_dir = load_config(GRPOConfig, argv, "train")
+    assert run_dir.name == "some"
+    assert config == GRPOConfig(
+        "nano",
+        7,
+        3,
+        rollout=RolloutConfig(4, thinking_budget=None, cache_len=77),
+        optimizer=AdamWConfig(1e-3),
+        update=UpdateConfig(2),
+        validation=ValidationConfig(budgets=((8, 6), (None, None))),
+    )
+    record_config(config, tmp_path / "run")
+    record_config(config, tmp_path / "run")  # the same, read back
+    changed = dataclasses.replace(config.validation, budgets=((8, 6), (None, 6)))
+    with pytest.raises(UserError, match=r"other settings: validation\.budgets \("):
+        record_config(dataclasses.replace(config, validation=changed), tmp_path / "run")
