@@ -57,7 +57,10 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        y = x @ self.kernel[...]
+        # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
+        # the transposes of the backward pass, and copies the activations column by column.
+        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[None, None]
 
 
