@@ -169,8 +169,9 @@ def forward(
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
     every position up to their own; without one, tokens see the earlier ones of the same
-    call. `remat` recomputes each layer in the backward pass instead of keeping its
-    activations.
+    call. For the backward pass the outputs of the linear layers are kept, and what lies
+    between them (norms, attention, activation function) is computed again; with `remat`,
+    only the inputs of the layers are kept.
     """
     model = nnx.merge(_structure(config)[0], params)
     layer_def, layers = nnx.split(model.layers)
@@ -183,7 +184,8 @@ def forward(
         state, layer = inputs
         return nnx.merge(layer_def, state)(x, rope, cache, layer, positions), None
 
-    step = jax.checkpoint(layer_step) if remat else layer_step
+    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    step = jax.checkpoint(layer_step, policy=keep, prevent_cse=False)
     with _matmul_precision(params):
         x = model.embedding[...][tokens]
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
