@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 BLOCK_LEN = 128  # cache positions that are visited at a time
+MAX_PARTS = 8  # of causal attention; each is compiled on its own
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
 
@@ -54,19 +55,29 @@ def causal_attention(
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask.
+    needs no mask. Up to MAX_PARTS parts of the queries are gone through in turn, each
+    against the keys up to its end: that spares up to 7/16 of the products, and the
+    scores of one part exist at a time, in the backward pass too.
     """
-    batch, heads, length, head_dim = q.shape
-    folded = _fold(q, k.shape[1])
-    scores = _scores(folded, k)
-    index = jnp.arange(length)
-    visible = jnp.tile(index[:, None] >= index[None, :], (heads // k.shape[1], 1))
-    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(
-        v.dtype
-    )
-    return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(
-        batch, heads, length, head_dim
-    )
+    length = q.shape[2]
+    part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
+    parts = []
+    for start in range(0, length, part_len):
+        end = min(start + part_len, length)
+        parts.append(_last_queries(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+    return jnp.concatenate(parts, axis=2)
+
+
+@jax.checkpoint
+def _last_queries(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention of the last queries over all keys."""
+    length, num_keys = q.shape[2], k.shape[2]
+    index = jnp.arange(num_keys)
+    visible = index[num_keys - length :, None] >= index[None, :]
+    visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
+    scores = jnp.where(visible, _scores(_fold(q, k.shape[1]), k), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(q.shape)
 
 
 def cached_attention(
