@@ -228,6 +228,23 @@ def test_later_tokens_change_nothing_before_them(tiny_hf):
     assert (after[:, 6:] != before[:, 6:]).any(axis=-1).all()
 
 
+@pytest.mark.parametrize("length", [2, 128, 129, 300, 1100])
+def test_causal_attention_and_its_gradients_are_those_of_torch(length):
+    # 1,100 queries are 8 parts of 138 (the last of 134), 300 are 3 of 128 (of 44).
+    rng = np.random.default_rng(length)
+    shapes = [(2, heads, length, 6) for heads in (6, 2, 2, 6)]
+    q, k, v, seen = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    ours, pull = jax.vjp(attention.causal_attention, *map(jnp.asarray, (q, k, v)))
+    inputs = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, enable_gqa=True
+    )
+    theirs.backward(torch.tensor(seen))
+    assert difference(np.asarray(ours), theirs.detach().numpy()) <= TOLERANCE
+    for gradient, x in zip(pull(jnp.asarray(seen)), inputs, strict=True):
+        assert difference(np.asarray(gradient), x.grad.numpy()) <= TOLERANCE
+
+
 def test_remat_changes_no_value_and_no_gradient(tiny_hf):
     loaded = load_model(str(tiny_hf()))
     tokens, positions = tokens_and_positions(loaded.config)
