@@ -432,6 +432,21 @@ def best_step(run_dir: Path) -> int:
     return read_json(run_dir / "checkpoints" / "best.json")["step"]
 
 
+def test_dtype_and_instruction_go_with_the_model(workplace, tmp_path):
+    flags = ["--update.param_dtype", "bfloat16", "--data.instruction", "Answer."]
+    config = settings(workplace, *flags)
+    loaded = convert.load_model(config.model)
+    train.prepare(config, loaded, "Answer.", tmp_path / "run")
+    assert read_json(tmp_path / "run" / "config.json")["torch_dtype"] == "bfloat16"
+    recorded = read_json(tmp_path / "run" / "tokenizer_config.json")
+    original = read_json(NANO / "tokenizer_config.json")
+    assert recorded == {**original, "e1jax_instruction": "Answer."}
+    [example, *_] = train.read_examples(config, loaded, "Answer.")
+    assert loaded.tokenizer.decode(example.prompt_ids).endswith(
+        "? Answer.<｜Assistant｜><think>\n"
+    )
+
+
 # Validation.
 
 
@@ -661,6 +676,13 @@ def test_draws_depend_on_seed_position_and_sample_alone(rollouts):
     assert len({tuple(ids) for ids in together.values()}) == len(together)
     other_seed = by_position([3], seed=1)
     assert all(together[key] != ids for key, ids in other_seed.items())
+
+
+def test_requests_of_a_step_draw_from_the_whole_distribution(workplace):
+    config = dataclasses.replace(settings(workplace), seed=3)
+    assert train.rollout_request(config, 17) == SamplingParams(
+        8, 6, n=4, temperature=0.9, top_p=1.0, top_k=0, seed=request_seed(3, 17)
+    )
 
 
 def test_the_engine_samples_from_what_it_is_given(rollouts):
@@ -941,6 +963,29 @@ def test_parameters_in_bfloat16(workplace, tiny_hf, tmp_path):
     kinds = {str(x.dtype) for x in jax.tree.leaves((learner.params, learner.state))}
     assert kinds == {"bfloat16", "int32"}
     assert learner.sampling_params()["embedding"].dtype == jnp.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_shipped_recipe_learns_to_answer_within_the_budget(
+    seed, workplace, tmp_path
+):
+    flags = [
+        "--config",
+        str(CONFIGS / "nano_grpo.yaml"),
+        "--validation.problems",
+        "null",
+    ]
+    flags += ["--rollout.prompts", "8", "--update.minibatch_prompts", "4"]
+    flags += ["--update.microbatch", "64", "--steps", "24", "--seed", str(seed)]
+    train.train(load_config(GRPOConfig, flags, "train")[0], tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    first, last = (
+        np.mean([r["reward"] for r in part]) for part in (lines[:5], lines[-5:])
+    )
+    # 640 responses each: a standard error of 0.02 at most.
+    assert last > first + 0.15
+    assert max(line["kl"] for line in lines) < 1
 
 
 # Metrics.
