@@ -9,6 +9,7 @@ and several transformers 5 releases then replace its byte-level pre-tokenizer
 import dataclasses
 import json
 import os
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,15 +137,16 @@ class Tokenizer:
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete `\boxed{...}` of a text, or None."""
-    start = text.rfind(r"\boxed{")
-    while start >= 0:
-        depth = 0
-        for i in range(start + len(r"\boxed"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len(r"\boxed{") : i]
-        start = text.rfind(r"\boxed{", 0, start)
-    return None
+    # One pass over the braces: a model that never closes its boxes must not cost more.
+    opened, best, found = [], -1, None
+    for match in re.finditer(r"(\\boxed)?\{|\}", text):
+        if match[0] != "}":
+            opened.append((match.end(), match[1] is not None))
+        elif opened:
+            start, is_box = opened.pop()
+            if is_box and start > best:
+                best, found = start, text[start : match.start()]
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
