@@ -555,6 +555,19 @@ def test_remat_changes_nothing(loaded, completions):
     reference = gradients(plain, loaded, batch)
     jax.tree.map(assert_close, gradients(remat, loaded, batch), reference)
 
+    def bytes_kept(config):  # for the backward pass, parameters among them
+        def loss(params):
+            microbatch = jax.tree.map(lambda x: x[0], batch)
+            return train.grpo_loss(
+                *(config, loaded.config, params, microbatch),
+                *(jnp.float32(1), jnp.float32(TEMPERATURE)),
+            )[0]
+
+        _, back = jax.eval_shape(lambda p: jax.vjp(loss, p), loaded.params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(back))
+
+    assert bytes_kept(remat) < 0.7 * bytes_kept(plain)
+
 
 def test_bfloat16_is_only_computed_in(loaded, completions):
     """Gradients of micro-batches are added, and kept, in float32."""
