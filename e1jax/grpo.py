@@ -91,7 +91,7 @@ def policy_loss(
         return (values * weights).sum()
 
     def difference(a, b):
-        return jnp.where(mask, a, 0.0) - jnp.where(mask, b, 0.0)
+        return jnp.where(mask, a - b, 0.0)
 
     gap = difference(logprobs, old_logprobs)
     if max_ratio is not None:  # the value is cut off, the gradient is not
