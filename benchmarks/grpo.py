@@ -1,0 +1,449 @@
+"""Time and memory of one GRPO update, of e1jax and of google-tunix, in one run.
+
+    python benchmarks/grpo.py --output grpo.jsonl
+
+At the first run Tunix is installed into a virtual environment of its own (--venv). Each
+library has its own process, and the two take turns, step by step, so that whatever else
+the machine does hits both; the first two steps compile and are not counted. First both
+keep activations, then both compute them again layer by layer (remat).
+
+A step is forward, loss, backward and AdamW on 4 sequences of 64 prompt and 448 response
+tokens, all of which count, for a random Qwen2 of 49.8 million parameters in float32 (12
+layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Both sides get old and
+reference log-probabilities as inputs, and take the mean over tokens of the clipped
+surrogate and of k3 (coefficient 0.001) at temperature 0.6; both report the entropy, and
+clip the gradient by its global norm. For e1jax this is `train.make_update`; for Tunix
+it is its `Trainer` with its "grpo" loss, wired as its `GRPOLearner` does that.
+
+Weights and data come from one seed. What both report of every step, and their
+log-probabilities after the last one, must agree, or the script fails.
+
+Memory is the largest resident size of the whole process up to the last timed step
+(Linux). Ratios are Tunix / e1jax: that of the medians, then the smallest and the largest
+of a turn.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TUNIX = "0.1.7"
+VENV = Path(__file__).parents[1] / ".bench-venvs" / "tunix"
+WARM_UP = 2  # Tunix compiles its step twice
+
+LAYERS, HIDDEN, MLP, VOCAB = 12, 512, 2048, 4096
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
+ROPE_THETA = 1e4
+ROWS, PROMPT, RESPONSE = 4, 64, 448
+TEMPERATURE, KL_COEF, CLIP, MAX_GRAD_NORM = 0.6, 0.001, 0.2, 1.0
+# High enough for the updates to show in the losses that are compared.
+ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0}
+
+METRICS = {"loss": "loss", "kl": "kl", "clip_fraction": "pg_clipfrac"}
+METRICS |= {"entropy": "entropy", "grad_norm": "grad_norm"}  # our names: Tunix's
+# Sums in another order differ by 1e-6, and the updates enlarge that.
+TOLERANCE = 1e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--venv", type=Path, default=VENV, help=f"default {VENV}")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; default 5")
+    parser.add_argument("--output", type=Path, help="file to append JSON lines to")
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--remat", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.remat)
+        return
+    pythons = {"e1jax": sys.executable, "tunix": install(args.venv)}
+    print("        remat  s/step (low - high)  CPU s/step  peak GB  first call s")
+    for remat in (False, True):
+        lines = compare(pythons, remat, args.steps)
+        if args.output:
+            with args.output.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def install(venv: Path) -> str:
+    """The interpreter of the virtual environment that holds Tunix, made if need be."""
+    python = str(venv / "bin" / "python")
+    show = "import importlib.metadata as m; print(m.version('google-tunix'))"
+    if Path(python).exists():
+        found = subprocess.run([python, "-c", show], capture_output=True, text=True)
+        if found.stdout.strip() == TUNIX:
+            return python
+    print(f"installing google-tunix {TUNIX} into {venv}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    subprocess.run([*pip, f"google-tunix=={TUNIX}"], check=True)
+    return python
+
+
+def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, Any]]:
+    """Lets the libraries take turns; prints and returns their figures and ratios."""
+    workers = {name: Worker(name, path, remat) for name, path in pythons.items()}
+    turns = [
+        {name: worker.ask("step") for name, worker in workers.items()}
+        for _ in range(WARM_UP + steps)
+    ]
+    load = os.getloadavg()[0]
+    reports = {name: worker.ask("report") for name, worker in workers.items()}
+    for worker in workers.values():
+        worker.close()
+    lines = figures(turns)
+    for line in lines:
+        print(
+            "{name:7} {remat!s:5} {median:7.2f} ({low:.2f} - {high:.2f}) {cpu:11.2f} "
+            "{peak_gb:8.2f} {first_call:13.1f}".format(remat=remat, **line)
+        )
+    differences = largest_differences(reports["e1jax"], reports["tunix"])
+    text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    print(f"load {load:.1f}; largest differences: {text}", flush=True)
+    if not all(value <= TOLERANCE for value in differences.values()):
+        sys.exit("the two do not compute the same")
+    about = {
+        "benchmark": "grpo_update",
+        "remat": remat,
+        "steps": steps,
+        "load": load,
+        "differences": differences,
+        "versions": {name: report["versions"] for name, report in reports.items()},
+        "cpu_model": cpu_model(),
+        "cores": os.cpu_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    return [line | about for line in lines]
+
+
+def figures(turns: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Figures of each library, and last their ratios."""
+    timed, lines = turns[WARM_UP:], []
+    for name in turns[0]:
+        seconds = [turn[name]["seconds"] for turn in timed]
+        lines.append(
+            {
+                "name": name,
+                "unit": "s/step",
+                "median": statistics.median(seconds),
+                "low": min(seconds),
+                "high": max(seconds),
+                "cpu": statistics.median(turn[name]["cpu"] for turn in timed),
+                "peak_gb": timed[-1][name]["peak_gb"],
+                "first_call": turns[0][name]["seconds"],
+            }
+        )
+    ours, theirs = lines
+    each = [turn["tunix"]["seconds"] / turn["e1jax"]["seconds"] for turn in timed]
+    ratio = {"name": "ratio", "unit": "Tunix / e1jax", "low": min(each)}
+    ratio |= {
+        key: theirs[key] / ours[key]
+        for key in ("median", "cpu", "peak_gb", "first_call")
+    }
+    return [*lines, ratio | {"high": max(each)}]
+
+
+class Worker:
+    """A library in a process of its own, which answers a word with a JSON object."""
+
+    def __init__(self, name: str, python: str, remat: bool):
+        # Tunix enters meshes in a way that JAX warns about at each step.
+        quiet = ("-W", "ignore::DeprecationWarning")
+        command = [python, *quiet, __file__, "--worker", name, *["--remat"] * remat]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.name = name
+
+    def ask(self, word: str) -> dict[str, Any]:
+        print(word, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit(f"the process of {self.name} has ended; why is said above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
+    """Between two reports, over all steps and tokens; relative to values above 1."""
+    differences = {}
+    for name, values in ours["values"].items():
+        a, b = np.array(values), np.array(theirs["values"][name])
+        differences[name] = float(np.max(np.abs(a - b) / np.maximum(1, np.abs(b))))
+    return differences
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"model name\s*: (.*)", text)
+    return found[1] if found else platform.processor()
+
+
+def work(name: str, remat: bool) -> None:
+    """The process of one library: takes a step at each word on stdin, and reports."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    step, report = SIDES[name](remat)
+    for word in sys.stdin:
+        if word == "step\n":
+            start, cpu = time.perf_counter(), time.process_time()
+            step()
+            answer = {
+                "seconds": time.perf_counter() - start,
+                "cpu": time.process_time() - cpu,
+                "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                * (1024 / 1e9),
+            }
+        else:
+            packages = (
+                "jax",
+                "flax",
+                "optax",
+                {"tunix": "google-tunix"}.get(name, name),
+            )
+            versions = {p: importlib.metadata.version(p) for p in packages}
+            answer = {"values": report(), "versions": versions}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def make_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random weights by the path that e1jax gives them; layers are stacked, [L, ...]."""
+
+    def normal(*shape: int, mean: float = 0.0) -> np.ndarray:
+        return mean + np.float32(0.02) * rng.standard_normal(shape, np.float32)
+
+    heads, kv_heads = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    weights = {
+        "embedding": normal(VOCAB, HIDDEN),
+        "norm/scale": normal(HIDDEN, mean=1),
+        "lm_head/kernel": normal(HIDDEN, VOCAB),
+        "layers/attention_norm/scale": normal(LAYERS, HIDDEN, mean=1),
+        "layers/mlp_norm/scale": normal(LAYERS, HIDDEN, mean=1),
+        "layers/attention/o/kernel": normal(LAYERS, heads, HIDDEN),
+        "layers/mlp/gate/kernel": normal(LAYERS, HIDDEN, MLP),
+        "layers/mlp/up/kernel": normal(LAYERS, HIDDEN, MLP),
+        "layers/mlp/down/kernel": normal(LAYERS, MLP, HIDDEN),
+    }
+    for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        weights[f"layers/attention/{name}/kernel"] = normal(LAYERS, HIDDEN, size)
+        weights[f"layers/attention/{name}/bias"] = normal(LAYERS, size)
+    return weights
+
+
+def make_data(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """One group of responses; token 0, which Tunix takes for padding, does not occur."""
+
+    def logprobs() -> np.ndarray:  # near those of a random model, -log(VOCAB) = -8.3
+        return (-8.5 + 0.2 * rng.standard_normal((ROWS, RESPONSE))).astype(np.float32)
+
+    return {
+        "tokens": rng.integers(1, VOCAB, (ROWS, PROMPT + RESPONSE), np.int32),
+        "advantages": np.array([1.2, -0.5, -0.9, 0.2], np.float32),
+        "old": logprobs(),
+        "ref": logprobs(),
+    }
+
+
+def e1jax_side(remat: bool):
+    # Each process has only its own library.
+    import jax
+    import jax.numpy as jnp
+
+    from e1jax import config as c
+    from e1jax.checkpoint import abstract_state
+    from e1jax.model import abstract_params
+    from e1jax.sharding import make_mesh
+    from e1jax.train import Batch, batch_logprobs, make_optimizer, make_update
+
+    rng = np.random.default_rng(0)
+    weights, data = make_weights(rng), make_data(rng)
+    sizes = c.ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=PROMPT + RESPONSE,
+        rope_theta=ROPE_THETA,
+    )
+    config = c.GRPOConfig(
+        model="",
+        steps=1,
+        rollout=c.RolloutConfig(prompts=1, samples=ROWS, temperature=TEMPERATURE),
+        loss=c.LossConfig(clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF),
+        optimizer=c.AdamWConfig(**ADAMW, max_grad_norm=MAX_GRAD_NORM),
+        update=c.UpdateConfig(minibatch_prompts=1, microbatch=ROWS, remat=remat),
+    )
+    mesh = make_mesh(None, sizes)
+    optimizer = make_optimizer(config)
+    shapes = abstract_params(sizes, mesh, jnp.float32)
+    shardings = jax.tree.map(
+        lambda s: s.sharding, (shapes, abstract_state(optimizer, shapes, mesh))
+    )
+    params = jax.tree.map_with_path(
+        lambda path, s: jax.device_put(weights["/".join(k.key for k in path)], s),
+        shardings[0],
+    )
+    state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
+    update = make_update(config, sizes, optimizer, jnp.dtype("float32"), shardings)
+    batch = Batch(
+        tokens=data["tokens"],
+        prompt_len=np.full(ROWS, PROMPT, np.int32),
+        advantages=data["advantages"],
+        loss_mask=np.ones((ROWS, RESPONSE), bool),
+        old_logprobs=data["old"],
+        ref_logprobs=data["ref"],
+    )
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)  # one micro-batch
+    temperature = jnp.float32(TEMPERATURE)
+    values = {name: [] for name in METRICS}
+
+    def step() -> None:
+        nonlocal params, state
+        params, state, metrics = update(params, state, batch, 0, temperature)
+        jax.block_until_ready((params, state))
+        for name in METRICS:
+            values[name].append(float(metrics[name]))
+
+    def report() -> dict[str, list]:
+        logprobs = batch_logprobs(
+            *(sizes, params, batch.tokens, batch.prompt_len, RESPONSE, temperature)
+        )
+        return values | {"logprobs": np.asarray(logprobs[0]).tolist()}
+
+    return step, report
+
+
+def tunix_side(remat: bool):
+    # Each process has only its own library.
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    from tunix.models.qwen2 import model as qwen2
+    from tunix.rl import common, function_registry
+    from tunix.rl.grpo.grpo_learner import GRPOConfig, TrainExample
+    from tunix.rl.trainer import Trainer
+    from tunix.sft.peft_trainer import TrainingConfig
+
+    rng = np.random.default_rng(0)
+    weights, data = make_weights(rng), make_data(rng)
+    sizes = qwen2.ModelConfig(
+        num_layers=LAYERS,
+        vocab_size=VOCAB,
+        embed_dim=HIDDEN,
+        hidden_dim=MLP,
+        num_heads=HEADS,
+        head_dim=HEAD_DIM,
+        num_kv_heads=KV_HEADS,
+        rope_theta=ROPE_THETA,
+        norm_eps=1e-6,
+        remat_config=qwen2.RematConfig.DECODER if remat else qwen2.RematConfig.NONE,
+    )
+    mesh = jax.make_mesh(
+        (1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    model = qwen2.Qwen2(sizes, rngs=nnx.Rngs(0))
+
+    def put(param: Any, name: str, *layer: int) -> None:
+        param[...] = jnp.asarray(weights[name][layer].reshape(param.shape))
+
+    put(model.embedder.input_embedding, "embedding")
+    put(model.final_norm.w, "norm/scale")
+    put(model.lm_head.w, "lm_head/kernel")
+    for index, layer in enumerate(model.layers):
+        put(layer.input_layernorm.w, "layers/attention_norm/scale", index)
+        put(layer.post_attention_layernorm.w, "layers/mlp_norm/scale", index)
+        for name in ("q", "k", "v"):
+            kernel = getattr(layer.attn, f"{name}_proj").w
+            put(kernel, f"layers/attention/{name}/kernel", index)
+            bias = getattr(layer.attn, f"{name}_bias")
+            put(bias, f"layers/attention/{name}/bias", index)
+        put(layer.attn.o_proj.w, "layers/attention/o/kernel", index)
+        for name in ("gate", "up", "down"):
+            kernel = getattr(layer.mlp, f"{name}_proj").kernel
+            put(kernel, f"layers/mlp/{name}/kernel", index)
+
+    config = GRPOConfig(
+        num_generations=ROWS,
+        beta=KL_COEF,
+        kl_loss_mode="low_var_kl",
+        loss_agg_mode="token-mean",
+        epsilon=CLIP,
+    )
+    config.temperature = TEMPERATURE  # GRPOLearner sets it from its rollout
+    loss = function_registry.get_policy_loss_fn("grpo")
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(MAX_GRAD_NORM), optax.adamw(**ADAMW)
+    )
+    ids = {"pad_id": 0, "eos_id": 1}
+    with mesh:
+        trainer = Trainer(
+            model,
+            optimizer,
+            TrainingConfig(eval_every_n_steps=10**9),
+            custom_checkpoint_metadata_fn=dict,
+        )
+    trainer.is_managed_externally = True  # train() may be called step by step
+    trainer.with_loss_fn(
+        lambda model, train_example: loss(model, train_example, config, **ids),
+        has_aux=True,
+    )
+    trainer.with_gen_model_input_fn(lambda example: {"train_example": example})
+    trainer.with_rl_metrics_to_log(
+        {METRICS[name]: np.mean for name in ("kl", "clip_fraction", "entropy")}
+    )
+    tokens = jnp.asarray(data["tokens"])
+    example = TrainExample(
+        prompt_ids=tokens[:, :PROMPT],
+        prompt_mask=jnp.ones((ROWS, PROMPT), bool),
+        completion_ids=tokens[:, PROMPT:],
+        completion_mask=jnp.ones((ROWS, RESPONSE), bool),
+        advantages=jnp.asarray(data["advantages"]),
+        ref_per_token_logps=jnp.asarray(data["ref"]),
+        old_per_token_logps=jnp.asarray(data["old"]),
+    )
+
+    def step() -> None:
+        with mesh:
+            trainer.train([example])
+        jax.block_until_ready(nnx.state((trainer.model, trainer.optimizer)))
+
+    def report() -> dict[str, list]:
+        trainer.close()  # writes the metrics of the last step
+        history = trainer.metrics_logger.get_metric_history
+        values = {ours: history("", name, "train") for ours, name in METRICS.items()}
+        values["logprobs"] = common.compute_per_token_logps(
+            *nnx.split(trainer.model),
+            prompt_tokens=example.prompt_ids,
+            completion_tokens=example.completion_ids,
+            **ids,
+            temperature=TEMPERATURE,
+        )
+        return {name: np.asarray(value).tolist() for name, value in values.items()}
+
+    return step, report
+
+
+SIDES = {"e1jax": e1jax_side, "tunix": tunix_side}
+
+if __name__ == "__main__":
+    main()
