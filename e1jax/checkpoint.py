@@ -29,7 +29,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from e1jax.config import CheckpointConfig, ModelConfig, UserError, stop_signals
+from e1jax.config import (
+    CheckpointConfig,
+    ModelConfig,
+    UserError,
+    stop_signals,
+    writing,
+)
 from e1jax.model import Params, abstract_params
 from e1jax.sharding import make_mesh, replicated
 from e1jax.tokenizer import read_json
@@ -403,12 +409,13 @@ class MetricsLog:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         new = run_dir / "metrics.jsonl.new"
-        new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        new.replace(path)
-        self.file = path.open("a", encoding="utf-8")
-        # Drawn anew: a run that was killed has lost what TensorBoard had not written yet.
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        with writing(run_dir):
+            new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            new.replace(path)
+            self.file = path.open("a", encoding="utf-8")
+            # Drawn anew: a kill loses what TensorBoard has not written yet.
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
         for line in kept:
             self._draw(json.loads(line))
         self.headline = headline
@@ -434,11 +441,9 @@ class MetricsLog:
         line |= more or {}
         self.waiting = None
         check_finite(line["step"], line)
-        try:
+        with writing(Path(self.file.name)):
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-        except OSError as error:  # a full disk
-            raise UserError(f"{self.file.name} cannot be written: {error}") from None
         values = self._draw(line)
         if self.wandb:
             self.wandb.log(values, step=line["step"])
@@ -460,7 +465,8 @@ class MetricsLog:
             print(f"step {step}/{steps}: {shown}", file=sys.stderr)
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
+            self.file.close()
         self.board.close()
         if self.wandb:
             self.wandb.finish()

@@ -668,7 +668,7 @@ def record_config(config: Any, run_dir: Path) -> None:
     """
     now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
     path, new = run_dir / "config.yaml", run_dir / "config.yaml.new"
-    try:
+    with writing(run_dir):
         if not path.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
             if any(file != new for file in run_dir.iterdir()):
@@ -679,10 +679,6 @@ def record_config(config: Any, run_dir: Path) -> None:
             new.write_text(yaml.safe_dump(now, sort_keys=False), encoding="utf-8")
             new.replace(path)  # whole, wherever the run is killed
             return
-    except OSError as error:
-        raise UserError(
-            f"{run_dir} cannot be written: {error.strerror or error}"
-        ) from None
     then, now = dict(_flatten(read_yaml(path))), dict(_flatten(now))
     changes = [
         f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
@@ -694,6 +690,17 @@ def record_config(config: Any, run_dir: Path) -> None:
             f"{run_dir} was begun with other settings: {', '.join(changes)}; "
             "repeat those, or take another --run-dir"
         )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where a file cannot be written, because the disk is full, say, is one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}"
+        ) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -54,6 +54,7 @@ from e1jax.config import (
     record_config,
     run_command,
     stop_signals,
+    writing,
 )
 from e1jax.convert import LoadedModel, load_model
 from e1jax.data import (
@@ -250,18 +251,20 @@ def prepare(
             "now; bring that model back, or take another --run-dir"
         )
     source = (find_params(loaded.path) or (None, loaded.path))[1]
-    for name in FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, run_dir / name)
-    tokenizer_config = read_json(source / "tokenizer_config.json")
-    for name, values in (
-        ("tokenizer_config.json", {**tokenizer_config, INSTRUCTION_KEY: instruction}),
-        ("config.json", sizes),
-    ):
-        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        new = run_dir / f"{name}.new"
-        new.write_text(text, encoding="utf-8")
-        new.replace(run_dir / name)  # whole, wherever the run is killed
+    values = read_json(source / "tokenizer_config.json")
+    values = {
+        "tokenizer_config.json": {**values, INSTRUCTION_KEY: instruction},
+        "config.json": sizes,
+    }
+    with writing(run_dir):
+        for name in FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, run_dir / name)
+        for name, value in values.items():
+            text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+            new = run_dir / f"{name}.new"
+            new.write_text(text, encoding="utf-8")
+            new.replace(run_dir / name)  # whole, wherever the run is killed
 
 
 def longest_lengths(

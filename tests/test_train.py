@@ -379,6 +379,31 @@ def test_a_full_disk_leaves_the_last_good_step(workplace, unbroken, monkeypatch)
     assert_same_run(run_dir, unbroken)
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_sentence(workplace, tmp_path):
+    config = settings(workplace)
+    loaded = convert.load_model(config.model)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"run cannot be written: File too large"):
+            train.prepare(config, loaded, "", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_later_is_one_sentence(tmp_path):
+    log = MetricsLog(tmp_path, 0, 3, [])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        log.add(1, {"loss": 0.5})
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: File"):
+            log.flush()
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_number_that_is_not_finite_stops_and_names_the_step(
     workplace, unbroken, monkeypatch
 ):
