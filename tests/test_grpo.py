@@ -586,11 +586,11 @@ def test_bfloat16_is_only_computed_in(loaded, completions):
 
 
 def test_updates_are_those_of_adamw(loaded, completions):
-    """Two in a step, each by its own mini-batch and both at the rate of the step."""
+    """Four in a step, each by its own mini-batch and all at the rate of the step."""
     adam = AdamWConfig(
         *(0.01, 3, "linear", 0.8, 0.9), weight_decay=0.3, max_grad_norm=0.1
     )
-    config = settings(minibatch_prompts=2, optimizer=adam)
+    config = settings(minibatch_prompts=1, microbatch=1, optimizer=adam)
     batch = batch_of(config, completions)
     optimizer = optax.chain(KEEP, train.make_optimizer(config))
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
@@ -602,12 +602,13 @@ def test_updates_are_those_of_adamw(loaded, completions):
     state = optimizer.init(params)
     first = {name: 0.0 for name in named_leaves(params)}
     second = dict(first)
-    for count in range(10):
-        at, other = (0, 3) if count % 2 == 0 else (3, 0)
-        if count < 2:  # the other mini-batch may hold anything
+    for count in range(20):
+        at = count % 4 * 3
+        if count < 4:  # the other mini-batches may hold anything
+            own = np.arange(12) // 3 == count
             changed = jax.tree.map(np.array, batch)
             for array in changed:
-                array[other : other + 3] = array[at : at + 3]
+                array[~own] = np.tile(array[own], (3, *[1] * (array.ndim - 1)))
             copies = jax.tree.map(jnp.copy, (params, state))
             same = update(*copies, changed, at, jnp.float32(TEMPERATURE))
         before = {name: np.array(p) for name, p in named_leaves(params).items()}
@@ -616,14 +617,14 @@ def test_updates_are_those_of_adamw(loaded, completions):
             params, state, batch, at, jnp.float32(TEMPERATURE)
         )
         assert all(leaf.is_deleted() for leaf in given)  # written over
-        if count < 2:
+        if count < 4:
             jax.tree.map(np.testing.assert_array_equal, same, (params, state, metrics))
 
         grads = {n: np.float64(np.array(g)) for n, g in named_leaves(state[0]).items()}
         norm = sum((grad**2).sum() for grad in grads.values()) ** 0.5
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
         assert norm > adam.max_grad_norm
-        rate = 0.01 * [1 / 3, 2 / 3, 1, 1, 1 / 2][count // 2]
+        rate = 0.01 * [1 / 3, 2 / 3, 1, 1, 1 / 2][count // 4]
         for name, ours in named_leaves(params).items():
             grad = grads[name] * adam.max_grad_norm / norm
             first[name] = 0.8 * first[name] + 0.2 * grad
