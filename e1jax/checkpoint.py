@@ -465,9 +465,9 @@ class MetricsLog:
             print(f"step {step}/{steps}: {shown}", file=sys.stderr)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
-            self.file.close()
-        self.board.close()
+        for part in (self.file, self.board):
+            with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
+                part.close()
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
