@@ -69,7 +69,7 @@ TINY = {
         "cache_len": 64,
     },
     "update": {"minibatch_prompts": 1, "microbatch": 2, "remat": False},
-    "optimizer": {"learning_rate": 2e-4},
+    "optimizer": {"learning_rate": 3e-4, "warmup_steps": 3},
     "validation": {
         "limit": 9,
         "every": 3,
@@ -182,7 +182,8 @@ def test_a_run_writes_its_metrics_and_learns(workplace, unbroken):
         assert line["forced_share"] == 1 and line["thinking_tokens"] == 8
         assert line["response_tokens"] == 8 + 1 + line["solution_tokens"]
         assert 0 <= line["rollout_waste"] < 1
-        assert line["learning_rate"] == pytest.approx(2e-4)
+        rate = 3e-4 * min(1, line["step"] / 3)
+        assert line["learning_rate"] == pytest.approx(rate)
         assert line["sampler_gap"] < 1e-5  # the sampler had this step's parameters
         has_validation = "validation_accuracy" in line
         assert has_validation == (line["step"] in (3, 6))
