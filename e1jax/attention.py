@@ -9,11 +9,20 @@ five-dimensional einsum runs several times slower on a CPU.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 BLOCK_LEN = 128  # cache positions that are visited at a time
 MAX_PARTS = 8  # of causal attention; each is compiled on its own
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
+
+
+KEPT = "kept"  # name of what a layer keeps for its backward pass
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """Marks an array to be kept for the backward pass; see model.forward."""
+    return checkpoint_name(x, KEPT)
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -68,16 +77,51 @@ def causal_attention(
     return jnp.concatenate(parts, axis=2)
 
 
-@jax.checkpoint
+@jax.custom_vjp
 def _last_queries(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of the last queries over all keys."""
+    """Causal attention of the last queries over all keys.
+
+    The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
+    result and the logarithm of each query's mass give the weights back in one pass.
+    """
+    return _last_queries_forward(q, k, v)[0]
+
+
+def _last_queries_forward(q, k, v):
+    scores = _visible_scores(q, k)
+    peak = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - peak)
+    mass = weights.sum(axis=-1, keepdims=True)
+    out = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v) / mass
+    out = keep(out.astype(q.dtype).reshape(q.shape))
+    return out, (q, k, v, out, keep(peak + jnp.log(mass)))
+
+
+def _last_queries_backward(residuals, grad):
+    q, k, v, out, log_mass = residuals
+    kv_heads = k.shape[1]
+    weights = jnp.exp(_visible_scores(q, k) - log_mass)
+    mean = (grad * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
+    grad, mean = _fold(grad, kv_heads), _fold(mean, kv_heads)
+    grad_v = _product("bkqs,bkqc->bksc", weights.astype(v.dtype), grad)
+    grad_scores = weights * (_product("bkqc,bksc->bkqs", grad, v) - mean)
+    grad_scores = grad_scores.astype(k.dtype)
+    grad_k = _product("bkqs,bkqc->bksc", grad_scores, _fold(_scaled(q), kv_heads))
+    grad_q = _scaled(_product("bkqs,bksc->bkqc", grad_scores, k)).reshape(q.shape)
+    return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
+
+
+_last_queries.defvjp(_last_queries_forward, _last_queries_backward)
+
+
+def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Scores of the last queries, folded; MASKED where the key comes later."""
     length, num_keys = q.shape[2], k.shape[2]
     index = jnp.arange(num_keys)
     visible = index[num_keys - length :, None] >= index[None, :]
     visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
-    scores = jnp.where(visible, _scores(_fold(q, k.shape[1]), k), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkqs,bksc->bkqc", weights, v).reshape(q.shape)
+    scores = _product("bkqc,bksc->bkqs", _fold(_scaled(q), k.shape[1]), k)
+    return jnp.where(visible, scores, MASKED)
 
 
 def cached_attention(
@@ -98,7 +142,7 @@ def cached_attention(
     _, batch, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
     heads, length = q.shape[1], q.shape[2]
-    folded = _fold(q, kv_heads)
+    folded = _fold(_scaled(q), kv_heads)
     query_positions = jnp.tile(positions, (1, heads // kv_heads))[
         :, None, :, None
     ]  # [B, 1, G*T, 1]
@@ -110,19 +154,14 @@ def cached_attention(
         size = (1, batch, kv_heads, block_len, head_dim)
         k = jax.lax.dynamic_slice(k_cache, at, size)[0]
         v = jax.lax.dynamic_slice(v_cache, at, size)[0]
-        scores = _scores(folded, k)
+        scores = _product("bkqc,bksc->bkqs", folded, k)
         key_positions = start + jnp.arange(block_len)[None, None, None]
         scores = jnp.where(key_positions <= query_positions, scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_peak)
         shrink = jnp.exp(peak - new_peak)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
-        product = jnp.einsum(
-            "bkqs,bksc->bkqc",
-            weights.astype(v.dtype),
-            v,
-            preferred_element_type=jnp.float32,
-        )
+        product = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v)
         return new_peak, total, sums * shrink + product
 
     rows = (*folded.shape[:-1], 1)
@@ -136,13 +175,20 @@ def cached_attention(
     return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
 
 
+def _scaled(q: jax.Array) -> jax.Array:
+    return q * q.shape[-1] ** -0.5
+
+
 def _fold(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, H, T, C] -> [B, K, G*T, C], scaled; heads of one group are neighbours."""
-    batch, heads, length, head_dim = q.shape
-    return (q * head_dim**-0.5).reshape(
-        batch, kv_heads, heads // kv_heads * length, head_dim
+    """[B, H, T, C] -> [B, K, G*T, C]; heads of one group are neighbours."""
+    batch, heads, length, size = q.shape
+    return q.reshape(batch, kv_heads, heads // kv_heads * length, size)
+
+
+def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Sums in float32, and the products of float32 in full: stated here because what is
+    set around the forward pass does not reach a backward pass of our own."""
+    precision = "highest" if b.dtype == jnp.float32 else "default"
+    return jnp.einsum(
+        subscripts, a, b, precision=precision, preferred_element_type=jnp.float32
     )
-
-
-def _scores(folded: jax.Array, k: jax.Array) -> jax.Array:
-    return jnp.einsum("bkqc,bksc->bkqs", folded, k, preferred_element_type=jnp.float32)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from e1jax import attention
+from e1jax.attention import keep
 from e1jax.config import ModelConfig
 from e1jax.sharding import sharding
 
@@ -91,9 +92,9 @@ class Attention(nnx.Module):
         self.head_dim = c
 
     def __call__(self, x, rope, cache: KVCache | None, layer, positions):
-        q = attention.apply_rope(self._heads(self.q(x)), rope)
-        k = attention.apply_rope(self._heads(self.k(x)), rope)
-        v = self._heads(self.v(x))
+        q = keep(attention.apply_rope(self._heads(self.q(x)), rope))
+        k = keep(attention.apply_rope(self._heads(self.k(x)), rope))
+        v = keep(self._heads(self.v(x)))
         if cache is None:
             out = attention.causal_attention(q, k, v)
         else:
@@ -117,7 +118,7 @@ class MLP(nnx.Module):
         self.down = Linear((f, d), ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(jax.nn.silu(keep(self.gate(x))) * keep(self.up(x)))
 
 
 class Block(nnx.Module):
@@ -131,7 +132,7 @@ class Block(nnx.Module):
         attended, cache = self.attention(
             self.attention_norm(x), rope, cache, layer, positions
         )
-        x = x + attended
+        x = keep(x + attended)
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -169,9 +170,9 @@ def forward(
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
     every position up to their own; without one, tokens see the earlier ones of the same
-    call. For the backward pass the outputs of the linear layers are kept, and what lies
-    between them (norms, attention, activation function) is computed again; with `remat`,
-    only the inputs of the layers are kept.
+    call. For the backward pass a layer keeps what is expensive (the heads, the result of
+    attention, both products of the mlp), and computes norms, scores and the activation
+    function again; with `remat`, only the inputs of the layers are kept.
     """
     model = nnx.merge(_structure(config)[0], params)
     layer_def, layers = nnx.split(model.layers)
@@ -184,8 +185,9 @@ def forward(
         state, layer = inputs
         return nnx.merge(layer_def, state)(x, rope, cache, layer, positions), None
 
-    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    step = jax.checkpoint(layer_step, policy=keep, prevent_cse=False)
+    names = () if remat else (attention.KEPT,)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
     with _matmul_precision(params):
         x = model.embedding[...][tokens]
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
