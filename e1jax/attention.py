@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 BLOCK_LEN = 128  # cache positions that are visited at a time
@@ -23,6 +24,11 @@ KEPT = "kept"  # name of what a layer keeps for its backward pass
 def keep(x: jax.Array) -> jax.Array:
     """Marks an array to be kept for the backward pass; see model.forward."""
     return checkpoint_name(x, KEPT)
+
+
+def on_tpu(mesh: Mesh | None) -> bool:
+    """Whether arrays lie on TPUs, of this machine or of a topology to compile for."""
+    return mesh is not None and mesh.devices.flat[0].platform == "tpu"
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -59,7 +65,10 @@ def apply_rope(
 
 
 def causal_attention(
-    q: Float[Array, "B H T C"], k: Float[Array, "B K T C"], v: Float[Array, "B K T C"]
+    q: Float[Array, "B H T C"],
+    k: Float[Array, "B K T C"],
+    v: Float[Array, "B K T C"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
@@ -130,6 +139,7 @@ def cached_attention(
     v_cache: Float[Array, "L B K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 

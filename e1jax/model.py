@@ -91,15 +91,17 @@ class Attention(nnx.Module):
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
         self.head_dim = c
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions):
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh):
         q = keep(attention.apply_rope(self._heads(self.q(x)), rope))
         k = keep(attention.apply_rope(self._heads(self.k(x)), rope))
         v = keep(self._heads(self.v(x)))
         if cache is None:
-            out = attention.causal_attention(q, k, v)
+            out = attention.causal_attention(q, k, v, mesh)
         else:
             cache = write(cache, layer, k, v, positions)
-            out = attention.cached_attention(q, cache.k, cache.v, layer, positions)
+            out = attention.cached_attention(
+                q, cache.k, cache.v, layer, positions, mesh
+            )
         batch, heads, length, head_dim = out.shape
         return self.o(
             out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
@@ -128,9 +130,9 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions):
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh):
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, positions
+            self.attention_norm(x), rope, cache, layer, positions, mesh
         )
         x = keep(x + attended)
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -164,13 +166,16 @@ def forward(
     positions: Int[Array, "B T"],
     cache: KVCache | None = None,
     *,
+    mesh: Mesh | None = None,
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Final hidden states, and the cache with the keys and values written.
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
     every position up to their own; without one, tokens see the earlier ones of the same
-    call. For the backward pass a layer keeps what is expensive (the heads, the result of
+    call. `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
+
+    For the backward pass a layer keeps what is expensive (the heads, the result of
     attention, both products of the mlp), and computes norms, scores and the activation
     function again; with `remat`, only the inputs of the layers are kept.
     """
@@ -183,7 +188,8 @@ def forward(
     def layer_step(carry, inputs):
         x, cache = carry
         state, layer = inputs
-        return nnx.merge(layer_def, state)(x, rope, cache, layer, positions), None
+        block = nnx.merge(layer_def, state)
+        return block(x, rope, cache, layer, positions, mesh), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
