@@ -10,10 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from e1jax.sharding import sharding
+
 BLOCK_LEN = 128  # cache positions that are visited at a time
+# The same on TPUs. Longer blocks cost fewer steps (some 0.35 us each), and read more
+# positions that are not live: half a block a row.
+TPU_BLOCK_LEN = 512
 MAX_PARTS = 8  # of causal attention; each is compiled on its own
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
@@ -147,8 +154,11 @@ def cached_attention(
     are visited up to the last one that any row has reached (a dynamic trip count in one
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
-    others are. S is a multiple of BLOCK_LEN, or smaller than it.
+    others are. S is a multiple of BLOCK_LEN, or smaller than it. On TPUs,
+    one query a row is the work of `decode_attention`.
     """
+    if q.shape[2] == 1 and on_tpu(mesh):
+        return decode_attention(q, k_cache, v_cache, layer, positions, mesh)
     _, batch, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
     heads, length = q.shape[1], q.shape[2]
@@ -183,6 +193,119 @@ def cached_attention(
     num_blocks = jnp.max(positions) // block_len + 1
     _, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
     return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
+
+
+def decode_attention(
+    q: Float[Array, "B H 1 C"],
+    k_cache: Float[Array, "L B K S C"],
+    v_cache: Float[Array, "L B K S C"],
+    layer: Int[Array, ""],
+    positions: Int[Array, "B 1"],
+    mesh: Mesh | None = None,
+) -> Float[Array, "B H 1 C"]:
+    """`cached_attention` of one query a row, as a kernel for TPUs (Pallas).
+
+    Reads the blocks that a row has filled, and of the others nothing, row by row: the
+    longest row does not lengthen the rest. On a mesh, each device takes the rows and
+    heads of its own part of the cache.
+    """
+    args = (q, k_cache, v_cache, layer[None], positions[:, 0])
+    if mesh is None:
+        return _decode_local(*args)
+
+    def spec(x, *axes):
+        return sharding(mesh, axes, x.shape).spec
+
+    # Only the cache is divided by rows. If the activations around it were too, the
+    # compiler would gather weights, which lie over `data` as well, at every step.
+    whole_rows = sharding(mesh, (None, "heads", None, None), q.shape)
+    q = jax.lax.with_sharding_constraint(q, whole_rows)
+    heads = spec(q, "rows", "heads", None, None)
+    cache = spec(k_cache, "layers", "rows", "kv_heads", None, None)
+    specs = (heads, cache, cache, spec(args[3], None), spec(args[4], "rows"))
+    local = jax.shard_map(
+        _decode_local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False
+    )
+    return jax.lax.with_sharding_constraint(local(q, *args[1:]), whole_rows)
+
+
+def _decode_local(q, k_cache, v_cache, layer, positions):
+    """`positions` [B], `layer` [1].
+
+    The grid is one list of all live blocks, row after row, so that no step goes to a
+    block that is not live. Step i visits block `blocks[i]` of row `rows[i]`.
+    """
+    _, batch, kv_heads, capacity, head_dim = k_cache.shape
+    block_len = min(TPU_BLOCK_LEN, capacity)
+    ends = jnp.cumsum(positions // block_len + 1)
+    steps = jnp.arange(batch * pl.cdiv(capacity, block_len))
+    rows = jnp.searchsorted(ends, steps, side="right", method="compare_all")
+    rows = jnp.minimum(rows, batch - 1)  # beyond the grid's end
+    blocks = steps - jnp.where(rows > 0, ends[rows - 1], 0)
+    folded = _fold(_scaled(q), kv_heads)
+    group = folded.shape[2]
+
+    def row_at(step, layer, positions, rows, blocks):
+        return rows[step], 0, 0, 0
+
+    def block_at(step, layer, positions, rows, blocks):
+        return layer[0], rows[step], 0, blocks[step], 0
+
+    of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
+    of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=4,
+        grid=(ends[-1],),
+        in_specs=[of_row, of_cache, of_cache],
+        out_specs=of_row,
+        scratch_shapes=[
+            pltpu.VMEM((kv_heads, group, 1), jnp.float32),
+            pltpu.VMEM((kv_heads, group, 1), jnp.float32),
+            pltpu.VMEM((kv_heads, group, head_dim), jnp.float32),
+        ],
+    )
+    shape = jax.ShapeDtypeStruct(folded.shape, q.dtype)
+    kernel = pl.pallas_call(
+        _visit_block, grid_spec=grid, out_shape=shape, name="decode_attention"
+    )
+    scalars = layer, positions, rows, blocks
+    return kernel(*scalars, folded, k_cache, v_cache).reshape(q.shape)
+
+
+def _visit_block(
+    layer, positions, rows, blocks, q_ref, k_ref, v_ref, out_ref, peak, total, sums
+):
+    """Merges one block into a row's peak and total [K, G, 1] and sums [K, G, C]."""
+    step = pl.program_id(0)
+    position, block = positions[rows[step]], blocks[step]
+    block_len = k_ref.shape[1]
+
+    @pl.when(block == 0)
+    def start():
+        peak[...] = jnp.full_like(peak, MASKED)
+        total[...] = jnp.zeros_like(total)
+        sums[...] = jnp.zeros_like(sums)
+
+    def is_live(shape, dim):
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
+        return block * block_len + index <= position
+
+    scores = _product("kgc,ksc->kgs", q_ref[...], k_ref[...])
+    scores = jnp.where(is_live(scores.shape, 2), scores, MASKED)
+    new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - new_peak)
+    shrink = jnp.exp(peak[...] - new_peak)
+    # What lies beyond the row's end may be anything, and 0 times NaN is NaN.
+    v = jnp.where(is_live(v_ref.shape, 1), v_ref[...], jnp.zeros((), v_ref.dtype))
+    peak[...] = new_peak
+    total[...] = total[...] * shrink + weights.sum(axis=-1, keepdims=True)
+    sums[...] = sums[...] * shrink + _product(
+        "kgs,ksc->kgc", weights.astype(v.dtype), v
+    )
+
+    @pl.when(block == position // block_len)
+    def finish():
+        out_ref[...] = (sums[...] / total[...]).astype(out_ref.dtype)
 
 
 def _scaled(q: jax.Array) -> jax.Array:

@@ -507,7 +507,7 @@ def prefill(
         positions = start + jnp.arange(piece)[None]
         part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
         return _cache_on_mesh(
-            mesh, model.forward(config, params, part, positions, cache)[1]
+            mesh, model.forward(config, params, part, positions, cache, mesh=mesh)[1]
         )
 
     return jax.lax.fori_loop(0, -(-length // piece), step, _cache_on_mesh(mesh, cache))
@@ -573,7 +573,7 @@ def decode(
         # attention.
         position = jnp.where(done, 0, rows.position)[:, None]
         hidden, cache = model.forward(
-            config, params, rows.token[:, None], position, cache
+            config, params, rows.token[:, None], position, cache, mesh=mesh
         )
         logits = model.unembed(config, params, hidden[:, 0])
         keys = sampling.row_keys(rows.sampling, rows.state.num_tokens)
