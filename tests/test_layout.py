@@ -10,6 +10,7 @@ import e1jax
 PACKAGE = Path(e1jax.__file__).parent
 LEAF_TO_ROOT = [
     "config",
+    "hlo",
     "sharding",
     "attention",
     "model",
