@@ -269,7 +269,7 @@ def e1jax_side(remat: bool):
     from e1jax.checkpoint import abstract_state
     from e1jax.model import abstract_params
     from e1jax.sharding import make_mesh
-    from e1jax.train import Batch, batch_logprobs, make_optimizer, make_update
+    from e1jax.train import Batch, make_logprobs, make_optimizer, make_update
 
     rng = np.random.default_rng(0)
     weights, data = make_weights(rng), make_data(rng)
@@ -324,9 +324,8 @@ def e1jax_side(remat: bool):
             values[name].append(float(metrics[name]))
 
     def report() -> dict[str, list]:
-        logprobs = batch_logprobs(
-            *(sizes, params, batch.tokens, batch.prompt_len, RESPONSE, temperature)
-        )
+        make = make_logprobs(sizes, jnp.dtype("float32"), shardings[0])
+        logprobs = make(params, batch, temperature)
         return values | {"logprobs": np.asarray(logprobs[0]).tolist()}
 
     return step, report

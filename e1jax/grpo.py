@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
 from e1jax.config import ModelConfig, UserError
-from e1jax.model import Params, forward, unembed
+from e1jax.model import Params, Whole, forward, unembed
 
 # Response positions of a row whose logits exist at a time: 152,064 of float32 at each of
 # 128 positions are 78 MB.
@@ -130,7 +131,9 @@ def response_logprobs(
     response_len: int,
     temperature: Float[Array, ""],
     *,
+    mesh: Mesh | None = None,
     remat: bool = False,
+    whole: Whole = lambda part, name: part,
     entropy_grad: bool = False,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-probability of each response token under the policy, and the policy's entropy.
@@ -138,10 +141,13 @@ def response_logprobs(
     `tokens` are prompt and response, one after the other, then padding; R is
     `response_len`, and T at least the longest prompt plus R. Both results are of
     softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
-    positions go through the model but not through its head.
+    positions go through the model but not through its head. `mesh`, `remat` and `whole`
+    are those of model.forward.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = forward(config, params, tokens, positions, remat=remat)
+    hidden, _ = forward(
+        config, params, tokens, positions, mesh=mesh, remat=remat, whole=whole
+    )
 
     def of_response(row, start):
         return jax.lax.dynamic_slice_in_dim(row, start, response_len)
@@ -149,6 +155,8 @@ def response_logprobs(
     # The token at a position is predicted from the position before it.
     hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
     targets = jax.vmap(of_response)(tokens, prompt_len)
+    name = "embedding" if config.tie_word_embeddings else "lm_head"
+    params = {name: whole(params[name], name)}  # for all chunks at once
     return chunked_logprobs(
         config, params, hidden, targets, temperature, entropy_grad=entropy_grad
     )

@@ -9,6 +9,7 @@ arrays whose layers are stacked on a leading dim L, and calls `forward` and `une
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from e1jax.config import ModelConfig
 from e1jax.sharding import sharding
 
 Params = dict[str, Any]
+Whole = Callable[[Any, str], Any]
 
 
 class KVCache(NamedTuple):
@@ -168,40 +170,40 @@ def forward(
     *,
     mesh: Mesh | None = None,
     remat: bool = False,
+    whole: Whole = lambda part, name: part,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Final hidden states, and the cache with the keys and values written.
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
     every position up to their own; without one, tokens see the earlier ones of the same
     call. `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
+    `whole` makes parameters usable that are shards, when and where they are needed; see
+    sharding.make_whole.
 
     For the backward pass a layer keeps what is expensive (the heads, the result of
     attention, both products of the mlp), and computes norms, scores and the activation
     function again; with `remat`, only the inputs of the layers are kept.
     """
-    model = nnx.merge(_structure(config)[0], params)
-    layer_def, layers = nnx.split(model.layers)
     rope = attention.rope_angles(
         positions, attention.rope_frequencies(config.head_dim, config.rope_theta)
     )
 
     def layer_step(carry, inputs):
         x, cache = carry
-        state, layer = inputs
-        block = nnx.merge(layer_def, state)
+        weights, layer = inputs
+        block = _module(config, "layers", whole(weights, "layers"))
         return block(x, rope, cache, layer, positions, mesh), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-    with _matmul_precision(params):
-        x = model.embedding[...][tokens]
+    x = whole(params["embedding"], "embedding")[tokens]
+    layers = (params["layers"], jnp.arange(config.num_layers))
+    with _matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
         # it would be copied layer by layer, in and out, at every step.
-        (x, cache), _ = jax.lax.scan(
-            step, (x, cache), (layers, jnp.arange(config.num_layers))
-        )
-        return model.norm(x), cache
+        (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
+    return _module(config, "norm", whole(params["norm"], "norm"))(x), cache
 
 
 def unembed(
@@ -213,7 +215,7 @@ def unembed(
         if config.tie_word_embeddings
         else params["lm_head"]["kernel"]
     )
-    with _matmul_precision(params):
+    with _matmul_precision(kernel.dtype):
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
 
@@ -273,13 +275,21 @@ def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: Any) -> KVC
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
+def _module(config: ModelConfig, name: str, params: Params) -> Any:
+    """The part `name` of the model; of the stacked layers, one of them."""
+    return nnx.merge(_structure(config)[0][name], params)
+
+
 @functools.lru_cache(maxsize=16)
-def _structure(config: ModelConfig) -> tuple[Any, Any]:
-    """The module's graph, and its parameters as shapes with their logical axes."""
-    return nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))
+def _structure(config: ModelConfig) -> tuple[dict[str, Any], Any]:
+    """Graphs of the parts that are called, and the parameters as shapes with their
+    logical axes."""
+    model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    graphs = {name: nnx.graphdef(getattr(model, name)) for name in ("layers", "norm")}
+    return graphs, nnx.state(model)
 
 
-def _matmul_precision(params: Params):
+def _matmul_precision(dtype: Any):
     """float32 products in full: else a TPU rounds inputs to bfloat16, a GPU to tf32."""
-    wide = params["embedding"].dtype == jnp.float32
+    wide = dtype == jnp.float32
     return jax.default_matmul_precision("highest" if wide else "default")

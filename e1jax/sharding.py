@@ -5,16 +5,18 @@ axes `data` and `tensor`. Changing the parallelism of the model means changing t
 table and nothing else.
 """
 
+import functools
 import math
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -116,6 +118,78 @@ def use_compilation_cache() -> None:
             print(f"note: compiled programs are kept in {path}", file=sys.stderr)
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def over_data(shardings: Any) -> Any:
+    """What of them lies over `data`: specs for a `jax.shard_map` whose body sees the
+    shards of one place on that axis, and is divided over `tensor` by the compiler."""
+
+    def spec(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*["data" if _on_data(p) else None for p in sharding.spec])
+
+    return jax.tree.map(spec, shardings)
+
+
+def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], Any]:
+    """(part, name) -> part with whole arrays of `dtype`, for the body of a `shard_map`.
+
+    `part` are the shards of the parameters under `name`, stacked layers or one of them.
+    Their gradients are summed over `data` in float32, and only the own shard's sum is
+    sent to each device (reduce-scatter); left to the compiler, a gathered parameter gets
+    an all-reduce of its whole gradient, in `dtype`.
+    """
+
+    def from_end(sharding: NamedSharding) -> int:  # 0: lies on no dim of it
+        places = [_on_data(p) for p in sharding.spec]
+        return places.index(True) - len(places) if any(places) else 0
+
+    dims = jax.tree.map(from_end, shardings)
+
+    def whole(part: Any, name: str) -> Any:
+        return jax.tree.map(lambda x, dim: _gather(x, dim, dtype), part, dims[name])
+
+    return whole
+
+
+def sum_over_data(tree: Any) -> Any:
+    """Sums over the mesh axis `data`, in the body of a `shard_map`."""
+    if _one_shard():
+        return tree
+    return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, dim: int, dtype: Any) -> jax.Array:
+    x = x.astype(dtype)
+    if not dim or _one_shard():
+        return x
+    return jax.lax.all_gather(x, "data", axis=x.ndim + dim, tiled=True)
+
+
+def _gather_forward(x, dim, dtype):
+    return _gather(x, dim, dtype), jnp.zeros(0, x.dtype)
+
+
+def _gather_backward(dim, dtype, like, grad):
+    grad = grad.astype(jnp.float32)
+    if not dim or _one_shard():
+        grad = sum_over_data(grad)
+    else:
+        at = grad.ndim + dim
+        grad = jax.lax.psum_scatter(grad, "data", scatter_dimension=at, tiled=True)
+    return (grad.astype(like.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _one_shard() -> bool:
+    # XLA refuses collectives over one place beside an axis that it divides by itself.
+    return jax.lax.axis_size("data") == 1
+
+
+def _on_data(part: str | tuple[str, ...] | None) -> bool:
+    return part == "data" or (isinstance(part, tuple) and "data" in part)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,7 +16,6 @@ All that is random follows from the seed, the step and the position in the data,
 checkpoint holds no generator.
 """
 
-import functools
 import json
 import shutil
 import signal
@@ -31,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from e1jax.checkpoint import (
     MetricsLog,
@@ -74,9 +73,15 @@ from e1jax.grpo import (
     response_logprobs,
     token_weights,
 )
-from e1jax.model import Params, abstract_params
+from e1jax.model import Params, Whole, abstract_params
 from e1jax.rewards import Grader, grade
-from e1jax.sharding import COMPILER_OPTIONS, use_compilation_cache
+from e1jax.sharding import (
+    COMPILER_OPTIONS,
+    make_whole,
+    over_data,
+    sum_over_data,
+    use_compilation_cache,
+)
 from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
 
 # The responses of a step are padded to one of this many lengths: each is a compilation.
@@ -401,6 +406,7 @@ class Learner:
         self.update = make_update(
             config, loaded.config, self.optimizer, self.dtype, shardings
         )
+        self.logprobs = make_logprobs(loaded.config, self.dtype, shardings[0])
         self.params: Params = {}
         self.state: Any = None
         self.reference: Params | None = None
@@ -434,10 +440,10 @@ class Learner:
         temperature = jnp.float32(config.rollout.temperature)
         sampler_gap = jnp.float32(0)
         if self.reference is not None:
-            logprobs = self._logprobs(self.reference, batch, temperature)
+            logprobs = self.logprobs(self.reference, batch, temperature)
             batch = batch._replace(ref_logprobs=logprobs)
         if loss.old_logprobs == "recomputed":
-            logprobs = self._logprobs(self.sampling_params(), batch, temperature)
+            logprobs = self.logprobs(self.params, batch, temperature)
             gaps = jnp.abs(logprobs - batch.old_logprobs) * batch.loss_mask
             sampler_gap = gaps.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
             batch = batch._replace(old_logprobs=logprobs)
@@ -458,16 +464,6 @@ class Learner:
             "sampler_gap": sampler_gap.item(),
             "update_tokens_per_second": tokens * config.update.epochs / seconds,
         }
-
-    def _logprobs(self, params: Params, batch: Batch, temperature: Array) -> Array:
-        return batch_logprobs(
-            self.loaded.config,
-            params,
-            batch.tokens,
-            batch.prompt_len,
-            batch.loss_mask.shape[-1],
-            temperature,
-        )
 
 
 def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
@@ -524,31 +520,50 @@ def make_update(
 
     (params, state, batch, first, temperature) -> (params, state, metrics); `first` is
     the index of the mini-batch's first micro-batch. The first two arguments are donated,
-    and lie where `shardings` says. Gradients are summed up in float32.
+    and lie where `shardings` says. Each place on the mesh axis `data` goes through its
+    own rows with the parameters gathered layer by layer, in `dtype`; gradients are
+    summed up in float32.
     """
     per_prompt = config.rollout.samples
     minibatch = config.update.minibatch_prompts * per_prompt
     num_micro = minibatch // config.update.microbatch
+    mesh = jax.tree.leaves(shardings[0])[0].mesh
+    whole = make_whole(shardings[0], dtype)
+
+    def of_shard(params, batch, weights, temperature):
+        def add(grads, inputs):
+            microbatch, weight = inputs
+            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
+                *(config, model, params, microbatch, weight[0], temperature),
+                mesh=mesh,
+                whole=whole,
+            )
+            wide = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
+            return wide, metrics
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
+        return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
+
+    specs, rows = over_data(shardings[0]), PartitionSpec(None, "data")
+    of_shards = jax.shard_map(
+        of_shard,
+        mesh=mesh,
+        in_specs=(specs, rows, rows, PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+        axis_names={"data"},
+        check_vma=False,
+    )
 
     def update(params, state, batch, first, temperature):
         def part(x):
             return jax.lax.dynamic_slice_in_dim(x, first, num_micro)
 
         minibatch = jax.tree.map(part, batch)
-        computed = jax.tree.map(lambda p: p.astype(dtype), params)
-        weights = _microbatch_weights(minibatch.loss_mask, config.loss.aggregate)
-
-        def add(grads, inputs):
-            microbatch, weight = inputs
-            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
-                config, model, computed, microbatch, weight, temperature
-            )
-            wide = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-            return wide, metrics
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        grads, metrics = jax.lax.scan(add, zeros, (minibatch, weights))
-        metrics = {name: values.sum() for name, values in metrics.items()}
+        weights = _share_weights(
+            minibatch.loss_mask, config.loss.aggregate, mesh.shape["data"]
+        )
+        grads, metrics = of_shards(params, minibatch, weights, temperature)
         metrics["grad_norm"] = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         updates, state = optimizer.update(grads, state, params)
@@ -562,14 +577,15 @@ def make_update(
     )
 
 
-def _microbatch_weights(
-    loss_mask: Bool[Array, "M B R"], aggregate: str
-) -> Float[Array, " M"]:
-    """What the mean over each micro-batch counts in the mean over all; see
-    grpo.token_weights."""
-    shape = loss_mask.shape
-    weights = token_weights(loss_mask.reshape(-1, shape[-1]), aggregate)
-    return weights.reshape(shape).sum(axis=(1, 2))
+def _share_weights(
+    loss_mask: Bool[Array, "M B R"], aggregate: str, shares: int
+) -> Float[Array, "M S"]:
+    """What the mean over each device's share of each micro-batch counts in the mean
+    over all; see grpo.token_weights."""
+    num_micro, rows, length = loss_mask.shape
+    weights = token_weights(loss_mask.reshape(-1, length), aggregate)
+    weights = weights.reshape(num_micro, shares, rows // shares, length)
+    return weights.sum(axis=(2, 3))
 
 
 def grpo_loss(
@@ -579,13 +595,18 @@ def grpo_loss(
     batch: Batch,
     weight: Float[Array, ""],
     temperature: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    whole: Whole = lambda part, name: part,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of a micro-batch and its metrics, both times `weight`."""
     loss = config.loss
     logprobs, entropy = response_logprobs(
         *(model, params, batch.tokens, batch.prompt_len, batch.loss_mask.shape[-1]),
         temperature,
+        mesh=mesh,
         remat=config.update.remat,
+        whole=whole,
         entropy_grad=loss.entropy_coef > 0,
     )
     value, metrics = policy_loss(
@@ -605,25 +626,38 @@ def grpo_loss(
     return value * weight, {name: v * weight for name, v in metrics.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4), compiler_options=COMPILER_OPTIONS)
-def batch_logprobs(
-    model: ModelConfig,
-    params: Params,
-    tokens: Int[Array, "M B T"],
-    prompt_len: Int[Array, "M B"],
-    response_len: int,
-    temperature: Float[Array, ""],
-) -> Float[Array, "M B R"]:
-    """Log-probabilities of the responses of a step, a micro-batch at a time."""
+def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any):
+    """Log-probabilities of the responses of a step, a micro-batch at a time.
 
-    def of_one(inputs):
-        tokens, prompt_len = inputs
-        logprobs, _ = response_logprobs(
-            model, params, tokens, prompt_len, response_len, temperature
-        )
-        return logprobs
+    (params, batch, temperature) -> [M, B, R] float32; see make_update.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    whole = make_whole(shardings, dtype)
 
-    return jax.lax.map(of_one, (tokens, prompt_len))
+    def of_shard(params, batch, temperature):
+        def of_one(microbatch):
+            logprobs, _ = response_logprobs(
+                *(model, params, microbatch.tokens, microbatch.prompt_len),
+                *(batch.loss_mask.shape[-1], temperature),
+                mesh=mesh,
+                whole=whole,
+            )
+            return logprobs
+
+        return jax.lax.map(of_one, batch)
+
+    rows = PartitionSpec(None, "data")
+    return jax.jit(
+        jax.shard_map(
+            of_shard,
+            mesh=mesh,
+            in_specs=(over_data(shardings), rows, PartitionSpec()),
+            out_specs=rows,
+            axis_names={"data"},
+            check_vma=False,
+        ),
+        compiler_options=COMPILER_OPTIONS,
+    )
 
 
 def make_validation(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
 
@@ -451,13 +451,15 @@ KEEP = optax.GradientTransformation(
 
 
 @functools.cache
-def update_of(config: GRPOConfig, model: ModelConfig, dtype: str):
-    return train.make_update(config, model, KEEP, dtype, (None, None))
+def update_of(config: GRPOConfig, model: ModelConfig, mesh: Mesh, dtype: str):
+    shapes = abstract_params(model, mesh, jnp.float32)
+    shardings = jax.tree.map(lambda s: s.sharding, (shapes, shapes))
+    return train.make_update(config, model, KEEP, dtype, shardings)
 
 
 def gradients(config, loaded, batch, dtype="float32"):
     """Gradients of an update, and its metrics."""
-    update = update_of(config, loaded.config, dtype)
+    update = update_of(config, loaded.config, loaded.mesh, dtype)
     params = jax.tree.map(jnp.copy, loaded.params)
     _, grads, metrics = update(
         params, KEEP.init(params), batch, 0, jnp.float32(TEMPERATURE)
@@ -697,10 +699,10 @@ def test_batches_are_of_few_lengths():
 def test_logprobs_of_a_step_are_those_of_torch(small, loaded, completions):
     config = settings(microbatch=3)
     batch = batch_of(config, completions)
-    logprobs = train.batch_logprobs(
-        *(loaded.config, loaded.params, batch.tokens, batch.prompt_len, 20),
-        jnp.float32(TEMPERATURE),
-    )
+    shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    logprobs = train.make_logprobs(loaded.config, jnp.float32, shardings)
+    logprobs = logprobs(loaded.params, batch, jnp.float32(TEMPERATURE))
     assert logprobs.shape == (4, 3, 20) and logprobs.dtype == jnp.float32
     reference = AutoModelForCausalLM.from_pretrained(small)
     for ours, c in zip(logprobs.reshape(12, 20), completions, strict=True):
@@ -721,6 +723,7 @@ MESHES = {
     "data=1,tensor=2": 2,
     "data=2,tensor=2": 4,
     "data=8,tensor=1": 8,
+    "data=4,tensor=2": 8,
 }
 MESHED = ModelConfig(2048, 16, 24, 2, 4, 2, 6, 64, 1e4)
 
