@@ -1,0 +1,115 @@
+"""Every file in configs/: what it sets, and the state that it trains, as shapes."""
+
+import dataclasses
+import math
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from e1jax.checkpoint import abstract_state
+from e1jax.config import GRPOConfig, ModelConfig, SFTConfig, load_config
+from e1jax.convert import read_config, resolve
+from e1jax.model import abstract_params
+from e1jax.sample import _parser as sample_parser
+from e1jax.sharding import check_divides, make_mesh
+from e1jax.train import make_optimizer
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+GRPO = [path for path in CONFIGS if path.stem != "nano_sft"]
+
+
+def sizes(vocab, hidden, mlp, layers, heads, kv_heads) -> ModelConfig:
+    return ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, 128, 131072, 1e4)
+
+
+# Of the models' published config.json, and their parameters counted by hand: embedding
+# and head, and a layer's q, k, v with biases, o, mlp and norms.
+QWEN_1_5B = sizes(151936, 1536, 8960, 28, 12, 2)
+QWEN_7B = sizes(152064, 3584, 18944, 28, 28, 4)
+QWEN_14B = sizes(152064, 5120, 13824, 48, 40, 8)
+MODELS = {
+    "agentica-org/DeepScaleR-1.5B-Preview": (QWEN_1_5B, 1_777_088_000),
+    "Skywork/Skywork-OR1-Math-7B": (QWEN_7B, 7_615_616_512),
+    "nvidia/AceReason-Nemotron-14B": (QWEN_14B, 14_770_033_664),
+    "agentica-org/DeepCoder-14B-Preview": (QWEN_14B, 14_770_033_664),
+    "nano": (read_config(resolve("nano")), 317_520),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device that nothing runs on."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+
+
+def load(path: Path) -> GRPOConfig:
+    return load_config(GRPOConfig, ["--config", str(path)], "train")[0]
+
+
+def test_all_are_tested():
+    assert {load(path).model for path in GRPO} == set(MODELS)
+
+
+def test_fine_tuning_makes_the_bundled_model():
+    path = CONFIGS[0].parent / "nano_sft.yaml"
+    config, run_dir = load_config(SFTConfig, ["--config", str(path)], "sft")
+    assert config.model == MODELS["nano"][0] and run_dir == Path("runs/nano_sft")
+
+
+@pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
+def test_the_state_of_a_training(path):
+    """What is trained has the size of its model, and every chip of the mesh holds an
+    equal part of the parameters and of both moments."""
+    config = load(path)
+    model, count = MODELS[config.model]
+    chips = math.prod(map(int, re.findall(r"\d+", config.mesh or "data=1")))
+    mesh = make_mesh(config.mesh, model, [Chip(i) for i in range(chips)])
+    assert config.update.microbatch % mesh.shape["data"] == 0
+    params = abstract_params(model, mesh, config.update.param_dtype)
+    state = abstract_state(make_optimizer(config), params, mesh)
+    leaves = jax.tree.leaves(params)
+    assert sum(leaf.size for leaf in leaves) == count
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]
+    assert sum(leaf.size for leaf in moments) == 2 * count
+    for leaf in [*leaves, *moments]:
+        part = leaf.sharding.shard_shape(leaf.shape)
+        # Norms and biases, under a thousandth of the parameters, are whole everywhere.
+        if leaf.size > 2**24:
+            assert np.prod(part) * chips == leaf.size
+
+
+@pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
+def test_commands_of_the_header(path):
+    """They name the file itself, and meshes that suit its model."""
+    config, text = load(path), path.read_text()
+    model = MODELS[config.model][0]
+    assert f"python -m e1jax.train --config configs/{path.name}\n" in text
+    for line in re.findall(r"#   python -m e1jax\.sample (.*)", text):
+        args = sample_parser().parse_args(shlex.split(line))
+        shape = dict(part.split("=") for part in args.mesh.split(","))
+        check_divides(model, {name: int(size) for name, size in shape.items()})
+    for line in re.findall(r"#   (--.*)", text):
+        argv = ["--config", str(path), *shlex.split(line.replace("=N", "=32"))]
+        load_config(GRPOConfig, argv, "train")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in GRPO if load(path).model != "nano"], ids=lambda p: p.stem
+)
+def test_the_recipe_of_the_paper(path):
+    config = load(path)
+    rollout, update = config.rollout, config.update
+    assert (rollout.prompts, rollout.samples, config.steps) == (128, 8, 200)
+    assert (rollout.thinking_budget, rollout.solution_budget) == (1024, 1024)
+    assert (rollout.temperature, config.data.max_prompt_len) == (0.6, 1024)
+    assert (update.minibatch_prompts, update.epochs) == (64, 1)
+    assert config.optimizer.learning_rate == 1e-6
+    assert (config.loss.kl_coef, config.loss.entropy_coef) == (0.001, 0.001)
