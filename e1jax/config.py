@@ -656,7 +656,12 @@ def load_config(
         # "Parser key "steps": Expected a <class 'int'>. Got value: x", over two lines.
         text = " ".join(str(error).split()).removeprefix("Parser key ")
         raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text)) from None
-    run_dir = parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem
+    run_dir = str(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
+    if "://" in run_dir:  # a Path would make a directory here of it
+        raise UserError(
+            f"--run-dir {run_dir} is not a path; mount the bucket (docs/tpu.md says "
+            "how) and give the path where it is mounted"
+        )
     return cls(**{name: parsed[name] for name in _defaults(cls)}), Path(run_dir)
 
 

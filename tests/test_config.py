@@ -229,3 +229,12 @@ def test_yaml_and_flags_set_what_the_dataclasses_hold(tmp_path):
     changed = dataclasses.replace(config.validation, budgets=((8, 6), (None, 6)))
     with pytest.raises(UserError, match=r"other settings: validation\.budgets \("):
         record_config(dataclasses.replace(config, validation=changed), tmp_path / "run")
+
+
+def test_a_bucket_is_not_a_run_directory(tmp_path):
+    (tmp_path / "some.yaml").write_text("model: nano\nsteps: 7\n")
+    argv = ["--config", str(tmp_path / "some.yaml"), "--run-dir", "gs://bucket/run"]
+    with pytest.raises(
+        UserError, match="--run-dir gs://bucket/run is not a path; mount"
+    ):
+        load_config(GRPOConfig, argv, "train")

@@ -51,7 +51,15 @@ class Chip:
 
 
 def load(path: Path) -> GRPOConfig:
-    return load_config(GRPOConfig, ["--config", str(path)], "train")[0]
+    """As the command in the file's header sets it."""
+    [line] = re.findall(r"#   python -m e1jax\.train (.*)", path.read_text())
+    argv = shlex.split(line)
+    assert argv[:2] == ["--config", f"configs/{path.name}"]
+    return load_config(GRPOConfig, ["--config", str(path), *argv[2:]], "train")[0]
+
+
+def chips_of(config: GRPOConfig) -> int:
+    return math.prod(map(int, re.findall(r"\d+", config.mesh or "data=1")))
 
 
 def test_all_are_tested():
@@ -70,7 +78,7 @@ def test_the_state_of_a_training(path):
     equal part of the parameters and of both moments."""
     config = load(path)
     model, count = MODELS[config.model]
-    chips = math.prod(map(int, re.findall(r"\d+", config.mesh or "data=1")))
+    chips = chips_of(config)
     mesh = make_mesh(config.mesh, model, [Chip(i) for i in range(chips)])
     assert config.update.microbatch % mesh.shape["data"] == 0
     params = abstract_params(model, mesh, config.update.param_dtype)
@@ -88,10 +96,11 @@ def test_the_state_of_a_training(path):
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
 def test_commands_of_the_header(path):
-    """They name the file itself, and meshes that suit its model."""
+    """Their meshes suit the hardware and the model."""
     config, text = load(path), path.read_text()
     model = MODELS[config.model][0]
-    assert f"python -m e1jax.train --config configs/{path.name}\n" in text
+    if config.mesh:
+        assert f"# Hardware: {chips_of(config)} chips" in text
     for line in re.findall(r"#   python -m e1jax\.sample (.*)", text):
         args = sample_parser().parse_args(shlex.split(line))
         shape = dict(part.split("=") for part in args.mesh.split(","))
