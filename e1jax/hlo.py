@@ -113,7 +113,7 @@ class Op:
     """An instruction that is executed `times` times; other figures are of one time."""
 
     name: str
-    opcode: str  # "copy" for all that only moves an array within HBM
+    opcode: str
     op_name: str  # where it comes from: jit(step)/while/body/dot_general
     target: str  # of a custom call
     times: int
@@ -121,7 +121,8 @@ class Op:
     bytes: int  # read from and written to HBM
     flops: int  # of matrix products, two per multiplication
     cycles: int | None  # None: no estimate
-    payload: int  # of a collective: bytes of the whole array that it gives or takes
+    payload: int = 0  # of a collective: bytes of the whole array that it gives or takes
+    is_copy: bool = False  # it only moves an array, from HBM to HBM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Account:
 
     def copies(self, at_least: int) -> list[Op]:
         """Moves of arrays within HBM that read and write `at_least` bytes each time."""
-        return [op for op in self.ops if op.opcode == "copy" and op.bytes >= at_least]
+        return [op for op in self.ops if op.is_copy and op.bytes >= at_least]
 
     def in_loop(self, count: int) -> "Account":
         ops = [
@@ -477,10 +478,9 @@ class _Walk:
             return
         cycles = re.search(r'"estimated_cycles":"(\d+)"', op.attributes)
         target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-        is_copy = self._is_copy(computation, op)
         yield Op(
             name=op.name,
-            opcode="copy" if is_copy else op.opcode,
+            opcode=op.opcode,
             op_name=op.op_name,
             target=target[1] if target else "",
             times=1,
@@ -488,7 +488,7 @@ class _Walk:
             bytes=self._bytes(computation, op),
             flops=self._flops(computation, op),
             cycles=int(cycles[1]) if cycles else None,
-            payload=0,
+            is_copy=self._is_copy(computation, op),
         )
 
     def _hidden_collectives(

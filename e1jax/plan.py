@@ -1,0 +1,1044 @@
+"""Command: what a configuration needs on a TPU slice, found out without one.
+
+    python -m e1jax.plan --config configs/e1_math_7b.yaml --topology v5e:2x4
+    python -m e1jax.plan topologies
+
+The compiler for TPUs (libtpu) runs on any machine. It is given the programs that
+`sample` and `train` run, with shapes in place of arrays, and either says that they do
+not fit or gives memory, and a text that `e1jax.hlo` accounts for. Nothing here was timed
+on a TPU:
+
+- memory is the compiler's; what lies there beside a program's own arrays is added;
+- bytes are those of the program's text; of a kernel, which has no text, those of the
+  blocks that it reads;
+- time is the compiler's estimate of cycles, plus kernels at the speed of what limits
+  them. The interconnect is not in it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from e1jax import attention, engine, hlo, model
+from e1jax.checkpoint import find_params
+from e1jax.config import (
+    GRPOConfig,
+    ModelConfig,
+    Parser,
+    UserError,
+    load_config,
+    run_command,
+    writing,
+)
+from e1jax.convert import LoadedModel, read_config, resolve
+from e1jax.sampling import TokenIds
+from e1jax.sharding import make_mesh, replicated, sharding
+from e1jax.tokenizer import read_json
+from e1jax.train import Batch, Learner
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one JAX device of a kind of TPU can do; a tpu7x chip is two of them."""
+
+    hbm_bytes: int  # that the compiler lets a program use
+    bytes_per_second: float
+    flops_per_second: float  # bfloat16
+    hertz: float
+    devices: int  # JAX devices to a chip
+    slices: tuple[str, ...]  # that the compiler can describe, from small to large
+    # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm for speeds.
+
+
+def _chip(gib, gb, tflops, ghz, slices, devices=1) -> Chip:
+    return Chip(
+        *(int(gib * GIB), gb * 1e9, tflops * 1e12, ghz * 1e9),
+        *(devices, tuple(slices.split())),
+    )
+
+
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8"
+CHIPS = {
+    "v5e": _chip(15.75, 819, 197, 1.5, _FLAT),
+    "v6e": _chip(31.24, 1640, 918, 1.75, _FLAT),
+    "v5p": _chip(95.73, 2765, 459, 1.75, _CUBES),
+    # Its clock is not needed: the compiler does not print programs for it.
+    "tpu7x": _chip(94.74, 3690, 1153.5, math.nan, _CUBES, devices=2),
+}
+TOPOLOGIES = [f"{chip}:{shape}" for chip in CHIPS for shape in CHIPS[chip].slices]
+
+
+def _qwen2(hidden, mlp, layers, heads, kv_heads, vocab, theta=1e4) -> ModelConfig:
+    return ModelConfig(
+        *(vocab, hidden, mlp, layers, heads, kv_heads),
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_theta=theta,
+    )
+
+
+# Of models on the hub that the shipped configurations name, and of their kin: so that
+# planning needs no network.
+_7B = _qwen2(3584, 18944, 28, 28, 4, 152064)
+_1_5B = _qwen2(1536, 8960, 28, 12, 2, 151936)
+_14B = _qwen2(5120, 13824, 48, 40, 8, 152064, 1e6)
+SIZES = {
+    "Salesforce/E1-Math-1.5B": _1_5B,
+    "Salesforce/E1-Math-7B": _7B,
+    "Salesforce/E1-Code-14B": _14B,
+    "Salesforce/E1-AceReason-14B": _14B,
+    "agentica-org/DeepScaleR-1.5B-Preview": _1_5B,
+    "agentica-org/DeepCoder-14B-Preview": _14B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _1_5B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _7B,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": _14B,
+    "nvidia/AceReason-Nemotron-14B": _14B,
+    "Skywork/Skywork-OR1-Math-7B": _7B,
+}
+
+DEFAULT_LIVE = 2048
+_LARGE_COPY = 16 * 2**20  # bytes of an array, from which on a copy of it is told
+_LARGE_REDUCE = 16 * 2**20
+_LARGE_GATHER = 64 * 2**20  # a decode step's, over all its layers
+
+
+@dataclasses.dataclass
+class Report:
+    """What is printed of a part; bytes are of one device, a JAX one."""
+
+    part: str
+    topology: str
+    mesh: str
+    fits: bool = False
+    hbm_bytes_per_chip: int | None = None
+    hbm_limit_bytes: int = 0
+    max_slots: int | None = None
+    bytes_per_step: int | None = None
+    floor_bytes: int | None = None
+    estimated_seconds: float | None = None
+    compile_seconds: float = 0.0
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes by kind
+    roofline_share: float | None = None
+    collective_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
+    flops: dict[str, float] = dataclasses.field(default_factory=dict)
+    not_in_estimate: list[str] = dataclasses.field(default_factory=list)
+    fitting: str | None = None  # if it does not fit: what would
+    programs: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["topologies"]:
+        print(topology_table())
+        return
+    args, rest = _parser().parse_known_args()
+    # Settings of the configuration can be changed as for train: --section.key value.
+    argv = ["--config", args.config, *rest]
+    config, _ = load_config(GRPOConfig, argv, "python -m e1jax.plan")
+    slice_ = describe(args.topology)
+    sizes = model_sizes(config.model)
+    parts = ("sample", "train") if args.part is None else (args.part,)
+    reports = []
+    for part in parts:
+        plan = plan_sampling if part == "sample" else plan_training
+        report = plan(config, sizes, slice_, args)
+        reports.append(report)
+        if args.dump_hlo:
+            _dump(report, args.dump_hlo)
+        print(_json(report) if args.json else _table(report), flush=True)
+    if not all(report.fits for report in reports):
+        sys.exit(3)
+
+
+# Topologies and models.
+
+
+class Slice(NamedTuple):
+    """A TPU slice that programs can be compiled for."""
+
+    topology: str
+    chip: Chip
+    devices: Sequence[Any]
+
+    @property
+    def hosts(self) -> int:
+        return len({device.process_index for device in self.devices})
+
+
+def topology_table() -> str:
+    """The known topologies, a line each."""
+    rows = [("topology", "chips", "devices", "HBM GiB", "GB/s", "bf16 TFLOP/s")]
+    for name, chip in CHIPS.items():
+        for shape in chip.slices:
+            chips = math.prod(map(int, shape.split("x")))
+            rows.append(
+                (
+                    *(f"{name}:{shape}", f"{chips}", f"{chips * chip.devices}"),
+                    f"{chip.hbm_bytes / GIB:.2f}",
+                    f"{chip.bytes_per_second / 1e9:.0f}",
+                    f"{chip.flops_per_second / 1e12:.0f}",
+                )
+            )
+    return f"{_aligned(rows)}\nHBM and speeds are those of one device, as JAX sees it."
+
+
+def check_topology(topology: str) -> Chip:
+    """The chip of a known topology; raises UserError naming the nearest ones."""
+    if topology in TOPOLOGIES:
+        return CHIPS[topology.partition(":")[0]]
+    near = difflib.get_close_matches(topology.lower(), TOPOLOGIES, n=3, cutoff=0.4)
+    hint = f"the nearest are {', '.join(near)}" if near else "it is like v5e:2x4"
+    raise UserError(
+        f"the topology {topology!r} is not known; {hint} (all of them: "
+        "python -m e1jax.plan topologies)"
+    )
+
+
+def describe(topology: str) -> Slice:
+    """A slice, from the TPU compiler.
+
+    Raises UserError if the topology is not known or there is no compiler.
+    """
+    chip = check_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "plan needs the compiler for TPUs, which runs on any Linux machine but is "
+            "not installed here; pip install libtpu"
+        )
+    # No TPU is used, even if there is one: others may be using it.
+    jax.config.update("jax_platforms", "cpu")
+    for name, value in _COMPILER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = " ".join(str(error).split())
+        if "libtpu" in reason and ("lock" in reason or "in use" in reason):
+            raise UserError(
+                "another process holds libtpu; wait for it to end, or set "
+                "ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+            ) from None
+        raise UserError(
+            f"libtpu cannot describe {topology} ({reason}); try another version of it"
+        ) from None
+    return Slice(topology, chip, description.devices)
+
+
+# The compiler asks no metadata server, may be loaded beside a program that uses a TPU,
+# and keeps its remarks about this machine to itself.
+_COMPILER_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def model_sizes(name: str) -> ModelConfig:
+    """Sizes of a model; of one on the hub, nothing but config.json is downloaded."""
+    if name in SIZES and not Path(name).is_dir():
+        return SIZES[name]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
+        try:
+            file = huggingface_hub.hf_hub_download(name, "config.json")
+        except Exception as error:  # many kinds: no network, no such repository
+            reason = str(error).strip().split("\n")[0].strip(" .:")
+            raise UserError(
+                f"the sizes of {name!r} cannot be had from the hub ({reason}); give a "
+                "directory with its config.json as --model"
+            ) from None
+        return ModelConfig.from_hf(read_json(Path(file)), name)
+    path = resolve(name)
+    saved = find_params(path)
+    return read_config(saved[1] if saved else path)
+
+
+def slice_mesh(slice_: Slice, text: str | None, sizes: ModelConfig) -> Mesh:
+    """The mesh over all of a slice's devices; raises UserError if it is not one."""
+    try:
+        return make_mesh(text, sizes, slice_.devices)
+    except UserError as error:
+        count = len(slice_.devices)
+        hosts = f"{slice_.hosts} hosts of {count // slice_.hosts}"
+        raise UserError(
+            f"{slice_.topology} has {count} devices on {hosts}: {error}"
+        ) from None
+
+
+# Programs.
+
+
+class Program(NamedTuple):
+    """A program that was compiled, or did not fit."""
+
+    fits: bool
+    arguments: int  # bytes on each device
+    temporaries: int
+    total: int
+    aliased: int
+    seconds: float
+    text: str | None  # None: the compiler cannot print it
+
+
+def compile_for_tpu(traced: Any) -> Program:
+    """Compiles what `jax.jit(...).trace` gave."""
+    start = time.perf_counter()
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = used_when_too_large(str(error))
+        if used is None:
+            raise
+        return Program(False, 0, 0, used, 0, time.perf_counter() - start, None)
+    memory = compiled.memory_analysis()
+    arguments, temporaries = (
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
+    aliased = memory.alias_size_in_bytes
+    fresh = memory.output_size_in_bytes - aliased
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None
+    return Program(
+        *(True, arguments, temporaries, arguments + temporaries + fresh, aliased),
+        *(time.perf_counter() - start, text),
+    )
+
+
+def used_when_too_large(message: str) -> int | None:
+    """Bytes that a program would use (0: not said), from the compiler's refusal of it;
+    None if that is not about memory."""
+    if "RESOURCE_EXHAUSTED" not in message:
+        return None
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(
+        r"\(([\d.]+)([KMGT]?)\) exceeds available", message
+    )
+    if not found:
+        return 0
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+
+
+def on_mesh(mesh: Mesh, tree: Any) -> Any:
+    """Shapes of arrays that are whole on every device."""
+    place = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place), tree
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """What shapes take on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+class Sampler(NamedTuple):
+    """An engine of one size, as shapes."""
+
+    sizes: ModelConfig
+    mesh: Mesh
+    dtype: Any
+    slots: int
+    cache_len: int
+
+    @property
+    def params(self) -> Any:
+        return model.abstract_params(self.sizes, self.mesh, self.dtype)
+
+    @property
+    def cache(self) -> model.KVCache:
+        return self._cache(self.slots, engine._capacity(self.cache_len))
+
+    def _cache(self, rows: int, capacity: int) -> model.KVCache:
+        init = model.init_cache
+        shapes = jax.eval_shape(
+            lambda: init(self.sizes, rows, capacity, self.dtype),
+        )
+        place = sharding(self.mesh, model.CACHE_AXES, shapes.k.shape)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+        )
+
+    def _whole(self, tree: Any) -> Any:
+        return on_mesh(self.mesh, tree)
+
+    @property
+    def _rows(self) -> engine.Rows:
+        return self._whole(engine._empty_rows(self.slots, engine._SHORTEST_FORCED))
+
+    def decode(self) -> Program:
+        number = self._whole(np.int32(0))
+        return compile_for_tpu(
+            engine.decode.trace(
+                *(self.sizes, self.mesh, self.params, TokenIds(number, number)),
+                *(self.cache, self._rows, number, number),
+            )
+        )
+
+    def prefill(self, prompt_len: int) -> Program:
+        bucket = engine._bucket(prompt_len, engine._SHORTEST_BUCKET)
+        tokens = self._whole(np.zeros((1, bucket), np.int32))
+        number = self._whole(np.int32(0))
+        return compile_for_tpu(
+            engine.prefill.trace(self.sizes, self.mesh, self.params, tokens, number)
+        )
+
+    def admit(self, prompt_len: int) -> Program:
+        bucket = engine._bucket(prompt_len, engine._SHORTEST_BUCKET)
+        slots = self._whole(np.zeros(self.slots, np.int32))
+        is_new = self._whole(np.zeros(self.slots, bool))
+        number = self._whole(np.int32(0))
+        return compile_for_tpu(
+            engine.admit.trace(
+                *(self.mesh, self.cache, self._cache(1, bucket), self._rows),
+                *(slots, number, (is_new, self._rows)),
+            )
+        )
+
+
+# Sampling.
+
+
+def plan_sampling(
+    config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
+) -> Report:
+    """The engine's programs, at the slots and lengths of the rollouts or the flags."""
+    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
+    cache_len = args.cache_len or rollout_cache_len(config)
+    slots = args.slots or config.rollout.slots
+    live = min(args.live or DEFAULT_LIVE, cache_len)
+    data = mesh.shape["data"]
+    sampler = Sampler(sizes, mesh, _dtype(config), -(-slots // data) * data, cache_len)
+    report = _report("sample", slice_, mesh)
+    report.settings = {"slots": sampler.slots, "cache_len": cache_len, "live": live}
+    decode = sampler.decode()
+    _note(report, "decode", decode)
+    weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
+    report.memory = {"weights": weights, "cache": cache}
+    report.hbm_bytes_per_chip = decode.total
+    if decode.fits:
+        others = prompt_programs(report, sampler, config.data.max_prompt_len)
+        report.hbm_bytes_per_chip = max(decode.total, *others)
+        report.memory["temporaries"] = decode.temporaries
+        report.fits = report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+        _check_cache(report, decode, cache)
+        if decode.text:
+            _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
+    report.memory["other"] = max(
+        0, report.hbm_bytes_per_chip - sum(report.memory.values())
+    )
+    report.max_slots = largest_slots(report, sampler, decode)
+    if not report.fits:
+        report.fitting = _fitting_sampler(report, sampler, slice_)
+    return report
+
+
+def rollout_cache_len(config: GRPOConfig) -> int:
+    """Positions of a slot in training, for prompts of the greatest length allowed."""
+    rollout = config.rollout
+    if rollout.cache_len is not None:
+        return rollout.cache_len
+    budgets = (rollout.thinking_budget or 0) + (rollout.solution_budget or 0)
+    return config.data.max_prompt_len + budgets + 1
+
+
+def prompt_programs(report: Report, sampler: Sampler, prompt_len: int) -> list[int]:
+    """Bytes in use on a device while a prompt goes through the model, and while it is
+    copied into slots; the cache lies there during the former, the weights the latter."""
+    prompt_len = min(prompt_len, sampler.cache_len)
+    prefill, admit = sampler.prefill(prompt_len), sampler.admit(prompt_len)
+    _note(report, "prefill", prefill)
+    _note(report, "admit", admit)
+    return [
+        prefill.total + device_bytes(sampler.cache),
+        admit.total + device_bytes(sampler.params),
+    ]
+
+
+def largest_slots(report: Report, sampler: Sampler, first: Program) -> int:
+    """The most slots with which `decode` compiles, found by compiling.
+
+    Memory is nearly linear in the slots, so the first guess is mostly right or one off.
+    """
+    unit = sampler.mesh.shape["data"]
+    row = device_bytes(sampler.cache) / sampler.slots
+    fixed = first.total - row * sampler.slots
+    # What the other programs need beside decode's arrays is needed then too.
+    fixed += max(0, (report.hbm_bytes_per_chip or 0) - first.total)
+    known = {sampler.slots: report.fits}
+
+    def fits(slots: int) -> bool:
+        if slots not in known:
+            start = time.perf_counter()
+            known[slots] = sampler._replace(slots=slots).decode().fits
+            report.compile_seconds += time.perf_counter() - start
+        return known[slots]
+
+    guess = max(0, int((report.hbm_limit_bytes - fixed) // (row * unit)))
+    return bisect(lambda units: fits(units * unit), guess) * unit
+
+
+def bisect(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that fits, or 0, asking as little as possible near `guess`."""
+    low, high = 0, None  # what fits, and what does not
+    at, step = max(1, guess), 1
+    while high is None or high - low > 1:
+        if fits(at):
+            low = at
+        else:
+            high = at
+        if high is None:
+            at = low + step
+        else:
+            at = (low + high) // 2 if low else max(1, high - step)
+        step *= 2
+    return low
+
+
+def _cost_of_decoding(
+    report: Report, text: str, sampler: Sampler, chip: Chip, live: int
+) -> None:
+    """Bytes and time of a step of all slots, each with `live` positions."""
+
+    def trip_count(op_name: str) -> int | None:
+        # The loop over steps counts once, that over blocks of the cache by its length.
+        loops = op_name.split("/").count("while")
+        return 1 if loops == 1 else -(-live // attention.BLOCK_LEN)
+
+    whole = hlo.account(text, trip_count)
+    step = whole.per_iteration()
+    position = device_bytes(sampler.cache) // engine._capacity(sampler.cache_len)
+    kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
+    block = min(attention.TPU_BLOCK_LEN, engine._capacity(sampler.cache_len))
+    kernel_bytes = -(-live // block) * block * position if kernels else 0
+    report.bytes_per_step = step.bytes + kernel_bytes
+    report.floor_bytes = read_weights(sampler.params) + live * position
+    seconds = step.cycles / chip.hertz + kernel_bytes / chip.bytes_per_second
+    report.estimated_seconds = seconds
+    floor = report.floor_bytes / chip.bytes_per_second
+    report.roofline_share = floor / seconds
+    report.collective_bytes = _collective_bytes(step)
+    outside = [op for op in step.ops if op.depth == 1 and not op.flops]
+    rest = sum((op.cycles or 0) * op.times for op in outside)
+    report.settings["sampling_share"] = rest / chip.hertz / seconds
+    report.not_in_estimate = ["collectives", "the cache's writes (scatter)"]
+    if kernels:
+        report.not_in_estimate.append(
+            "the attention kernel's own work (its bytes are in, at full speed)"
+        )
+    layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
+    _warn_of_copies(report, whole, min(layer, _LARGE_COPY))
+    for kind in ("all-gather", "all-reduce"):
+        size = report.collective_bytes.get(kind, 0)
+        if size > _LARGE_GATHER:
+            report.warnings.append(
+                f"{kind} of {size / 2**20:.0f} MiB a step: weights are sent around"
+            )
+
+
+def read_weights(params: Any) -> int:
+    """Bytes of the weights that a step reads on a device: of an embedding that is not
+    the output matrix too, only a few rows."""
+    read = {name: part for name, part in params.items() if name != "embedding"}
+    return device_bytes(read if "lm_head" in params else params)
+
+
+def _check_cache(report: Report, decode: Program, cache: int) -> None:
+    if decode.aliased < cache:
+        report.warnings.append(
+            "the cache is not updated in place: "
+            f"{(cache - decode.aliased) / GIB:.2f} GiB of it are there twice"
+        )
+
+
+def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
+    """What would fit: fewer slots, else the next larger slice, found by compiling."""
+    if report.max_slots:
+        return f"--slots {report.max_slots} fits"
+    for larger in larger_slices(slice_):
+        mesh = slice_mesh(larger, None, sampler.sizes)
+        data = mesh.shape["data"]
+        slots = -(-sampler.slots // data) * data
+        candidate = sampler._replace(mesh=mesh, slots=slots)
+        needed = device_bytes((candidate.params, candidate.cache))
+        if needed > larger.chip.hbm_bytes:
+            continue
+        program = candidate.decode()
+        report.compile_seconds += program.seconds
+        if program.fits:
+            return f"{larger.topology} fits ({slots} slots)"
+    return "no larger slice of this chip fits; use another chip, or a shorter cache"
+
+
+def larger_slices(slice_: Slice) -> Iterator[Slice]:
+    """Slices of the same chip with more devices, from small to large."""
+    name, _, shape = slice_.topology.partition(":")
+    for larger in slice_.chip.slices[slice_.chip.slices.index(shape) + 1 :]:
+        yield describe(f"{name}:{larger}")
+
+
+# Training.
+
+
+def plan_training(
+    config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
+) -> Report:
+    """The update, what goes before it, and all that lies in memory meanwhile."""
+    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
+    config = dataclasses.replace(config, dtype=_dtype(config).name)
+    learner, batch = abstract_learner(config, sizes, mesh)
+    report = _report("train", slice_, mesh)
+    rows = config.update.microbatch // mesh.shape["data"]
+    report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
+    held = resident(config, learner)
+    temperature = on_mesh(mesh, np.float32(1))
+    update = compile_for_tpu(
+        learner.update.trace(
+            *(learner.shapes, learner.state_shapes, batch, 0, temperature)
+        )
+    )
+    _note(report, "update", update)
+    report.memory = held
+    phases = {"update": update.total + held["reference"]}
+    if update.fits:
+        report.memory["temporaries"] = update.temporaries
+        logprobs = compile_for_tpu(
+            learner.logprobs.trace(learner.shapes, batch, temperature)
+        )
+        _note(report, "logprobs", logprobs)
+        # The optimizer's state and the reference policy wait beside it.
+        waiting = held["optimizer"] + held["reference"]
+        phases["logprobs"] = logprobs.total + waiting
+        phases["rollouts"] = rollout_bytes(report, config, sizes, slice_, args, held)
+        for program, name in ((update, "update"), (logprobs, "logprobs")):
+            if program.text:
+                _cost_of_training(report, name, program.text, config, learner, slice_)
+    report.settings["phases"] = phases
+    report.hbm_bytes_per_chip = max(phases.values())
+    report.fits = update.fits and report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+    held["other"] = max(0, phases["update"] - sum(held.values()))
+    if not report.fits:
+        report.fitting = _fitting_learner(config, sizes, slice_, phases, held)
+    return report
+
+
+def abstract_learner(
+    config: GRPOConfig, sizes: ModelConfig, mesh: Mesh
+) -> tuple[Learner, Batch]:
+    """The learner, without parameters, and a step's batch of the longest responses.
+
+    Raises UserError if the mesh does not divide the rows of a micro-batch.
+    """
+    data, update, rollout = mesh.shape["data"], config.update, config.rollout
+    if update.microbatch % data:
+        raise UserError(
+            f"update.microbatch={update.microbatch} is not a multiple of the mesh's "
+            f"data={data}; change one of them, as by --update.microbatch"
+        )
+    response_len = rollout_cache_len(config) - 1
+    if None not in (rollout.thinking_budget, rollout.solution_budget):
+        response_len = rollout_cache_len(config) - config.data.max_prompt_len
+    tokenizer: Any = None  # no text is made
+    dtype = jnp.dtype(update.param_dtype)
+    loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
+    learner = Learner(config, loaded, (config.data.max_prompt_len, response_len))
+    place = NamedSharding(mesh, PartitionSpec(None, "data"))
+    num_micro = rollout.prompts * rollout.samples // update.microbatch
+
+    def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        shape = (num_micro, update.microbatch, *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    values = array(jnp.float32, response_len)
+    batch = Batch(
+        tokens=array(jnp.int32, config.data.max_prompt_len + response_len),
+        prompt_len=array(jnp.int32),
+        advantages=array(jnp.float32),
+        loss_mask=array(jnp.bool_, response_len),
+        old_logprobs=values,
+        ref_logprobs=values if config.loss.kl_coef else None,
+    )
+    return learner, batch
+
+
+def resident(config: GRPOConfig, learner: Learner) -> dict[str, int]:
+    """Bytes on a device that are there all the time."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    computed = model.abstract_params(sizes, mesh, learner.dtype)
+    return {
+        "parameters": device_bytes(learner.shapes),
+        "optimizer": device_bytes(learner.state_shapes),
+        "reference": device_bytes(computed) if config.loss.kl_coef else 0,
+    }
+
+
+def rollout_bytes(
+    report: Report,
+    config: GRPOConfig,
+    sizes: ModelConfig,
+    slice_: Slice,
+    args: argparse.Namespace,
+    held: dict[str, int],
+) -> int:
+    """Bytes on a device while responses are sampled: `decode` and what is kept.
+
+    The cache is released, and so is the copy of the parameters that is sampled from,
+    before the update begins.
+    """
+    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
+    data = mesh.shape["data"]
+    slots = -(-(args.slots or config.rollout.slots) // data) * data
+    cache_len = args.cache_len or rollout_cache_len(config)
+    sampler = Sampler(sizes, mesh, _dtype(config), slots, cache_len)
+    decode = sampler.decode()
+    _note(report, "decode", decode)
+    same = _dtype(config) == jnp.dtype(config.update.param_dtype)
+    shared = held["parameters"] if same else 0
+    return decode.total + sum(held.values()) - held.get("temporaries", 0) - shared
+
+
+def _cost_of_training(
+    report: Report,
+    name: str,
+    text: str,
+    config: GRPOConfig,
+    learner: Learner,
+    slice_: Slice,
+) -> None:
+    """Adds what a program costs in a step to the report."""
+    chip, mesh = slice_.chip, learner.loaded.mesh
+    counted = hlo.account(text)
+    times = config.updates_per_step
+    if name == "logprobs":
+        recomputed = config.loss.old_logprobs == "recomputed"
+        times = int(bool(config.loss.kl_coef)) + int(recomputed)
+    kernels = _kernel_flops(counted, config, learner)
+    seconds = counted.cycles / chip.hertz
+    seconds += kernels / (_KERNEL_SHARE * chip.flops_per_second)
+    report.bytes_per_step = (report.bytes_per_step or 0) + times * counted.bytes
+    report.estimated_seconds = (report.estimated_seconds or 0.0) + times * seconds
+    report.not_in_estimate = ["collectives"]
+    if kernels:
+        report.not_in_estimate.append(
+            "the attention kernel's real speed (half of the peak is assumed)"
+        )
+    if counted.unknown_loops:
+        report.warnings.append(
+            f"{name}: loops of unknown length count once: "
+            f"{', '.join(sorted(set(counted.unknown_loops)))}"
+        )
+    _warn_of_copies(report, counted, 16 * _LARGE_COPY)
+    if name == "update":
+        held = device_bytes((learner.shapes, learner.state_shapes))
+        report.floor_bytes = 2 * held * times
+        useful = update_flops(config, learner) / mesh.size
+        report.flops = {
+            "useful_per_update": useful,
+            "matrix_per_update": float(counted.flops),
+            "kernels_per_update": float(kernels),
+            "matrix_to_useful": counted.flops / useful,
+        }
+        report.settings["update_seconds"] = seconds
+        report.roofline_share = useful / chip.flops_per_second / seconds
+        report.collective_bytes = _collective_bytes(counted)
+        large = [
+            op
+            for op in counted.collectives
+            if op.opcode == "all-reduce" and op.payload >= _LARGE_REDUCE
+        ]
+        if large:
+            size = max(op.payload for op in large) / 2**20
+            report.warnings.append(
+                f"{len(large)} all-reduce of up to {size:.0f} MiB: gradients are not "
+                "scattered as they are summed"
+            )
+
+
+_KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of kernels
+
+
+def update_flops(config: GRPOConfig, learner: Learner) -> float:
+    """6 flops per weight of a matrix product and token, of one update; the output
+    matrix sees responses only. Attention's products are not in it."""
+    sizes = learner.loaded.config
+    matrices = jax.tree.leaves(learner.shapes["layers"])
+    per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
+    head = sizes.hidden_size * sizes.vocab_size
+    prompt_len, response_len = learner.longest
+    rows = config.update.minibatch_prompts * config.rollout.samples
+    tokens = prompt_len + response_len
+    return 6.0 * rows * (tokens * per_token + response_len * head)
+
+
+def _kernel_flops(counted: hlo.Account, config: GRPOConfig, learner: Learner) -> float:
+    """Flops of attention kernels: a product of scores or values over half a square."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    tokens = sum(learner.longest)
+    rows = config.update.microbatch / mesh.shape["data"]
+    heads = sizes.num_heads / mesh.shape["tensor"]
+    product = rows * heads * tokens**2 * sizes.head_dim
+    count = 0
+    for op in counted.custom_calls:
+        if op.target == "tpu_custom_call":
+            # Forward has two products; backward computes the scores again, and those
+            # of the weights' gradient, once for queries and once for keys and values.
+            passes = {"dkv": 4, "dq": 3}
+            products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
+            count += op.times * products[0]
+    return count * product
+
+
+def _fitting_learner(
+    config: GRPOConfig,
+    sizes: ModelConfig,
+    slice_: Slice,
+    phases: dict[str, int],
+    held: dict[str, int],
+) -> str:
+    """The next larger slice by an estimate: state is divided among the devices, and
+    temporaries go with the rows of a micro-batch on each."""
+    now = held["parameters"] + held["optimizer"] + held["reference"]
+    data = slice_mesh(slice_, config.mesh, sizes).shape["data"]
+    temporaries = max(0, max(phases.values()) - now)
+    for larger in larger_slices(slice_):
+        mesh = slice_mesh(larger, None, sizes)
+        if config.update.microbatch % mesh.shape["data"]:
+            continue
+        learner, _ = abstract_learner(config, sizes, mesh)
+        state = sum(resident(config, learner).values())
+        needed = state + temporaries * data / mesh.shape["data"]
+        if needed <= larger.chip.hbm_bytes:
+            return (
+                f"{larger.topology} would fit, by an estimate of {needed / GIB:.1f} GiB"
+            )
+    return "no larger slice of this chip would fit; use another chip"
+
+
+# What programs have in common.
+
+
+def _dtype(config: GRPOConfig) -> Any:
+    return jnp.dtype(config.dtype or "bfloat16")
+
+
+def _report(part: str, slice_: Slice, mesh: Mesh) -> Report:
+    text = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+    limit = slice_.chip.hbm_bytes
+    return Report(part, slice_.topology, text, hbm_limit_bytes=limit)
+
+
+def _note(report: Report, name: str, program: Program) -> None:
+    report.compile_seconds += program.seconds
+    if program.text:
+        report.programs[name] = program.text
+    elif program.fits:
+        report.warnings.append(
+            f"the compiler cannot print {name} for this chip: memory only"
+        )
+    else:
+        report.warnings.append(
+            f"{name} does not fit: {program.total / GIB:.2f} GiB of "
+            f"{report.hbm_limit_bytes / GIB:.2f} GiB"
+        )
+
+
+def _collective_bytes(counted: hlo.Account) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for op in counted.collectives:
+        sizes[op.opcode] = sizes.get(op.opcode, 0) + op.times * op.payload
+    return sizes
+
+
+def _warn_of_copies(report: Report, counted: hlo.Account, at_least: int) -> None:
+    for op in counted.copies(2 * at_least):  # each is read and written
+        how = f"{op.times} times a step" if op.depth else "once a call"
+        report.warnings.append(
+            f"a copy of {op.bytes / 2 / 2**20:.0f} MiB, {how} ({op.op_name or op.name})"
+        )
+
+
+# What the user sees.
+
+
+def _json(report: Report) -> str:
+    values = dataclasses.asdict(report)
+    del values["programs"]
+    return json.dumps(values)
+
+
+def _table(report: Report) -> str:
+    """Aligned text: what, how much, and of what."""
+    limit = report.hbm_limit_bytes
+    kinds = ", ".join(
+        f"{name} {size / GIB:.2f}" for name, size in report.memory.items() if size
+    )
+    used = report.hbm_bytes_per_chip or 0
+    verdict = "fits" if report.fits else "does not fit"
+    rows = [
+        (report.part, f"{report.topology}, {report.mesh}", verdict),
+        ("settings", *_settings(report)),
+        ("HBM a device", f"{used / GIB:.2f} of {limit / GIB:.2f} GiB", kinds),
+    ]
+    phases = report.settings.get("phases")
+    if phases:
+        texts = [f"{name} {size / GIB:.2f}" for name, size in phases.items()]
+        rows.append(("", "in turn", ", ".join(texts)))
+    if report.max_slots is not None:
+        rows.append(("most slots", str(report.max_slots), "found by compiling"))
+    if report.bytes_per_step is not None and report.floor_bytes:
+        floor = f"{report.floor_bytes / 1e9:.3f} GB are the least"
+        ratio = report.bytes_per_step / report.floor_bytes
+        amount = f"{report.bytes_per_step / 1e9:.3f} GB"
+        note = f"{ratio:.2f} x the floor: {floor}" if report.max_slots else floor
+        rows.append(("HBM traffic a step", amount, note))
+    if report.estimated_seconds is not None:
+        rows.extend(_time_rows(report))
+    if report.collective_bytes:
+        texts = [f"{n} {s / 1e6:.1f}" for n, s in report.collective_bytes.items()]
+        rows.append(("collectives, MB", "", ", ".join(texts)))
+    rows.append(("compiled in", f"{report.compile_seconds:.0f} s", ""))
+    rows.extend(("warning", "", text) for text in report.warnings)
+    if report.fitting:
+        rows.append(("instead", "", report.fitting))
+    return _aligned(rows, left=True) + "\n"
+
+
+def _settings(report: Report) -> tuple[str, str]:
+    settings = report.settings
+    if report.part == "train":
+        return f"{settings['rows']} x {settings['tokens']} tokens", "a device's rows"
+    return (
+        f"{settings['slots']} slots of {settings['cache_len']}",
+        f"{settings['live']} positions filled in each",
+    )
+
+
+def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
+    seconds, share = report.estimated_seconds or 0.0, report.roofline_share or 0.0
+    left_out = f"without {' and '.join(report.not_in_estimate)}"
+    if report.part == "sample":
+        rate = report.settings["slots"] / seconds
+        note = f"{rate:.0f} tokens a second, {100 * share:.0f} % of the roofline"
+        yield "time a step, at best", f"{1e3 * seconds:.2f} ms", note
+        sampling = 100 * report.settings["sampling_share"]
+        yield "", f"{sampling:.1f} %", "of it outside of layers and matrix products"
+    else:
+        update = report.settings["update_seconds"]
+        note = f"{100 * share:.0f} % of the peak in useful products (6ND)"
+        yield "time of an update", f"{update:.2f} s", note
+        yield "all but rollouts", f"{seconds:.2f} s", "a step, at best"
+        ratio = report.flops["matrix_to_useful"]
+        yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
+    yield "", "", left_out
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _dump(report: Report, directory: Path) -> None:
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in report.programs.items():
+            (directory / f"{report.part}_{name}.hlo.txt").write_text(text)
+
+
+def _size(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m e1jax.plan",
+        description="Compiles the programs of sampling and training for a TPU slice, "
+        "without a TPU, and says what fits and how fast it can be.",
+        epilog="'plan topologies' lists the known slices. Settings of the configuration "
+        "can be changed as for train: --section.key value. Exit code 3: it does not fit.",
+    )
+    flag = parser.add_argument
+    flag(
+        "--config", required=True, metavar="FILE.yaml", help="of training; see configs/"
+    )
+    flag(
+        "--topology",
+        required=True,
+        metavar="v5e:2x4",
+        help="kind of TPU and shape of the slice, in chips",
+    )
+    flag(
+        "--part",
+        choices=["sample", "train"],
+        help="what to plan (default: both)",
+    )
+    flag(
+        "--mesh",
+        metavar="data=2,tensor=4",
+        help="device mesh (default: the configuration's, else all devices, as many on "
+        "tensor as the model's heads allow)",
+    )
+    flag("--slots", type=_size, metavar="N", help="default: the configuration's")
+    flag(
+        "--cache-len",
+        type=_size,
+        metavar="TOKENS",
+        help="positions of a slot (default: as in training, for the longest prompt)",
+    )
+    flag(
+        "--live",
+        type=_size,
+        metavar="TOKENS",
+        help=f"positions filled in every slot, for bytes and time (default: "
+        f"{DEFAULT_LIVE}, or all if there are fewer)",
+    )
+    flag("--json", action="store_true", help="print one JSON object per part")
+    flag(
+        "--dump-hlo",
+        type=Path,
+        metavar="DIR",
+        help="write the compiled text of each program there",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)
