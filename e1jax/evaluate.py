@@ -179,7 +179,7 @@ def grade(argv: Sequence[str]) -> None:
 
 
 def plot(argv: Sequence[str]) -> None:
-    """Draws the results of several models as one figure."""
+    """Draws the results of several models as one figure, and prints one table."""
     args = _plot_parser().parse_args(argv)
     if args.output.suffix not in _FIGURE_FORMATS:
         raise UserError(
@@ -192,6 +192,7 @@ def plot(argv: Sequence[str]) -> None:
         for path, name, result in zip(args.results, names, results, strict=True)
     ]
     _draw(curves, args.output)
+    print(_comparison(curves))
 
 
 # Sampling.
@@ -405,10 +406,9 @@ def _table(rows: Sequence[Row], n: int) -> str:
     names = ("tokens", "thinking", "solution", "forced %")
     lines: list[tuple[str, ...]] = [("budgets", "accuracy %", pass_at_n, *names)]
     for row in rows:
-        spread = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
         cells = (
-            _shown((row["thinking_budget"], row["solution_budget"])),
-            f"{100 * row['accuracy']:.1f}{spread}",
+            _shown(_budgets(row)),
+            _accuracy(row),
             f"{100 * row['pass_at_n']:.1f}",
             f"{row['mean_tokens']:.1f}",
             f"{row['mean_thinking_tokens']:.1f}",
@@ -416,6 +416,32 @@ def _table(rows: Sequence[Row], n: int) -> str:
             f"{100 * row['forced_share']:.1f}",
         )
         lines.append(cells)
+    return _aligned(lines)
+
+
+def _comparison(curves: Sequence[tuple[str, Sequence[Row]]]) -> str:
+    """Aligned text: accuracy in percent and, in brackets, mean tokens of a response, with
+    a column for each (label, rows) and a line for each pair of budgets."""
+    columns = [
+        {_budgets(r): f"{_accuracy(r)} ({r['mean_tokens']:.1f})" for r in rows}
+        for _, rows in curves
+    ]
+    lines = [("budgets", *(label for label, _ in curves))]
+    for budgets in sorted({b for column in columns for b in column}, key=_size):
+        lines.append((_shown(budgets), *(c.get(budgets, "-") for c in columns)))
+    return _aligned(lines)
+
+
+def _budgets(row: Row) -> Budgets:
+    return row["thinking_budget"], row["solution_budget"]
+
+
+def _accuracy(row: Row) -> str:
+    spread = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
+    return f"{100 * row['accuracy']:.1f}{spread}"
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
@@ -435,7 +461,7 @@ def _read_results(path: Path) -> dict[str, Any]:
     if not (whole and isinstance(results.get("model"), str)):
         raise UserError(
             f"{path} is not a results.json of evaluate: that has a model, and rows with "
-            "thinking_budget, accuracy, stderr and mean_tokens"
+            "thinking_budget, solution_budget, accuracy, stderr and mean_tokens"
         )
     return results
 
@@ -447,10 +473,10 @@ def _can_be_drawn(row: Any) -> bool:
             row["stderr"] or 0,
             row["mean_tokens"],
         )
-        budget = row["thinking_budget"]
+        known = all(type(budget) in (int, type(None)) for budget in _budgets(row))
         numbers = all(type(v) in (int, float) for v in (accuracy, stderr, tokens))
         in_range = 0 <= accuracy <= 1 and 0 <= stderr <= 1 and 1 <= tokens <= UNLIMITED
-        return numbers and in_range and type(budget) in (int, type(None))
+        return numbers and in_range and known
     except (KeyError, TypeError):
         return False
 
@@ -664,7 +690,7 @@ def _plot_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m e1jax.evaluate plot",
         description="Draws accuracy (%) against mean tokens per response, with standard "
-        "errors, a line for each model.",
+        "errors, a line for each model, and prints both as a table, a column for each.",
     )
     parser.add_argument(
         "results",

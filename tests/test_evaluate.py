@@ -503,6 +503,7 @@ def drawn(monkeypatch):
 def row(budget, accuracy, tokens, stderr=0.01):
     return {
         "thinking_budget": budget,
+        "solution_budget": 28,
         "accuracy": accuracy,
         "stderr": stderr,
         "mean_tokens": tokens,
@@ -524,7 +525,13 @@ def test_the_figure_shows_every_row(run, tmp_path, drawn):
     )
     two = write_results(tmp_path / "b.json", "tuned", row(512, 0.5, 600))
     path = tmp_path / "p.png"
-    assert run("plot", one, two, "--output", path) == (0, "", "")
+    table = (
+        "budgets           _base $x$               tuned\n"
+        " 256+28  10.0 ± 1.0 (700.0)                   -\n"
+        " 512+28  20.0 ± 5.0 (900.0)  50.0 ± 1.0 (600.0)\n"
+        "none+28       90.0 (5000.0)                   -\n"
+    )
+    assert run("plot", one, two, "--output", path) == (0, table, "")
     [axes] = drawn
     lines = [container.lines[0] for container in axes.containers]
     points = [list(zip(*line.get_data(), strict=True)) for line in lines]
@@ -586,6 +593,7 @@ def test_mistakes_of_plot(run, whole, tmp_path):
         {"model": "m", "rows": [row(8, 0.5, float("nan"))]},
         {"model": "m", "rows": [row(8, 0.5, 9, -1)]},
         {"model": "m", "rows": [*rows, {"thinking_budget": 8}]},
+        {"model": "m", "rows": [row(8, 0.5, 9) | {"solution_budget": 1.5}]},
     ):
         bad.write_text(json.dumps(content))
         refused(run("plot", good, bad, "--output", out), bad)
