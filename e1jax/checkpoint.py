@@ -405,14 +405,13 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self.wandb = _wandb_run(wandb, run_dir) if wandb else None
-        path = run_dir / "metrics.jsonl"
+        self.path = path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         new = run_dir / "metrics.jsonl.new"
         with writing(run_dir):
             new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             new.replace(path)
-            self.file = path.open("a", encoding="utf-8")
             # Drawn anew: a kill loses what TensorBoard has not written yet.
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
@@ -441,9 +440,9 @@ class MetricsLog:
         line |= more or {}
         self.waiting = None
         check_finite(line["step"], line)
-        with writing(Path(self.file.name)):
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        # Opened for each line: a mounted bucket gets what was written when it is closed.
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
         values = self._draw(line)
         if self.wandb:
             self.wandb.log(values, step=line["step"])
@@ -465,9 +464,8 @@ class MetricsLog:
             print(f"step {step}/{steps}: {shown}", file=sys.stderr)
 
     def close(self) -> None:
-        for part in (self.file, self.board):
-            with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
-                part.close()
+        with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
+            self.board.close()
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
