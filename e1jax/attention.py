@@ -6,13 +6,15 @@ G = H / K, C head dim. Query heads of one group are folded into the query dimens
 five-dimensional einsum runs several times slower on a CPU.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from e1jax.sharding import sharding
@@ -140,6 +142,15 @@ def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(visible, scores, MASKED)
 
 
+class Visits(NamedTuple):
+    """The blocks of the cache that a decode step reads, the same in all layers: for each
+    part of the rows that a device holds, a list of all live blocks, row after row."""
+
+    count: jax.Array  # [parts] int32: how many of the list count
+    rows: jax.Array  # [parts * most] int32
+    blocks: jax.Array  # [parts * most] int32
+
+
 def cached_attention(
     q: Float[Array, "B H T C"],
     k_cache: Float[Array, "L B K S C"],
@@ -147,6 +158,7 @@ def cached_attention(
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
     mesh: Mesh | None = None,
+    visits: Visits | None = None,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -154,11 +166,11 @@ def cached_attention(
     are visited up to the last one that any row has reached (a dynamic trip count in one
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
-    others are. S is a multiple of BLOCK_LEN, or smaller than it. On TPUs,
-    one query a row is the work of `decode_attention`.
+    others are. S is a multiple of BLOCK_LEN, or smaller than it. With `visits`, it is
+    the work of `decode_attention`.
     """
-    if q.shape[2] == 1 and on_tpu(mesh):
-        return decode_attention(q, k_cache, v_cache, layer, positions, mesh)
+    if visits is not None:
+        return decode_attention(q, k_cache, v_cache, layer, positions, visits, mesh)
     _, batch, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
     heads, length = q.shape[1], q.shape[2]
@@ -195,12 +207,35 @@ def cached_attention(
     return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
 
 
+def live_blocks(
+    positions: Int[Array, "B 1"], capacity: int, mesh: Mesh | None = None
+) -> Visits:
+    """What `decode_attention` visits of a cache of `capacity` positions a row."""
+    block_len = min(TPU_BLOCK_LEN, capacity)
+
+    def local(positions):
+        ends = jnp.cumsum(positions[:, 0] // block_len + 1)[
+            None
+        ]  # in the list, of rows
+        steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
+        passed = ends <= steps[:, None]
+        blocks = steps - jnp.where(passed, ends, 0).max(axis=1)
+        return Visits(ends[0, -1:], passed.sum(axis=1), blocks)
+
+    if mesh is None:
+        return local(positions)
+    place = sharding(mesh, ("rows", None), positions.shape).spec
+    parts = PartitionSpec(place[0])
+    return jax.shard_map(local, mesh=mesh, in_specs=place, out_specs=parts)(positions)
+
+
 def decode_attention(
     q: Float[Array, "B H 1 C"],
     k_cache: Float[Array, "L B K S C"],
     v_cache: Float[Array, "L B K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "B 1"],
+    visits: Visits,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B H 1 C"]:
     """`cached_attention` of one query a row, as a kernel for TPUs (Pallas).
@@ -209,39 +244,25 @@ def decode_attention(
     longest row does not lengthen the rest. On a mesh, each device takes the rows and
     heads of its own part of the cache.
     """
-    args = (q, k_cache, v_cache, layer[None], positions[:, 0])
+    args = (q, k_cache, v_cache, layer[None], positions[:, 0], *visits)
     if mesh is None:
         return _decode_local(*args)
-
-    def spec(x, *axes):
-        return sharding(mesh, axes, x.shape).spec
-
-    # Only the cache is divided by rows. If the activations around it were too, the
-    # compiler would gather weights, which lie over `data` as well, at every step.
-    whole_rows = sharding(mesh, (None, "heads", None, None), q.shape)
-    q = jax.lax.with_sharding_constraint(q, whole_rows)
-    heads = spec(q, "rows", "heads", None, None)
-    cache = spec(k_cache, "layers", "rows", "kv_heads", None, None)
-    specs = (heads, cache, cache, spec(args[3], None), spec(args[4], "rows"))
+    heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
+    axes = ("layers", "rows", "kv_heads", None, None)
+    cache = sharding(mesh, axes, k_cache.shape).spec
+    parts = PartitionSpec(heads[0])
+    specs = (heads, cache, cache, PartitionSpec(), *[parts] * 4)
     local = jax.shard_map(
         _decode_local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False
     )
-    return jax.lax.with_sharding_constraint(local(q, *args[1:]), whole_rows)
+    return local(*args)
 
 
-def _decode_local(q, k_cache, v_cache, layer, positions):
-    """`positions` [B], `layer` [1].
-
-    The grid is one list of all live blocks, row after row, so that no step goes to a
-    block that is not live. Step i visits block `blocks[i]` of row `rows[i]`.
-    """
-    _, batch, kv_heads, capacity, head_dim = k_cache.shape
+def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
+    """`decode_attention` of one device; `layer` [1], `positions` [B]. The grid is the
+    list of visits, so that no step goes to a block that is not live."""
+    _, _, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(TPU_BLOCK_LEN, capacity)
-    ends = jnp.cumsum(positions // block_len + 1)
-    steps = jnp.arange(batch * pl.cdiv(capacity, block_len))
-    rows = jnp.searchsorted(ends, steps, side="right", method="compare_all")
-    rows = jnp.minimum(rows, batch - 1)  # beyond the grid's end
-    blocks = steps - jnp.where(rows > 0, ends[rows - 1], 0)
     folded = _fold(_scaled(q), kv_heads)
     group = folded.shape[2]
 
@@ -255,7 +276,7 @@ def _decode_local(q, k_cache, v_cache, layer, positions):
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
-        grid=(ends[-1],),
+        grid=(count[0],),
         in_specs=[of_row, of_cache, of_cache],
         out_specs=of_row,
         scratch_shapes=[

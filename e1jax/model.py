@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from e1jax import attention
@@ -93,16 +93,21 @@ class Attention(nnx.Module):
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
         self.head_dim = c
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh):
-        q = keep(attention.apply_rope(self._heads(self.q(x)), rope))
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, visits):
+        q = self.q(x)
+        if cache is not None:
+            # Else XLA for TPUs folds the split into heads into the product, and copies
+            # the weights of all layers into the layout that this asks for.
+            q = jax.lax.optimization_barrier(q)
+        q = keep(attention.apply_rope(self._heads(q), rope))
         k = keep(attention.apply_rope(self._heads(self.k(x)), rope))
         v = keep(self._heads(self.v(x)))
         if cache is None:
             out = attention.causal_attention(q, k, v, mesh)
         else:
-            cache = write(cache, layer, k, v, positions)
+            cache = write(cache, layer, k, v, positions, mesh)
             out = attention.cached_attention(
-                q, cache.k, cache.v, layer, positions, mesh
+                q, cache.k, cache.v, layer, positions, mesh, visits
             )
         batch, heads, length, head_dim = out.shape
         return self.o(
@@ -132,11 +137,13 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh):
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, visits):
+        x = x if cache is None else _of_all_rows(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, positions, mesh
+            self.attention_norm(x), rope, cache, layer, positions, mesh, visits
         )
         x = keep(x + attended)
+        x = x if cache is None else _of_all_rows(x, mesh)
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -188,11 +195,15 @@ def forward(
         positions, attention.rope_frequencies(config.head_dim, config.rope_theta)
     )
 
+    visits = None
+    if cache is not None and tokens.shape[1] == 1 and attention.on_tpu(mesh):
+        visits = attention.live_blocks(positions, cache.k.shape[3], mesh)
+
     def layer_step(carry, inputs):
         x, cache = carry
         weights, layer = inputs
         block = _module(config, "layers", whole(weights, "layers"))
-        return block(x, rope, cache, layer, positions, mesh), None
+        return block(x, rope, cache, layer, positions, mesh, visits), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -220,17 +231,25 @@ def unembed(
 
 
 def write(
-    cache: KVCache, layer, k: Float[Array, "B K T C"], v, positions: Int[Array, "B T"]
+    cache: KVCache,
+    layer,
+    k: Float[Array, "B K T C"],
+    v,
+    positions: Int[Array, "B T"],
+    mesh: Mesh | None = None,
 ) -> KVCache:
     """The cache with keys and values of a layer written in place, at `positions`, which
-    are consecutive in a row."""
-    rows = jnp.arange(k.shape[0])
+    are consecutive in a row. On a mesh, each device writes its own rows and heads."""
 
-    def write_one(buffer, new):
+    def write_one(buffer, layer, new, positions):
         new = new.astype(buffer.dtype)
         if new.shape[2] == 1:
+            rows = jnp.arange(new.shape[0])
             return buffer.at[layer, rows, :, positions[:, 0]].set(
-                new[:, :, 0], unique_indices=True
+                new[:, :, 0],
+                unique_indices=True,
+                mode="promise_in_bounds",
+                wrap_negative_indices=False,
             )
 
         def write_row(row, buffer):
@@ -239,7 +258,25 @@ def write(
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
 
-    return KVCache(write_one(cache.k, k), write_one(cache.v, v))
+    if mesh is not None:
+        buffer = sharding(mesh, CACHE_AXES, cache.k.shape).spec
+        new = PartitionSpec(*buffer[1:])
+        specs = (buffer, PartitionSpec(), new, PartitionSpec(buffer[1]))
+        write_one = jax.shard_map(
+            write_one, mesh=mesh, in_specs=specs, out_specs=buffer, check_vma=False
+        )
+    return KVCache(
+        write_one(cache.k, layer, k, positions), write_one(cache.v, layer, v, positions)
+    )
+
+
+def _of_all_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
+    """Hidden states that are not divided by rows, as the cache is, but as the weights
+    are: else the compiler gathers weights, which also lie over `data`, at every step."""
+    if mesh is None:
+        return x
+    place = sharding(mesh, (None, None, "embed"), x.shape)
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
