@@ -230,22 +230,25 @@ def test_arguments_arrive_on_the_vm_as_they_are(cloud, script):
 
 
 def make_home(path: Path) -> Path:
-    """The home of a TPU VM, whose Python notes how it is called, waits and ends."""
-    python = path / "vm/e1jax/.venv/bin/python"
-    python.parent.mkdir(parents=True)
+    """The home of a TPU VM, with commands that note how they are called and wait."""
     home = path / "vm"
-    python.write_text(
-        f"#!{sys.executable}\n"
-        "import json, os, pathlib, sys, time\n"
-        f"home = pathlib.Path({str(home)!r})\n"
-        "call = [os.getcwd(), os.environ.get('JAX_PLATFORMS'), *sys.argv[1:]]\n"
-        "with (home / 'started').open('a') as file:\n"
-        "    file.write(json.dumps(call) + '\\n')\n"
-        "print('trained')\n"
-        "while (home / 'wait').exists():\n"
-        "    time.sleep(0.01)\n"
-    )
-    python.chmod(0o755)
+    python = home / "e1jax/.venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys._base_executable)
+    package = home / "e1jax/e1jax"
+    package.mkdir()
+    for name in ("convert", "sample", "evaluate", "train"):
+        (package / f"{name}.py").write_text(
+            "import json, os, pathlib, sys, time\n"
+            f"home = pathlib.Path({str(home)!r})\n"
+            "platforms = os.environ.get('JAX_PLATFORMS')\n"
+            "call = [os.getcwd(), platforms, *sys.orig_argv[1:]]\n"
+            "print('trained', flush=True)\n"
+            "with (home / 'started').open('a') as file:\n"
+            "    file.write(json.dumps(call) + '\\n')\n"
+            "while (home / 'wait').exists():\n"
+            "    time.sleep(0.01)\n"
+        )
     (home / "started").touch()
     return home
 
@@ -262,16 +265,17 @@ def eventually(condition) -> None:
         time.sleep(0.01)
 
 
-def test_training_is_started_once_and_outlives_the_connection(cloud):
+def test_training_is_started_once_outlives_the_connection_and_stops(cloud):
     [call] = cloud.calls("train.sh", *ARGUMENTS["train.sh"])
-    assert call == tpus(
-        "tpu-vm", "ssh", "e1", "--worker=all", f"--command={remote(call)}"
-    )
+    [stop] = cloud.calls("stop.sh")
+    for words in (call, stop):
+        command = f"--command={remote(words)}"
+        assert words == tpus("tpu-vm", "ssh", "e1", "--worker=all", command)
     home = make_home(cloud.path)
 
-    def connect() -> str:
+    def connect(commands: str) -> str:
         return subprocess.run(
-            ["bash", "-c", remote(call)],
+            ["bash", "-c", commands],
             cwd=home,
             check=True,
             capture_output=True,  # ends when nothing there holds the pipes
@@ -279,19 +283,19 @@ def test_training_is_started_once_and_outlives_the_connection(cloud):
             timeout=20,
         ).stdout
 
-    idle = ["flock", "-n", "train.lock", "true"]
     asking = "flock -n train.lock true && echo idle || echo running"
     for run in (1, 2):
         (home / "wait").touch()
-        assert connect() == ""
-        eventually(
-            lambda run=run: len((home / "started").read_text().split("\n")) > run
-        )
-        assert connect() == "training is running already\n"
-        answer = subprocess.check_output(["sh", "-c", asking], cwd=home, text=True)
-        assert answer == "running\n"
-        (home / "wait").unlink()
-        eventually(lambda: subprocess.run(idle, cwd=home).returncode == 0)
+        assert connect(remote(call)) == ""
+        eventually(lambda run=run: len(started(home)) == run)
+        assert connect(remote(call)) == "training is running already\n"
+        assert connect(asking) == "running\n"
+        if run == 1:
+            (home / "wait").unlink()
+            eventually(lambda: connect(asking) == "idle\n")
+    assert connect(remote(stop)) == ""
+    assert connect(asking) == "idle\n"
+    assert connect(remote(stop)) == "training is not running\n"
     config, *flags = ARGUMENTS["train.sh"]
     argv = ["-m", "e1jax.train", "--config", config, "--run-dir", MORE["RUN_DIR"]]
     assert started(home) == [[str(home / "e1jax"), None, *argv, *flags]] * 2

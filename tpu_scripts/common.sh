@@ -74,7 +74,7 @@ on_worker() {
 
 # A Python module of the copied checkout, with its arguments, as a remote command line.
 python_command() {
-  printf 'cd e1jax && .venv/bin/python -m %s' "$(words "$@")"
+  printf 'cd e1jax && exec .venv/bin/python -m %s' "$(words "$@")"
 }
 
 make_tpu() {

@@ -22,6 +22,7 @@ shift
 [[ $config = /* || -f $root/$config ]] || die "there is no $config in $root"
 
 # The lock is held for as long as training runs, and by nothing that outlives it.
+# stop.sh and resume.sh know by it.
 command=$(python_command e1jax.train --config "$config" --run-dir "$RUN_DIR" "$@")
 on_worker all "flock -n train.lock true || { echo 'training is running already'; exit 0; }
 nohup flock -n -o train.lock bash -c $(words "$command") >> train.log 2>&1 < /dev/null &"
