@@ -117,6 +117,7 @@ SIZES = {
 }
 
 DEFAULT_LIVE = 2048
+MOST_SLOTS = 1024  # that are tried: programs for more compile long, and none needs them
 _LARGE_COPY = 16 * 2**20  # bytes of an array, from which on a copy of it is told
 _LARGE_REDUCE = 16 * 2**20
 _LARGE_GATHER = 64 * 2**20  # a decode step's, over all its layers
@@ -486,7 +487,7 @@ def prompt_programs(report: Report, sampler: Sampler, prompt_len: int) -> list[i
 
 
 def largest_slots(report: Report, sampler: Sampler, first: Program) -> int:
-    """The most slots with which `decode` compiles, found by compiling.
+    """The most slots, up to MOST_SLOTS, with which `decode` compiles; found by compiling.
 
     Memory is nearly linear in the slots, so the first guess is mostly right or one off.
     """
@@ -498,13 +499,15 @@ def largest_slots(report: Report, sampler: Sampler, first: Program) -> int:
     known = {sampler.slots: report.fits}
 
     def fits(slots: int) -> bool:
+        if slots > max(MOST_SLOTS, sampler.slots):
+            return False
         if slots not in known:
             start = time.perf_counter()
             known[slots] = sampler._replace(slots=slots).decode().fits
             report.compile_seconds += time.perf_counter() - start
         return known[slots]
 
-    guess = max(0, int((report.hbm_limit_bytes - fixed) // (row * unit)))
+    guess = int(min((report.hbm_limit_bytes - fixed) // row, MOST_SLOTS)) // unit
     return bisect(lambda units: fits(units * unit), guess) * unit
 
 
@@ -914,7 +917,8 @@ def _table(report: Report) -> str:
         texts = [f"{name} {size / GIB:.2f}" for name, size in phases.items()]
         rows.append(("", "in turn", ", ".join(texts)))
     if report.max_slots is not None:
-        rows.append(("most slots", str(report.max_slots), "found by compiling"))
+        note = "or more" if report.max_slots >= MOST_SLOTS else "found by compiling"
+        rows.append(("most slots", str(report.max_slots), note))
     if report.bytes_per_step is not None and report.floor_bytes:
         floor = f"{report.floor_bytes / 1e9:.3f} GB are the least"
         ratio = report.bytes_per_step / report.floor_bytes
