@@ -6,6 +6,7 @@ G = H / K, C head dim. Query heads of one group are folded into the query dimens
 five-dimensional einsum runs several times slower on a CPU.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -23,6 +25,7 @@ BLOCK_LEN = 128  # cache positions that are visited at a time
 # The same on TPUs. Longer blocks cost fewer steps (some 0.35 us each), and read more
 # positions that are not live: half a block a row.
 TPU_BLOCK_LEN = 512
+SPLASH_BLOCK_LEN = 512
 MAX_PARTS = 8  # of causal attention; each is compiled on its own
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
@@ -84,8 +87,11 @@ def causal_attention(
     Rows are left-aligned, so padding at their end is never seen by a real token and
     needs no mask. Up to MAX_PARTS parts of the queries are gone through in turn, each
     against the keys up to its end: that spares up to 7/16 of the products, and the
-    scores of one part exist at a time, in the backward pass too.
+    scores of one part exist at a time, in the backward pass too. On TPUs, heads of
+    bfloat16 and whole registers are the work of `splash_attention`.
     """
+    if on_tpu(mesh) and q.dtype == jnp.bfloat16 and q.shape[-1] % BLOCK_LEN == 0:
+        return splash_attention(q, k, v, mesh)
     length = q.shape[2]
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
     parts = []
@@ -93,6 +99,52 @@ def causal_attention(
         end = min(start + part_len, length)
         parts.append(_last_queries(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
     return jnp.concatenate(parts, axis=2)
+
+
+def splash_attention(
+    q: Float[Array, "B H T C"],
+    k: Float[Array, "B K T C"],
+    v: Float[Array, "B K T C"],
+    mesh: Mesh,
+) -> Float[Array, "B H T C"]:
+    """`causal_attention` by JAX's kernel for TPUs, which makes no scores in memory.
+
+    Each device takes its own rows and heads. Where the caller is in a `shard_map` over
+    `data`, the rows are its own already.
+    """
+
+    inside = set(jax.sharding.get_abstract_mesh().manual_axes)
+    rows = None if "data" in inside else "rows"
+
+    def spec(x):
+        return sharding(mesh, (rows, "heads", None, None), x.shape).spec
+
+    local = jax.shard_map(
+        _splash_local,
+        mesh=None if inside else mesh,
+        in_specs=(spec(q), spec(k), spec(v)),
+        out_specs=spec(q),
+        axis_names=set(mesh.axis_names) - inside,
+        check_vma=False,
+    )
+    return local(q, k, v)
+
+
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    length = q.shape[2]
+    block_len = min(SPLASH_BLOCK_LEN, -(-length // BLOCK_LEN) * BLOCK_LEN)
+    padding = -length % block_len  # at the end, where no real token looks
+    pad = ((0, 0), (0, 0), (0, padding), (0, 0))
+    q, k, v = (jnp.pad(x, pad) for x in (_scaled(q), k, v))
+    mask = splash.CausalMask((length + padding, length + padding))
+    names = [field.name for field in dataclasses.fields(splash.BlockSizes)]
+    blocks = {name: block_len for name in names if name.startswith("block_")}
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([mask] * q.shape[1]),
+        block_sizes=splash.BlockSizes(**blocks),
+        residual_checkpoint_name=KEPT,
+    )
+    return jax.vmap(kernel)(q, k, v)[:, :, :length]
 
 
 @jax.custom_vjp
