@@ -986,7 +986,7 @@ def _dump(report: Report, directory: Path) -> None:
 
 
 def _size(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)
 

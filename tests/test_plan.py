@@ -1,0 +1,363 @@
+"""Planning: names and messages, tables and searches; with libtpu, real compilations."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from e1jax import plan
+from e1jax.checkpoint import named_shapes
+from e1jax.config import ModelConfig, UserError
+
+SIZES = ModelConfig(
+    vocab_size=264,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    rope_theta=1e4,
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration of a model that is nothing but its sizes."""
+    (tmp_path / "model").mkdir()
+    text = json.dumps(SIZES.to_hf("bfloat16"))
+    (tmp_path / "model" / "config.json").write_text(text)
+    settings = {
+        "model": str(tmp_path / "model"),
+        "steps": 3,
+        "data": {"max_prompt_len": 40},
+        "rollout": {
+            **{"prompts": 4, "samples": 2, "slots": 6},
+            **{"thinking_budget": 30, "solution_budget": 29},
+        },
+        "update": {"minibatch_prompts": 2, "microbatch": 2},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+# Topologies and models.
+
+
+def test_topologies_are_listed_with_chips_and_devices(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan", "topologies"])
+    plan.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["v5e:2x4", "8", "8", "15.75", "819", "197"] in lines
+    assert ["tpu7x:2x2x2", "8", "16", "94.74", "3690", "1154"] in lines
+    assert {line[0] for line in lines[1:-1]} == set(plan.TOPOLOGIES)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("v5e:2x5", "v5e:2x4"),
+        ("V5P:4x4x4", "v5p:4x4x4"),
+        ("h100", "it is like v5e:2x4"),
+    ],
+)
+def test_an_unknown_topology_names_the_nearest(name, hint):
+    with pytest.raises(UserError, match=hint) as raised:
+        plan.check_topology(name)
+    assert "plan topologies" in str(raised.value)
+
+
+def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        plan.describe("v5e:2x4")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "ABORTED: The TPU is already in use; remove the libtpu lockfile",
+            "another process holds libtpu",
+        ),
+        ("INVALID_ARGUMENT: no such thing", "cannot describe v5e:2x4"),
+    ],
+)
+def test_a_compiler_that_cannot_start_is_one_sentence(monkeypatch, message, expected):
+    def refuse(**_):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(plan, "_COMPILER_ENVIRONMENT", {})
+    monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
+    with pytest.raises(UserError, match=expected):
+        plan.describe("v5e:2x4")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as the models' pages on the hub say
+        ("Salesforce/E1-Math-7B", 7_615_616_512),
+        ("agentica-org/DeepScaleR-1.5B-Preview", 1_777_088_000),
+        ("nvidia/AceReason-Nemotron-14B", 14_770_033_664),
+    ],
+)
+def test_sizes_of_shipped_models_need_no_network(name, parameters):
+    shapes = named_shapes(plan.model_sizes(name))
+    assert sum(map(math.prod, shapes.values())) == parameters
+
+
+def test_sizes_of_a_directory_need_no_weights(config):
+    assert plan.model_sizes(str(config.parent / "model")) == SIZES
+
+
+def test_sizes_of_an_unknown_model_are_asked_of_the_hub(monkeypatch, config):
+    def download(name, file):
+        assert (name, file) == ("somebody/something", "config.json")
+        return str(config.parent / "model" / file)
+
+    monkeypatch.setattr(plan.huggingface_hub, "hf_hub_download", download)
+    assert plan.model_sizes("somebody/something") == SIZES
+
+
+def test_sizes_that_cannot_be_had_are_one_sentence():
+    with pytest.raises(UserError, match="cannot be had from the hub"):
+        plan.model_sizes("nobody/nothing")
+
+
+# Pieces.
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 7, 8, 9, 100])
+@pytest.mark.parametrize("guess", [0, 1, 7, 8, 9, 60])
+def test_bisection_finds_the_largest(most, guess):
+    asked = []
+    found = plan.bisect(lambda n: asked.append(n) or n <= most, guess)
+    assert found == most
+    assert all(n >= 1 for n in asked)
+    assert len(asked) == len(set(asked))
+    if guess - most in (0, 1):
+        assert len(asked) <= 2
+
+
+@pytest.mark.parametrize(
+    ("message", "used"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out. Used 17.50G of 15.75G hbm.", 17.5 * 2**30),
+        (
+            "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory "
+            "required for HLO temporaries (512.5M) exceeds available HBM (15.75G).",
+            512.5 * 2**20,
+        ),
+        ("RESOURCE_EXHAUSTED: something else", 0),
+        ("INTERNAL: RET_CHECK failure", None),
+    ],
+)
+def test_what_did_not_fit_is_read_from_the_refusal(message, used):
+    assert plan.used_when_too_large(message) == used
+
+
+def test_a_step_reads_no_embedding_but_a_tied_one():
+    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+
+    def read(**changes):
+        sizes = plan.dataclasses.replace(SIZES, **changes)
+        params = plan.model.abstract_params(sizes, mesh, jnp.bfloat16)
+        return plan.device_bytes(params), plan.read_weights(params)
+
+    whole, step = read()
+    assert whole - step == 2 * 264 * 64
+    whole, step = read(tie_word_embeddings=True)
+    assert whole == step
+
+
+# Whole plans, with a compiler that only adds up what a program is given.
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Plans for one device, of which `limit` bytes can be used."""
+
+    def set_limit(limit):
+        chip = plan.dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
+
+        def compiled(traced):
+            given = sum(
+                math.prod(a.shape) * np.dtype(a.dtype).itemsize
+                for a in jax.tree.leaves(traced.in_avals)
+            )
+            fits = given <= limit
+            return plan.Program(fits, given, 0, given, given, 1.0, None)
+
+        monkeypatch.setattr(plan, "compile_for_tpu", compiled)
+        monkeypatch.setattr(
+            plan, "describe", lambda name: plan.Slice(name, chip, jax.devices()[:1])
+        )
+
+    return set_limit
+
+
+def run(monkeypatch, capsys, *argv) -> tuple[int, list[dict]]:
+    monkeypatch.setattr(sys, "argv", ["plan", *map(str, argv)])
+    code = 0
+    try:
+        plan.main()
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+FIELDS = [
+    *("part", "topology", "mesh", "fits", "hbm_bytes_per_chip", "hbm_limit_bytes"),
+    *("max_slots", "bytes_per_step", "floor_bytes", "estimated_seconds"),
+    *("compile_seconds", "warnings"),
+]
+PARAMETERS = sum(map(math.prod, named_shapes(SIZES).values()))
+# Keys and values of 3 layers, 2 heads of 16 dims, in bfloat16, a block of 128 positions.
+ROW = 2 * 3 * 2 * 16 * 2 * 128
+
+
+def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json")
+    code, reports = run(monkeypatch, capsys, *argv)
+    assert code == 0
+    assert [report["part"] for report in reports] == ["sample", "train"]
+    for report in reports:
+        assert set(FIELDS) <= set(report)
+        assert report["fits"] and report["mesh"] == "data=1,tensor=1"
+        assert report["topology"] == "v5e:1x1"
+    sample, train = reports
+    assert sample["memory"]["weights"] == 2 * PARAMETERS
+    assert sample["memory"]["cache"] == 6 * ROW
+    # float32 parameters and two moments (and two counters), a bfloat16 reference.
+    assert train["memory"]["parameters"] == 4 * PARAMETERS
+    assert 8 * PARAMETERS <= train["memory"]["optimizer"] <= 8 * PARAMETERS + 16
+    assert train["memory"]["reference"] == 2 * PARAMETERS
+    # While responses are sampled: all of that, the copy sampled from, and the cache.
+    phases = train["settings"]["phases"]
+    rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW
+    assert rollouts < phases["rollouts"] < rollouts + 10**4
+    assert 14 * PARAMETERS < phases["update"] < 14 * PARAMETERS + 10**4
+    # A compiler that cannot print its program is said to, once for each program.
+    assert sum("memory only" in text for text in train["warnings"]) == 3
+
+
+@pytest.mark.parametrize("slots", [1, 3, 50])
+def test_the_most_slots_are_found(slots, fake, config, monkeypatch, capsys):
+    # Room for 20 rows and their state, which is some 200 bytes each, but not for 21.
+    fake(2 * PARAMETERS + 20 * ROW + ROW // 2)
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
+    code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
+    # The prompt's own keys and values need half a row while they are copied.
+    assert report["max_slots"] == 20
+    assert report["fits"] == (slots <= 20)
+    assert code == (0 if slots <= 20 else 3)
+    assert report["fitting"] == (None if slots <= 20 else "--slots 20 fits")
+
+
+def test_what_fits_nowhere_says_so(fake, config, monkeypatch, capsys):
+    fake(PARAMETERS)
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json")
+    code, reports = run(monkeypatch, capsys, *argv)
+    assert code == 3
+    assert [report["max_slots"] for report in reports] == [0, None]
+    assert all("another chip" in report["fitting"] for report in reports)
+    assert all("does not fit" in report["warnings"][0] for report in reports)
+
+
+def test_the_table_for_people(fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", "--live", "9"]
+    monkeypatch.setattr(sys, "argv", argv)
+    plan.main()
+    out = capsys.readouterr().out
+    assert "6 slots of 100" in out and "9 positions filled" in out
+    assert "100 tokens" in out.partition("\ntrain")[2]
+    assert all(len(line.rstrip()) == len(line) for line in out.splitlines())
+
+
+def test_settings_can_be_changed_like_those_of_train(fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "train")
+    changes = ("--update.param_dtype", "bfloat16", "--loss.kl_coef", "0")
+    _, (report,) = run(monkeypatch, capsys, *argv, *changes)
+    assert report["memory"]["parameters"] == 2 * PARAMETERS
+    assert report["memory"]["reference"] == 0
+    # There is no copy to sample from.
+    rollouts = 6 * PARAMETERS + 6 * ROW
+    phases = report["settings"]["phases"]
+    assert rollouts < phases["rollouts"] < rollouts + 10**4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh", "data=2,tensor=1"], "v5e:1x1 has 1 devices on 1 hosts of 1"),
+        (["--slots", "none"], "not a whole number"),
+        (["--slots", "0"], "1 or more"),
+        (["--part", "serve"], "invalid choice"),
+        (["--no-such-flag", "1"], "--no-such-flag"),
+    ],
+)
+def test_mistakes(flags, message, fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(UserError, match=message):
+        plan.main()
+
+
+# With the TPU compiler.
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
+)
+
+
+@needs_libtpu
+def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path):
+    argv = ["--topology", "v5e:2x2", "--part", "sample", "--json", "--slots", "1020"]
+    argv += ["--dump-hlo", str(tmp_path / "hlo"), "--live", "64"]
+    done = subprocess.run(
+        [sys.executable, "-m", "e1jax.plan", "--config", str(config), *argv],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["mesh"] == "data=2,tensor=2"
+    assert report["fits"] and report["max_slots"] >= 1020
+    assert report["memory"]["cache"] == 1020 * ROW // 4
+    assert report["bytes_per_step"] >= 0.9 * report["floor_bytes"] > 0
+    assert 0 < report["roofline_share"] < 1
+    assert report["collective_bytes"]["all-reduce"] > 0
+    text = (tmp_path / "hlo" / "sample_decode.hlo.txt").read_text()
+    assert "is_scheduled=true" in text
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_every_topology_can_be_described():
+    code = (
+        "from e1jax import plan\n"
+        "for name in plan.TOPOLOGIES:\n"
+        "    print(name, len(plan.describe(name).devices))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    found = dict(line.split() for line in done.stdout.splitlines())
+    for name in plan.TOPOLOGIES:
+        chip, _, shape = name.partition(":")
+        chips = math.prod(map(int, shape.split("x")))
+        assert int(found[name]) == chips * plan.CHIPS[chip].devices
