@@ -239,11 +239,15 @@ def make_home(path: Path) -> Path:
     package.mkdir()
     for name in ("convert", "sample", "evaluate", "train"):
         (package / f"{name}.py").write_text(
-            "import json, os, pathlib, sys, time\n"
+            "import json, os, pathlib, signal, sys, time\n"
             f"home = pathlib.Path({str(home)!r})\n"
             "platforms = os.environ.get('JAX_PLATFORMS')\n"
             "call = [os.getcwd(), platforms, *sys.orig_argv[1:]]\n"
             "print('trained', flush=True)\n"
+            "def save(*_):\n"
+            "    time.sleep(0.3)\n"
+            "    sys.exit('saved')\n"
+            "signal.signal(signal.SIGTERM, save)\n"
             "with (home / 'started').open('a') as file:\n"
             "    file.write(json.dumps(call) + '\\n')\n"
             "while (home / 'wait').exists():\n"
@@ -299,7 +303,7 @@ def test_training_is_started_once_outlives_the_connection_and_stops(cloud):
     config, *flags = ARGUMENTS["train.sh"]
     argv = ["-m", "e1jax.train", "--config", config, "--run-dir", MORE["RUN_DIR"]]
     assert started(home) == [[str(home / "e1jax"), None, *argv, *flags]] * 2
-    assert (home / "train.log").read_text() == "trained\n" * 2
+    assert (home / "train.log").read_text() == "trained\ntrained\nsaved\n"
 
 
 def test_watching(cloud):
