@@ -623,7 +623,16 @@ def plan_training(
     report = _report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
-    held = resident(config, learner)
+    held = report.memory = resident(config, learner)
+    state = sum(held.values())
+    if state > report.hbm_limit_bytes:  # no need to compile for minutes
+        report.hbm_bytes_per_chip = state
+        report.warnings.append(
+            "does not fit: parameters, optimizer and reference alone take "
+            f"{state / GIB:.2f} GiB; nothing was compiled"
+        )
+        report.fitting = _fitting_learner(config, sizes, slice_, mesh, state, held)
+        return report
     temperature = on_mesh(mesh, np.float32(1))
     update = compile_for_tpu(
         learner.update.trace(
@@ -631,7 +640,6 @@ def plan_training(
         )
     )
     _note(report, "update", update)
-    report.memory = held
     phases = {"update": update.total + held["reference"]}
     if update.fits:
         report.memory["temporaries"] = update.temporaries
@@ -651,7 +659,8 @@ def plan_training(
     report.fits = update.fits and report.hbm_bytes_per_chip <= report.hbm_limit_bytes
     held["other"] = max(0, phases["update"] - sum(held.values()))
     if not report.fits:
-        report.fitting = _fitting_learner(config, sizes, slice_, phases, held)
+        most = report.hbm_bytes_per_chip
+        report.fitting = _fitting_learner(config, sizes, slice_, mesh, most, held)
     return report
 
 
@@ -825,26 +834,31 @@ def _fitting_learner(
     config: GRPOConfig,
     sizes: ModelConfig,
     slice_: Slice,
-    phases: dict[str, int],
+    mesh: Mesh,
+    most: int,
     held: dict[str, int],
 ) -> str:
     """The next larger slice by an estimate: state is divided among the devices, and
     temporaries go with the rows of a micro-batch on each."""
+    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
     now = held["parameters"] + held["optimizer"] + held["reference"]
-    data = slice_mesh(slice_, config.mesh, sizes).shape["data"]
-    temporaries = max(0, max(phases.values()) - now)
+    temporaries = max(0, most - now)
     for larger in larger_slices(slice_):
-        mesh = slice_mesh(larger, None, sizes)
+        text = f"data={len(larger.devices) // tensor},tensor={tensor}"
+        mesh = slice_mesh(larger, text, sizes)
         if config.update.microbatch % mesh.shape["data"]:
             continue
         learner, _ = abstract_learner(config, sizes, mesh)
         state = sum(resident(config, learner).values())
         needed = state + temporaries * data / mesh.shape["data"]
         if needed <= larger.chip.hbm_bytes:
-            return (
-                f"{larger.topology} would fit, by an estimate of {needed / GIB:.1f} GiB"
+            what = f"{needed / GIB:.1f} GiB by an estimate" + (
+                "" if temporaries else ", temporaries not counted"
             )
-    return "no larger slice of this chip would fit; use another chip"
+            return f"{larger.topology} with --mesh {text} would fit ({what})"
+    return (
+        "no larger slice of this chip would fit with this micro-batch; use another chip"
+    )
 
 
 # What programs have in common.
