@@ -576,8 +576,11 @@ def decode(
             config, params, rows.token[:, None], position, cache, mesh=mesh
         )
         logits = model.unembed(config, params, hidden[:, 0])
+        # As the weights lie: were the logits divided by rows, weights would be gathered.
+        place = sharding(mesh, (None, "vocab"), logits.shape)
+        logits = jax.lax.with_sharding_constraint(logits, place)
         keys = sampling.row_keys(rows.sampling, rows.state.num_tokens)
-        sampled = sampling.draw(logits, keys, rows.sampling)
+        sampled = sampling.draw(logits, keys, rows.sampling, mesh)
         token, forced, state = sampling.advance(rows.state, sampled, rows.budget, ids)
         logprobs = sampling.token_logprobs(logits, token, rows.sampling.temperature)
         rows = rows._replace(token=token, position=rows.position + 1, state=state)

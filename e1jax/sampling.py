@@ -17,11 +17,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from e1jax.attention import on_tpu
 from e1jax.config import UNLIMITED, SamplingParams, UserError
+from e1jax.sharding import sharding
 
 THINK, FORCE, SOLVE, DONE = range(4)
+
+_MAX_GAP = float(np.finfo(np.float32).max)
+_MAX_RANK = np.int32(np.iinfo(np.int32).max)
+_LANES = 128  # of a TPU's vector registers
 
 # Names of `BudgetState.end` and `BudgetState.finish`, as a Completion tells them.
 THINKING_ENDS = (None, "model", "budget", "eos")
@@ -196,20 +205,19 @@ def row_keys(sampling: Sampling, index: Int[Array, " B"]) -> Key[Array, " B"]:
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    mesh: Mesh | None = None,
 ) -> Int[Array, " B"]:
     """Draws a token of each row from softmax(logits / temperature), cut by top-k, then
     top-p, renormalised.
 
     The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
+    `mesh` is where the arrays lie; see `kept`.
     """
     gaps = _gaps(logits, sampling.temperature)
-    filtering = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
-    keep = jax.lax.cond(
-        filtering,
-        lambda: kept(gaps, sampling.top_k, sampling.top_p),
-        lambda: jnp.ones(logits.shape, bool),
-    )
+    keep = kept(gaps, sampling.top_k, sampling.top_p, mesh)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     noisy = jnp.where(keep, noise - gaps, -jnp.inf)
     chosen = jnp.where((sampling.temperature == 0)[:, None], logits, noisy)
@@ -217,7 +225,10 @@ def draw(
 
 
 def kept(
-    gaps: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+    gaps: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    mesh: Mesh | None = None,
 ) -> Bool[Array, "B V"]:
     """Which tokens survive top-k and then top-p.
 
@@ -228,40 +239,92 @@ def kept(
     Nothing is sorted: floats of one sign are ordered like their bits, so bisection over
     the int32 range finds the exact cut in 31 passes over the array. Masses are summed in
     integers (see `_limbs`), so the set depends neither on the order of the sums nor on
-    how the vocabulary is sharded.
+    how the vocabulary is sharded. On a mesh of TPUs each device takes some of the rows,
+    whole, and goes through them in its vector memory.
     """
-    ranks = jax.lax.bitcast_convert_type(gaps, jnp.int32)
-    count = jnp.where(top_k > 0, top_k, jnp.iinfo(jnp.int32).max)
-    count = jnp.minimum(count, gaps.shape[1])
 
-    def at_most(cut):
-        return ranks <= cut[:, None]
+    def limits():
+        if on_tpu(mesh):
+            return _limits_on_tpu(gaps, top_k, top_p, mesh)
+        return _limit(gaps[:, None], top_k[:, None, None], top_p[:, None, None])[:, 0]
 
-    cut = _smallest(lambda cut: at_most(cut).sum(axis=-1) >= count, count.shape)
-    keep = at_most(cut)
-    limbs = _limbs(jnp.exp(-gaps))
+    everything = jnp.full((gaps.shape[0], 1), _MAX_RANK)
+    filtering = jnp.any((top_k > 0) | (top_p < 1))
+    return _ranks(gaps) <= jax.lax.cond(filtering, limits, lambda: everything)
 
-    def mass(chosen):
-        sums = [jnp.where(chosen, limb, 0).sum(axis=-1) for limb in limbs]
-        return sum(
-            s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
-        )
+
+def _limits_on_tpu(gaps, top_k, top_p, mesh):
+    """[B, 1] of `_limit`: it is 62 passes over little data, so that its time would go
+    into starting operations and collectives if XLA ran it."""
+    batch, vocab = gaps.shape
+    rows, columns = -batch % mesh.size, -vocab % _LANES
+    by_vocab = sharding(mesh, (None, "vocab"), gaps.shape)
+    gaps = jax.lax.with_sharding_constraint(gaps, by_vocab)  # as what else uses them
+    gaps = jnp.pad(gaps, ((0, rows), (0, columns)), constant_values=_MAX_GAP)
+    options = [jnp.pad(x, (0, rows))[:, None, None] for x in (top_k, top_p)]
+
+    def one_row(gaps, top_k, top_p, limit):
+        limit[...] = _limit(gaps[...], top_k[...], top_p[...])
+
+    def local(gaps, top_k, top_p):
+        gaps = gaps.reshape(gaps.shape[0], -1, _LANES)
+        number = pl.BlockSpec((None, 1, 1), lambda row: (row, 0, 0))
+        whole = pl.BlockSpec((None, *gaps.shape[1:]), lambda row: (row, 0, 0))
+        return pl.pallas_call(
+            one_row,
+            grid=gaps.shape[:1],
+            in_specs=[whole, number, number],
+            out_specs=number,
+            out_shape=jax.ShapeDtypeStruct(top_k.shape, jnp.int32),
+            name="top_k_top_p",
+        )(gaps, top_k, top_p)
+
+    place = PartitionSpec(mesh.axis_names)
+    everywhere = jax.shard_map(
+        local, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
+    )
+    return everywhere(gaps, *options)[:batch, 0]
+
+
+def _limit(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Rank of the last token kept [..., 1, 1], where a row's gaps are [..., M, N] and
+    its top_k and top_p [..., 1, 1]."""
+    ranks = _ranks(gaps)
+
+    def total(x):
+        return x.sum(axis=(-2, -1), keepdims=True)
+
+    def k_most_probable():
+        count = jnp.where(top_k > 0, top_k, _MAX_RANK)
+        count = jnp.minimum(count, gaps.shape[-2] * gaps.shape[-1])
+
+        def reaches(cut):
+            return total((ranks <= cut).astype(jnp.int32)) >= count
+
+        return _smallest(reaches, top_k.shape)
+
+    everything = jnp.full_like(top_k, _MAX_RANK)
+    by_k = jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
+    limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in _limbs(jnp.exp(-gaps))]
 
     def rest(cut):
         # What the cut leaves out. Near top_p = 1 it is small, so its float32 is finer
         # than that of what the cut keeps.
-        return mass(keep & ~at_most(cut))
+        sums = [total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
+        return sum(
+            s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
+        )
 
-    total = mass(keep)
-    spare = (1 - top_p) * total
-    cut = _smallest(lambda cut: rest(cut) <= spare, count.shape)
+    mass = rest(jnp.full_like(top_k, -1))
+    spare = (1 - top_p) * mass
+    cut = _smallest(lambda cut: rest(cut) <= spare, top_k.shape)
     # 0.5 + 0.3 reaches 0.8 though their float32 sum may not: the last token is given up
     # if only rounding, and next to nothing of its own weight, was missing without it.
     before = jnp.maximum(cut - 1, 0)
     last = jnp.exp(-jax.lax.bitcast_convert_type(cut, jnp.float32))
-    rounding = jnp.minimum(2e-7 * total, 1e-3 * last)
+    rounding = jnp.minimum(2e-7 * mass, 1e-3 * last)
     cut = jnp.where(rest(before) - spare <= rounding, before, cut)
-    return keep & (at_most(cut) | (top_p >= 1)[:, None])
+    return jnp.where(top_p >= 1, by_k, jnp.minimum(by_k, cut))
 
 
 def token_logprobs(
@@ -283,10 +346,14 @@ def _gaps(
     no infinity or NaN."""
     scale = jnp.where(temperature == 0, 1.0, temperature)[:, None]
     gaps = (logits.max(axis=-1, keepdims=True) - logits) / scale
-    return jnp.minimum(gaps, jnp.finfo(jnp.float32).max)
+    return jnp.minimum(gaps, _MAX_GAP)
 
 
-def _limbs(weights: Float[Array, "B V"]) -> list[Int[Array, "B V"]]:
+def _ranks(gaps: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(gaps, jnp.int32)
+
+
+def _limbs(weights: jax.Array) -> list[jax.Array]:
     """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18
     tokens are exact, where a float32 sum over a large vocabulary is off by 1e-6."""
     first = (weights * 4096).astype(jnp.int32)
@@ -298,8 +365,8 @@ def _limbs(weights: Float[Array, "B V"]) -> list[Int[Array, "B V"]]:
 
 
 def _smallest(
-    reaches: Callable[[Int[Array, " B"]], Bool[Array, " B"]], shape: tuple[int, ...]
-) -> Int[Array, " B"]:
+    reaches: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
     """The smallest non-negative int32 that `reaches` accepts (a monotone test), by
     bisection; the largest one if it accepts none."""
 
@@ -310,5 +377,5 @@ def _smallest(
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     low = jnp.zeros(shape, jnp.int32)
-    high = jnp.full(shape, jnp.iinfo(jnp.int32).max, jnp.int32)
+    high = jnp.full(shape, _MAX_RANK)
     return jax.lax.fori_loop(0, 31, halve, (low, high))[1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import attention, model
+from e1jax import attention, model, sampling
 from e1jax.convert import load_model
 from e1jax.sharding import make_mesh, sharding
 
@@ -138,6 +138,15 @@ def on_a_mesh(data: int, tensor: int):
     with pltpu.force_tpu_interpret_mode(True):
         ours = decode(q, k, v, jnp.int32(1), at)
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+    # The kernel for top-k and top-p too; 5 rows do not divide 8 devices.
+    gaps = jnp.asarray(np.random.default_rng(3).gamma(2, size=(5, 96)), jnp.float32)
+    options = jnp.array([0, 3, 0, 9, 0]), jnp.array([0.9, 1, 0.5, 0.8, 1])
+    theirs = sampling.kept(gaps, *options)
+    sampling.on_tpu = lambda mesh: mesh is not None
+    with pltpu.force_tpu_interpret_mode(True):
+        ours = jax.jit(lambda *args: sampling.kept(*args, mesh))(gaps, *options)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_on_meshes_of_8_devices():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from e1jax import sampling
 from e1jax.config import SamplingParams, UserError
@@ -286,6 +287,27 @@ def test_kept_set_is_that_of_numpy_on_a_full_vocabulary(scale):
         got = kept(logits, 0.6, 0, top_p)
         for row in range(4):
             assert (got[row] == (numpy_kept(logits[row], 0.6, 0, exact) > 0)).all()
+
+
+@pytest.mark.parametrize("vocab", [7, 128, 333])
+def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
+    """To the bit, whatever the options of the rows beside; run by the interpreter."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(6, vocab)).astype(np.float32) * 3
+    logits[1] = np.round(logits[1])  # many exact ties
+    logits[2, : vocab // 2] = -np.inf
+    gaps = sampling._gaps(jnp.asarray(logits), jnp.full(6, 0.6))
+    top_k = jnp.array([0, 3, 0, 2 * vocab, 0, 1])
+    top_p = jnp.array([0.95, 0.9, 0.999, 0.5, 1.0, 1e-6], jnp.float32)
+    want = sampling.kept(gaps, top_k, top_p)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1])[None], ("data", "tensor"))
+    monkeypatch.setattr(sampling, "on_tpu", lambda mesh: mesh is not None)
+    kernel = jax.jit(lambda *options: sampling.kept(gaps, *options, mesh))
+    with pltpu.force_tpu_interpret_mode(True):
+        np.testing.assert_array_equal(kernel(top_k, top_p), want)
+        off = jnp.zeros_like(top_k)
+        got = kernel(off, top_p)
+    np.testing.assert_array_equal(got, sampling.kept(gaps, off, top_p))
 
 
 @pytest.mark.parametrize(
