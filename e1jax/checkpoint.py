@@ -36,6 +36,7 @@ from e1jax.config import (
     stop_signals,
     writing,
 )
+from e1jax.hosts import is_first
 from e1jax.model import Params, abstract_params
 from e1jax.sharding import make_mesh, replicated
 from e1jax.tokenizer import read_json
@@ -335,7 +336,7 @@ class RunCheckpoints:
         """Returns when everything is on disk. Raises UserError if it cannot be."""
         with self._saying_what_is_left():
             self.manager.wait_until_finished()
-        if self.best:
+        if self.best and is_first():
             self._name_best(self.best)
 
     def close(self) -> None:
@@ -469,6 +470,14 @@ class MetricsLog:
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
+
+
+class NoLog:
+    """In place of a MetricsLog, for a process that leaves it to another."""
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def flush(self, more: Mapping[str, float] | None = None) -> None: ...
+    def close(self) -> None: ...
 
 
 def check_finite(step: int, metrics: Mapping[str, float]) -> None:

@@ -417,7 +417,7 @@ class RolloutConfig:
     temperature: float = 0.6
     """Above 0; log-probabilities in training are at this temperature too."""
     slots: int = 64
-    """Responses that are sampled at a time."""
+    """Responses that are sampled at a time, by each host of several."""
     cache_len: int | None = None
     """Positions of a slot, prompt included; null: the longest that budgets allow."""
 
@@ -624,7 +624,37 @@ def _check_divides(whole: tuple[str, int], part: tuple[str, int]) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How the processes of a run find each other; not needed on TPU pods or one host."""
+
+    coordinator: str | None = None
+    """HOST:PORT, with any free port of process 0's host, where the others find it; each
+    process gets the same command but for --process."""
+    processes: int | None = None
+    """How many processes the run has."""
+    process: int | None = None
+    """Which one this is, from 0."""
+
+    def __post_init__(self):
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) not in (0, 3):
+            raise UserError(
+                f"--{given[0]} came without all of --coordinator, --processes and "
+                "--process; give all three or none"
+            )
+        if self.coordinator is None or self.processes is None:
+            return
+        if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
+            raise UserError(
+                f"--coordinator must be like 10.0.0.1:1234, not {self.coordinator!r}"
+            )
+        check_integer("--processes", self.processes, 1)
+        check_integer("--process", self.process, 0, self.processes - 1)
+
+
 ConfigT = TypeVar("ConfigT")
+FlagsT = TypeVar("FlagsT")
 
 
 def load_config(
@@ -637,6 +667,19 @@ def load_config(
     directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
     or flag, a value of the wrong type, and whatever the dataclasses refuse.
     """
+    config, run_dir, _ = load_config_and_flags(cls, NoFlags, argv, prog)
+    return config, run_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """A command whose flags are all settings of the run."""
+
+
+def load_config_and_flags(
+    cls: type[ConfigT], flags: type[FlagsT], argv: Sequence[str], prog: str
+) -> tuple[ConfigT, Path, FlagsT]:
+    """As `load_config`, and the flags that are no settings of the run, a dataclass."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
@@ -647,10 +690,11 @@ def load_config(
     parser.add_argument(
         "--run-dir", help="directory of the run (default: runs/NAME-OF-THE-YAML-FILE)"
     )
+    parser.add_class_arguments(flags)
     parser.add_class_arguments(cls)
     try:
         if not {"-h", "--help"} & set(argv):
-            _check_names(cls, argv, prog)
+            _check_names(cls, flags, argv, prog)
         parsed = parser.instantiate(parser.parse_args(list(argv)))
     except argparse.ArgumentError as error:
         # "Parser key "steps": Expected a <class 'int'>. Got value: x", over two lines.
@@ -662,7 +706,9 @@ def load_config(
             f"--run-dir {run_dir} is not a path; mount the bucket (docs/tpu.md says "
             "how) and give the path where it is mounted"
         )
-    return cls(**{name: parsed[name] for name in _defaults(cls)}), Path(run_dir)
+    config = cls(**{name: parsed[name] for name in _defaults(cls)})
+    others = flags(**{name: parsed[name] for name in _defaults(flags)})
+    return config, Path(run_dir), others
 
 
 def record_config(config: Any, run_dir: Path) -> None:
@@ -741,13 +787,15 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _check_names(cls: Any, argv: Sequence[str], prog: str) -> None:
+def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
     """Refuses flags and YAML keys that name no setting, offering the nearest one."""
-    names = [f"--{name}" for name, _ in _flatten(_defaults(cls))]
+    names = [
+        f"--{name}" for kind in (cls, flags) for name, _ in _flatten(_defaults(kind))
+    ]
     # The last one comes with jsonargparse, which explains it in --help.
     known = [*names, "--config", "--run-dir", "--print_config"]
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    check_known(flags, known, prog)
+    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    check_known(given, known, prog)
     finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     finder.add_argument("--config")
     path = finder.parse_known_args(argv)[0].config

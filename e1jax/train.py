@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from jaxtyping import Array, Bool, Float
 
 from e1jax.checkpoint import (
     MetricsLog,
+    NoLog,
     RunCheckpoints,
     abstract_state,
     check_finite,
@@ -44,12 +45,13 @@ from e1jax.checkpoint import (
 from e1jax.config import (
     AdamWConfig,
     GRPOConfig,
+    HostsConfig,
     ModelConfig,
     SamplingParams,
     UserError,
     ValidationConfig,
     budget_name,
-    load_config,
+    load_config_and_flags,
     record_config,
     run_command,
     stop_signals,
@@ -72,6 +74,15 @@ from e1jax.grpo import (
     policy_loss,
     response_logprobs,
     token_weights,
+)
+from e1jax.hosts import (
+    any_of,
+    is_first,
+    joined,
+    local_mesh,
+    make_local_copy,
+    of_all,
+    rows_of_all,
 )
 from e1jax.model import Params, Whole, abstract_params
 from e1jax.rewards import Grader, grade
@@ -106,11 +117,18 @@ class Batch(NamedTuple):
 
 
 def main() -> None:
-    train(*load_config(GRPOConfig, sys.argv[1:], "python -m e1jax.train"))
+    config, run_dir, hosts = load_config_and_flags(
+        GRPOConfig, HostsConfig, sys.argv[1:], "python -m e1jax.train"
+    )
+    with joined(hosts):
+        train(config, run_dir)
 
 
 def train(config: GRPOConfig, run_dir: Path) -> None:
     """Trains to the last step, from where the run directory left off.
+
+    Of several processes, each samples and grades its share of the prompts; the first one
+    writes what is not a checkpoint, and prints.
 
     Raises UserError if sizes or problems do not fit together, if the directory was begun
     with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
@@ -123,17 +141,34 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     if instruction is None:
         instruction = default_instruction(loaded.tokenizer)
     examples = read_examples(config, loaded, instruction)
+    batches = prompt_batches(
+        examples,
+        prompts=config.rollout.prompts,
+        seed=config.seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+    )
     engine = make_engine(config, loaded, examples)
     validate = make_validation(config.validation, engine, instruction)
-    prepare(config, loaded, instruction, run_dir)
+    if is_first():
+        prepare(config, loaded, instruction, run_dir)
+    any_of(False)  # the others wait for that
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"{run_dir} was made by the first process, and this one does not see it; "
+            "take a --run-dir on a file system that all hosts share"
+        )
     use_compilation_cache()
 
     best = config.validation.best if validate else None
     checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
     learner = Learner(config, loaded, longest_lengths(config, engine, examples))
-    batches = prompt_batches(examples, prompts=config.rollout.prompts, seed=config.seed)
     step = saved = learner.restore(checkpoints, batches)
-    log = MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
+    log = (
+        MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
+        if is_first()
+        else NoLog()
+    )
     with (
         closing(checkpoints),
         closing(log),
@@ -152,36 +187,34 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             return step
 
         position = batches.get_state()
-        try:
-            while step < config.steps:
-                stop_if_asked()
-                engine.params = learner.sampling_params()
+        while not (stopped := any_of(signals)) and step < config.steps:
+            engine.params, rollouts = learner.sampling_params(), None
+            with suppress(Stopped):
                 rollouts = sample_rollouts(
                     config, engine, next(batches), grader, stop_if_asked
                 )
-                engine.params = None  # the update may write where they lie
-                engine.release_cache()
-                metrics = learner.learn(rollouts)
-                step, position = step + 1, batches.get_state()
-                metrics["learning_rate"] = float(learner.schedule(step - 1))
-                check_finite(step, metrics)
-                log.add(step, metrics)
-                last, measured = step == config.steps, {}
-                if validate and (last or step % config.validation.every == 0):
-                    engine.params = learner.sampling_params()
-                    measured = validate(grader)
-                if measured or last or step % config.checkpoint.every == 0:
-                    saved = save(measured)
-        except Stopped:
-            if step > saved:
-                save({})
-    if signals:
-        state = (
-            f"after step {step}, saved" if step else "before the first step was done"
-        )
-        print(f"stopped {state}; repeat the command to go on")
-    else:
-        print(f"{run_dir} is trained; python -m e1jax.evaluate --model {run_dir}")
+            if any_of(rollouts is None) or rollouts is None:
+                continue  # to where it ends
+            engine.params = None  # the update may write where they lie
+            engine.release_cache()
+            metrics = learner.learn(rollouts)
+            step, position = step + 1, batches.get_state()
+            metrics["learning_rate"] = float(learner.schedule(step - 1))
+            check_finite(step, metrics)
+            log.add(step, metrics)
+            last, measured = step == config.steps, {}
+            if validate and (last or step % config.validation.every == 0):
+                engine.params = learner.sampling_params()
+                measured = validate(grader)
+            if measured or last or step % config.checkpoint.every == 0:
+                saved = save(measured)
+        if step > saved:
+            save({})
+    state = f"after step {step}, saved" if step else "before the first step was done"
+    if is_first():
+        stop = f"stopped {state}; repeat the command to go on"
+        end = f"{run_dir} is trained; python -m e1jax.evaluate --model {run_dir}"
+        print(stop if stopped else end)
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
 
@@ -195,7 +228,7 @@ def read_examples(
     examples, dropped = encode_problems(
         problems, loaded.tokenizer, instruction, longest
     )
-    if dropped:
+    if dropped and is_first():
         print(
             f"note: {dropped} of {len(problems)} prompts have more than {longest} "
             "tokens and are left out",
@@ -230,7 +263,8 @@ def make_engine(
             f"</think>; {needed} is enough"
         )
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer, loaded.mesh),
+        *(loaded.config, None, loaded.tokenizer),
+        local_mesh(loaded.config, loaded.mesh),
         cache_len=cache_len,
         slots=rollout.slots,
     )
@@ -355,15 +389,26 @@ def rollout_metrics(
     }
 
 
+def metrics_of_all(metrics: dict[str, float]) -> dict[str, float]:
+    """Of the step, from those of each process, which all have as many responses."""
+    summed = ("reward_timeouts", "reward_crashes", "rollout_tokens_per_second")
+    return {
+        name: float(each.sum() if name in summed else each.mean())
+        for name, each in zip(metrics, of_all(list(metrics.values())).T, strict=True)
+    }
+
+
 def make_batch(
     config: GRPOConfig, rollouts: Rollouts, longest_prompt: int, longest_response: int
 ) -> Batch:
-    """Rollouts as arrays, of few different shapes.
+    """Rollouts as arrays, of few different shapes, in the order of the prompts' stream;
+    of several processes, each gets the rows of all.
 
     Masks follow from lengths and from what was forced, never from token ids.
     """
     completions = rollouts.completions
     longest = max(len(c.token_ids) for c in completions)
+    longest = int(of_all(longest).max())
     unit = -(-longest_response // NUM_LENGTHS)
     response_len = -(-longest // unit) * unit
     prompt_len = np.array([len(c.prompt_ids) for c in completions], np.int32)
@@ -377,6 +422,7 @@ def make_batch(
         mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
     advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
     batch = Batch(tokens, prompt_len, advantages, mask, logprobs)
+    batch = rows_of_all(batch, config.rollout.samples)
     micro = config.update.microbatch
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
 
@@ -401,6 +447,9 @@ class Learner:
         self.optimizer = make_optimizer(config)
         self.schedule = learning_rates(config.optimizer, config.steps)
         self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+        local = local_mesh(loaded.config, loaded.mesh)
+        sampled = abstract_params(loaded.config, local, self.dtype)
+        self.to_local = make_local_copy(loaded.mesh, sampled)
         self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
         shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
         self.update = make_update(
@@ -428,6 +477,9 @@ class Learner:
         return 0
 
     def sampling_params(self) -> Params:
+        """The policy where the engine samples: on this process's own devices."""
+        if jax.process_count() > 1:
+            return self.to_local(self.params)
         return _cast(self.params, self.dtype)
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
@@ -436,7 +488,9 @@ class Learner:
         config, loss = self.config, self.config.loss
         batch = make_batch(config, rollouts, *self.longest)
         rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
-        batch = jax.tree.map(lambda x: jax.device_put(x, rows), batch)
+        batch = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(rows, x, x.shape), batch
+        )
         temperature = jnp.float32(config.rollout.temperature)
         sampler_gap = jnp.float32(0)
         if self.reference is not None:
@@ -457,9 +511,10 @@ class Learner:
             measured.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
         tokens = sum(len(c.token_ids) for c in rollouts.completions)
+        tokens = of_all(tokens).sum()
         seconds = time.perf_counter() - start
         return {
-            **rollouts.metrics,
+            **metrics_of_all(rollouts.metrics),
             **means,
             "sampler_gap": sampler_gap.item(),
             "update_tokens_per_second": tokens * config.update.epochs / seconds,
@@ -665,7 +720,7 @@ def make_validation(
 ) -> Callable[[Grader], dict[str, float]] | None:
     """Measures accuracy and length at each pair of budgets; None without problems.
 
-    Requests are made, and refused, here. Problem i has the same seed at every budget and
+    Of several processes, each samples for its share of the problems. Requests are made, and refused, here. Problem i has the same seed at every budget and
     every step, so that what is compared differs in nothing else.
     """
     if config.problems is None:
@@ -700,10 +755,17 @@ def make_validation(
     def validate(grader: Grader) -> dict[str, float]:
         shape = (len(config.budgets), len(problems))
         right, tokens = np.zeros(shape), np.zeros(shape)
-        stream = engine.stream(prompts, requests)
+        stream = engine.stream(
+            prompts,
+            requests,
+            skip=lambda request, _: (
+                request % jax.process_count() != jax.process_index()
+            ),
+        )
         for completion, reward in grade(stream, answers, grader):
             at = divmod(completion.prompt_index, len(problems))
             right[at], tokens[at] = reward, len(completion.token_ids)
+        right, tokens = of_all([right, tokens]).sum(axis=0)
         metrics = {"validation_accuracy": right.mean().item()}
         for pair, accuracy, length in zip(
             config.budgets, right.mean(axis=1), tokens.mean(axis=1), strict=True

@@ -12,6 +12,7 @@ LEAF_TO_ROOT = [
     "config",
     "hlo",
     "sharding",
+    "hosts",
     "attention",
     "model",
     "tokenizer",

@@ -1,0 +1,194 @@
+"""Several processes, one per host, as one run: how they start, agree and end.
+
+Each samples on its own devices, without waiting for the others; an update takes in the
+devices of all. On the host's side, only the responses of a step and a few numbers pass
+between them. With one process, all functions give back what they are given.
+"""
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from e1jax.config import HostsConfig, ModelConfig, UserError
+from e1jax.sharding import make_mesh
+
+# After so long without a sign of life, a process is given up by the others. JAX's own
+# default is 100.
+HEARTBEAT_SECONDS = 30
+_GO_ON = "start all of them again, in any number, to go on from the last checkpoint"
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """While it is entered, this process is one of a run's, if there are several.
+
+    To be entered before JAX looks for devices. Processes find each other by `config`,
+    or without it where JAX knows the environment (TPU pods, Slurm, Open MPI). If one
+    fails, it exits at once, with its error; the others end within HEARTBEAT_SECONDS,
+    with a sentence and exit code 1.
+    """
+    if not _join(config):
+        yield
+        return
+    _explain_abort()
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        jax.distributed.shutdown()  # all of them stop at the same step
+        raise
+    except Exception as error:
+        if re.search("Gloo|heartbeat", str(error)):  # between CPUs; in Orbax's barriers
+            _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
+        if isinstance(error, UserError):
+            _leave(f"error: {error}", 2)
+        _leave(traceback.format_exc(), 1)
+    jax.distributed.shutdown()
+
+
+def _join(config: HostsConfig) -> bool:
+    # JAX's would take SIGTERM, which is for `stop_signals`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        if "coordinator_address" in str(error):
+            return False  # nothing says that there are several
+        raise UserError(
+            f"the processes of the run are not known ({error}); give --coordinator, "
+            "--processes and --process"
+        ) from None
+    except RuntimeError as error:
+        if config.coordinator is None and "before any JAX calls" in str(error):
+            return False  # called by a program that uses JAX already
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the other processes of the run are not found ({reason}); start all of "
+            "them within five minutes, with the same --coordinator and --processes"
+        ) from None
+    return True
+
+
+def _leave(message: str, code: int) -> None:
+    """Exits without JAX's shutdown, which waits for the others: they wait for us."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if is_first():
+        # JAX ends the others as soon as this one is gone; they may have to say the same.
+        time.sleep(2)
+    os._exit(code)
+
+
+def _explain_abort() -> None:
+    """JAX ends a process by abort(), in a thread of its own, when another is gone."""
+    sentence = (
+        "error: JAX has ended this process, as it does when another of the run has "
+        f"stopped; {_GO_ON}\n"
+    ).encode()
+
+    def explain(number: int) -> None:
+        os.write(2, sentence)
+        os._exit(1)
+
+    # Not Python's signal: its handlers run in the main thread, which is not given time.
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    _handlers.append(handler)
+
+
+_handlers: list[Any] = []  # alive as long as the process
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints what is that of the whole run."""
+    return jax.process_index() == 0
+
+
+def of_all(numbers: Any) -> np.ndarray:
+    """The numbers [...] of every process, [P, ...] float64. Waits for all of them."""
+    array = np.array(numbers, np.float64)
+    bits = array.reshape(-1).view(np.uint32)  # JAX would make them float32
+    every = np.ascontiguousarray(multihost_utils.process_allgather(bits))
+    return every.view(np.float64).reshape(jax.process_count(), *array.shape)
+
+
+def any_of(flag: Any) -> bool:
+    """Whether it is true in any process. Waits for all of them."""
+    return bool(of_all(bool(flag)).any())
+
+
+def rows_of_all(rows: Any, group: int) -> Any:
+    """Arrays with the rows of every process, in the order of the stream of prompts.
+
+    Each process has as many, `group` of them a prompt, and of the prompts in turn: the
+    p-th, the (P + p)-th, ...
+    """
+    count = jax.process_count()
+    if count == 1:
+        return rows
+
+    def in_order(x):  # [P, rows, ...]
+        x = x.reshape(count, -1, group, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(in_order, multihost_utils.process_allgather(rows))
+
+
+def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
+    """A mesh of this process's devices out of `mesh`, which has those of all."""
+    if jax.process_count() == 1:
+        return mesh
+    return make_mesh(None, config, _by_process(mesh)[jax.process_index()])
+
+
+def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
+    """params -> a copy on the local mesh, with the dtypes that `local` (abstract) has.
+
+    The devices send each other what they lack; nothing goes through the host. Every
+    process calls it at the same time.
+    """
+    own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
+    # One local mesh after the other: what is replicated over `hosts` is, on each,
+    # divided as its own mesh says.
+    every = Mesh(
+        _by_process(mesh).reshape(-1, *own.devices.shape),
+        ("hosts", *own.axis_names),
+        axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
+    )
+    copy = jax.jit(
+        lambda params: jax.tree.map(
+            lambda x, like: x.astype(like.dtype), params, local
+        ),
+        out_shardings=jax.tree.map(
+            lambda x: NamedSharding(every, x.sharding.spec), local
+        ),
+    )
+
+    def own_part(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = [shard.data for shard in x.addressable_shards]
+        assert like.sharding is not None
+        return jax.make_array_from_single_device_arrays(x.shape, like.sharding, parts)
+
+    return lambda params: jax.tree.map(own_part, copy(params), local)
+
+
+def _by_process(mesh: Mesh) -> np.ndarray:
+    """The devices of a mesh of all, [P, devices of a process]."""
+    return mesh.devices.reshape(jax.process_count(), -1)
