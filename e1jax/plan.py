@@ -192,7 +192,7 @@ def topology_table() -> str:
     rows = [("topology", "chips", "devices", "HBM GiB", "GB/s", "bf16 TFLOP/s")]
     for name, chip in CHIPS.items():
         for shape in chip.slices:
-            chips = math.prod(map(int, shape.split("x")))
+            chips = math.prod(_dims(shape))
             rows.append(
                 (
                     *(f"{name}:{shape}", f"{chips}", f"{chips * chip.devices}"),
@@ -202,6 +202,10 @@ def topology_table() -> str:
                 )
             )
     return f"{_aligned(rows)}\nHBM and speeds are those of one device, as JAX sees it."
+
+
+def _dims(shape: str) -> list[int]:
+    return [int(size) for size in shape.split("x")]
 
 
 def check_topology(topology: str) -> Chip:
@@ -550,6 +554,7 @@ def _cost_of_decoding(
     report.estimated_seconds = seconds
     floor = report.floor_bytes / chip.bytes_per_second
     report.roofline_share = floor / seconds
+    report.settings["xla_to_floor"] = step.cycles / chip.hertz / floor
     report.collective_bytes = _collective_bytes(step)
     outside = [op for op in step.ops if op.depth == 1 and not op.flops]
     rest = sum((op.cycles or 0) * op.times for op in outside)
@@ -650,7 +655,7 @@ def plan_training(
         # The optimizer's state and the reference policy wait beside it.
         waiting = held["optimizer"] + held["reference"]
         phases["logprobs"] = logprobs.total + waiting
-        phases["rollouts"] = rollout_bytes(report, config, sizes, slice_, args, held)
+        phases["rollouts"] = state + rollout_bytes(report, config, sizes, slice_, args)
         for program, name in ((update, "update"), (logprobs, "logprobs")):
             if program.text:
                 _cost_of_training(report, name, program.text, config, learner, slice_)
@@ -720,23 +725,35 @@ def rollout_bytes(
     sizes: ModelConfig,
     slice_: Slice,
     args: argparse.Namespace,
-    held: dict[str, int],
 ) -> int:
-    """Bytes on a device while responses are sampled: `decode` and what is kept.
+    """Bytes on a device of `decode` while responses are sampled: its copy of the
+    parameters, and the cache, which are both released before the update begins.
 
-    The cache is released, and so is the copy of the parameters that is sampled from,
-    before the update begins.
+    Of several hosts, each samples on its own devices. A program for a part of a slice
+    cannot be compiled, so it is compiled for the slice that one host is.
     """
     mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
+    if slice_.hosts > 1:
+        host = host_slice(slice_)
+        mesh = slice_mesh(host, None, sizes)
+        report.settings["rollouts_on"] = host.topology
     data = mesh.shape["data"]
     slots = -(-(args.slots or config.rollout.slots) // data) * data
     cache_len = args.cache_len or rollout_cache_len(config)
     sampler = Sampler(sizes, mesh, _dtype(config), slots, cache_len)
     decode = sampler.decode()
     _note(report, "decode", decode)
-    same = _dtype(config) == jnp.dtype(config.update.param_dtype)
-    shared = held["parameters"] if same else 0
-    return decode.total + sum(held.values()) - held.get("temporaries", 0) - shared
+    same_dtype = _dtype(config) == jnp.dtype(config.update.param_dtype)
+    shared = device_bytes(sampler.params) if same_dtype and slice_.hosts == 1 else 0
+    return decode.total - shared
+
+
+def host_slice(slice_: Slice) -> Slice:
+    """The slice that one of a slice's hosts would be alone."""
+    name = slice_.topology.partition(":")[0]
+    chips = len(slice_.devices) // slice_.hosts // slice_.chip.devices
+    shapes = [s for s in slice_.chip.slices if math.prod(_dims(s)) == chips]
+    return describe(f"{name}:{shapes[0]}")
 
 
 def _cost_of_training(
@@ -929,6 +946,8 @@ def _table(report: Report) -> str:
     phases = report.settings.get("phases")
     if phases:
         texts = [f"{name} {size / GIB:.2f}" for name, size in phases.items()]
+        host = report.settings.get("rollouts_on")
+        texts[-1] += f" (each host on its own {host})" if host else ""
         rows.append(("", "in turn", ", ".join(texts)))
     if report.max_slots is not None:
         note = "or more" if report.max_slots >= MOST_SLOTS else "found by compiling"
@@ -968,6 +987,8 @@ def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
         rate = report.settings["slots"] / seconds
         note = f"{rate:.0f} tokens a second, {100 * share:.0f} % of the roofline"
         yield "time a step, at best", f"{1e3 * seconds:.2f} ms", note
+        ratio = report.settings["xla_to_floor"]
+        yield "", f"{ratio:.2f} x floor", "the part that is not in kernels"
         sampling = 100 * report.settings["sampling_share"]
         yield "", f"{sampling:.1f} %", "of it outside of layers and matrix products"
     else:
