@@ -7,7 +7,8 @@ five-dimensional einsum runs several times slower on a CPU.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,8 @@ def causal_attention(
     scores of one part exist at a time, in the backward pass too. On TPUs, heads of
     bfloat16 and whole registers are the work of `splash_attention`.
     """
-    if on_tpu(mesh) and q.dtype == jnp.bfloat16 and q.shape[-1] % BLOCK_LEN == 0:
+    whole_tiles = q.dtype == jnp.bfloat16 and q.shape[-1] % BLOCK_LEN == 0
+    if mesh is not None and on_tpu(mesh) and whole_tiles:
         return splash_attention(q, k, v, mesh)
     length = q.shape[2]
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
@@ -106,11 +108,13 @@ def splash_attention(
     k: Float[Array, "B K T C"],
     v: Float[Array, "B K T C"],
     mesh: Mesh,
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "B H T C"]:
     """`causal_attention` by JAX's kernel for TPUs, which makes no scores in memory.
 
     Each device takes its own rows and heads. Where the caller is in a `shard_map` over
-    `data`, the rows are its own already.
+    `data`, the rows are its own already. `interpret` runs it without a TPU.
     """
 
     inside = set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -120,7 +124,7 @@ def splash_attention(
         return sharding(mesh, (rows, "heads", None, None), x.shape).spec
 
     local = jax.shard_map(
-        _splash_local,
+        functools.partial(_splash_local, interpret=interpret),
         mesh=None if inside else mesh,
         in_specs=(spec(q), spec(k), spec(v)),
         out_specs=spec(q),
@@ -130,7 +134,7 @@ def splash_attention(
     return local(q, k, v)
 
 
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def _splash_local(q, k, v, *, interpret: bool) -> jax.Array:
     length = q.shape[2]
     block_len = min(SPLASH_BLOCK_LEN, -(-length // BLOCK_LEN) * BLOCK_LEN)
     padding = -length % block_len  # at the end, where no real token looks
@@ -138,13 +142,15 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     q, k, v = (jnp.pad(x, pad) for x in (_scaled(q), k, v))
     mask = splash.CausalMask((length + padding, length + padding))
     names = [field.name for field in dataclasses.fields(splash.BlockSizes)]
-    blocks = {name: block_len for name in names if name.startswith("block_")}
+    blocks: Any = {name: block_len for name in names if name.startswith("block_")}
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * q.shape[1]),
         block_sizes=splash.BlockSizes(**blocks),
         residual_checkpoint_name=KEPT,
+        interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v)[:, :, :length]
+    out: Any = jax.vmap(kernel)(q, k, v)
+    return out[:, :, :length]
 
 
 @jax.custom_vjp

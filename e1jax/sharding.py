@@ -178,7 +178,7 @@ def _gather_backward(dim, dtype, like, grad):
     else:
         grad = jnp.moveaxis(grad, dim, 0)
         # The first dim in memory too: a scattered last one gets an all-reduce on TPUs.
-        grad = with_layout_constraint(grad, Layout(range(grad.ndim)))
+        grad = with_layout_constraint(grad, Layout(tuple(range(grad.ndim))))
         grad = jnp.moveaxis(_sum_and_scatter(grad), 0, dim)
     return (grad.astype(like.dtype),)
 

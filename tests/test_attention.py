@@ -1,0 +1,111 @@
+"""Causal attention: values and gradients against a plain computation in NumPy's float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from e1jax import attention
+
+
+def plain(q, k, v):
+    """[B, H, T, C] of float64, by the definition, without any trick."""
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
+    length = q.shape[2]
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights, weights @ v
+
+
+def plain_gradients(q, k, v, grad):
+    """Of sum(grad * result), by the chain rule."""
+    group, scale = q.shape[1] // k.shape[1], 1 / np.sqrt(q.shape[-1])
+    weights, _ = plain(q, k, v)
+    wide_k, wide_v = (np.repeat(x, group, axis=1) for x in (k, v))
+    grad_weights = grad @ wide_v.swapaxes(2, 3)
+    mean = (grad_weights * weights).sum(axis=-1, keepdims=True)
+    grad_scores = weights * (grad_weights - mean) * scale
+
+    def of_groups(x):
+        batch, _, length, size = x.shape
+        return x.reshape(batch, k.shape[1], group, length, size).sum(axis=2)
+
+    return (
+        grad_scores @ wide_k,
+        of_groups(grad_scores.swapaxes(2, 3) @ q),
+        of_groups(weights.swapaxes(2, 3) @ grad),
+    )
+
+
+def arrays(batch, heads, kv_heads, length, size, dtype):
+    """q, k, v and a gradient, as `dtype` and exactly so as float64."""
+    rng = np.random.default_rng(length)
+    shapes = [(batch, n, length, size) for n in (heads, kv_heads, kv_heads, heads)]
+    given = [jnp.asarray(3 * rng.normal(size=shape), dtype) for shape in shapes]
+    return given, [np.asarray(x.astype(jnp.float32), np.float64) for x in given]
+
+
+def check(function, given, exact, rtol):
+    result, backward = jax.vjp(function, *given[:3])
+    found = (result, *backward(given[3]))
+    expected = (plain(*exact[:3])[1], *plain_gradients(*exact))
+    scale = max(np.abs(x).max() for x in (*exact, *expected))
+    for name, ours, theirs in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        assert ours.dtype == given[0].dtype and ours.shape == theirs.shape
+        error = np.abs(np.asarray(ours, np.float64) - theirs)
+        assert error.max() <= rtol * scale, name
+
+
+@pytest.mark.parametrize("length", [1, 7, 129, 300, 1037])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2)])
+def test_values_and_gradients_in_float32(heads, kv_heads, length):
+    given, exact = arrays(2, heads, kv_heads, length, 20, jnp.float32)
+    check(attention.causal_attention, given, exact, 1e-5)
+
+
+def test_values_and_gradients_in_bfloat16():
+    given, exact = arrays(2, 6, 2, 300, 20, jnp.bfloat16)
+    check(attention.causal_attention, given, exact, 2e-2)
+
+
+def test_gradients_keep_all_digits_of_float32_where_products_would_not():
+    """The precision that is set around the forward pass does not reach the backward."""
+    x = jnp.ones((1, 2, 5, 20))
+
+    def backward(q):
+        return jax.grad(lambda q: attention.causal_attention(q, x, x).sum())(q)
+
+    with jax.default_matmul_precision("bfloat16"):
+        text = str(jax.make_jaxpr(backward)(x))
+    products = text.count("dot_general[")
+    assert products >= 6 and text.count("Precision.HIGHEST") == 2 * products
+
+
+@pytest.mark.parametrize("length", [5, 128, 700])
+def test_splash_attention(length):
+    """The kernel of TPUs, interpreted, on a mesh and inside a shard_map over `data`."""
+    mesh = Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1),
+        ("data", "tensor"),
+        axis_types=(AxisType.Auto,) * 2,
+    )
+    given, exact = arrays(2, 6, 2, length, 128, jnp.bfloat16)
+
+    def kernel(q, k, v):
+        return attention.splash_attention(q, k, v, mesh, interpret=True)
+
+    rows = jax.sharding.PartitionSpec("data")
+    inside = jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(rows,) * 3,
+        out_specs=rows,
+        axis_names={"data"},
+        check_vma=False,
+    )
+    check(jax.jit(kernel), given, exact, 2e-2)
+    check(jax.jit(inside), given, exact, 2e-2)
