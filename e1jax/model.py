@@ -199,21 +199,21 @@ def forward(
     if cache is not None and tokens.shape[1] == 1 and attention.on_tpu(mesh):
         visits = attention.live_blocks(positions, cache.k.shape[3], mesh)
 
-    def layer_step(carry, inputs):
-        x, cache = carry
-        weights, layer = inputs
+    def layer_step(carry, weights):
+        x, cache, layer = carry
         block = _module(config, "layers", whole(weights, "layers"))
-        return block(x, rope, cache, layer, positions, mesh, visits), None
+        x, cache = block(x, rope, cache, layer, positions, mesh, visits)
+        return (x, cache, layer + 1), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
     x = whole(params["embedding"], "embedding")[tokens]
-    layers = (params["layers"], jnp.arange(config.num_layers))
+    start = (x, cache, jnp.int32(0))
     with _matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
         # it would be copied layer by layer, in and out, at every step.
-        (x, cache), _ = jax.lax.scan(step, (x, cache), layers)
+        (x, cache, _), _ = jax.lax.scan(step, start, params["layers"])
     return _module(config, "norm", whole(params["norm"], "norm"))(x), cache
 
 
