@@ -16,6 +16,7 @@ on a TPU:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -329,13 +330,27 @@ def compile_for_tpu(traced: Any) -> Program:
     aliased = memory.alias_size_in_bytes
     fresh = memory.output_size_in_bytes - aliased
     try:
-        text = compiled.as_text()
+        with _silenced():
+            text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
         text = None
     return Program(
         *(True, arguments, temporaries, arguments + temporaries + fresh, aliased),
         *(time.perf_counter() - start, text),
     )
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Where the compiler cannot print a program, it writes a stack trace to stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def used_when_too_large(message: str) -> int | None:
@@ -457,6 +472,8 @@ def plan_sampling(
         report.memory["temporaries"] = decode.temporaries
         report.fits = report.hbm_bytes_per_chip <= report.hbm_limit_bytes
         _check_cache(report, decode, cache)
+        position = cache // engine._capacity(cache_len)
+        report.floor_bytes = read_weights(sampler.params) + live * position
         if decode.text:
             _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
     report.memory["other"] = max(
@@ -549,7 +566,7 @@ def _cost_of_decoding(
     block = min(attention.TPU_BLOCK_LEN, engine._capacity(sampler.cache_len))
     kernel_bytes = -(-live // block) * block * position if kernels else 0
     report.bytes_per_step = step.bytes + kernel_bytes
-    report.floor_bytes = read_weights(sampler.params) + live * position
+    assert report.floor_bytes is not None
     seconds = step.cycles / chip.hertz + kernel_bytes / chip.bytes_per_second
     report.estimated_seconds = seconds
     floor = report.floor_bytes / chip.bytes_per_second
