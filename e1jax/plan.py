@@ -214,6 +214,12 @@ def check_topology(topology: str) -> Chip:
     if topology in TOPOLOGIES:
         return CHIPS[topology.partition(":")[0]]
     near = difflib.get_close_matches(topology.lower(), TOPOLOGIES, n=3, cutoff=0.4)
+    rented = re.fullmatch(r"(v5litepod|v5e|v6e|v5p|tpu7x)-(\d{1,6})", topology)
+    if rented:  # an accelerator type, whose number is one of chips, or of their cores
+        name = {"v5litepod": "v5e"}.get(rented[1], rented[1])
+        chips = int(rented[2]) // (2 if name in ("v5p", "tpu7x") else 1)
+        shapes = [s for s in CHIPS[name].slices if math.prod(_dims(s)) == chips]
+        near = [f"{name}:{shape}" for shape in shapes] or near
     hint = f"the nearest are {', '.join(near)}" if near else "it is like v5e:2x4"
     raise UserError(
         f"the topology {topology!r} is not known; {hint} (all of them: "
