@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int, Shaped
 from e1jax.config import ModelConfig, UserError
 from e1jax.model import Params, Whole, forward, unembed
 
-# Response positions of a row whose logits exist at a time: 152,064 of float32 at each of
-# 128 positions are 78 MB.
-CHUNK_LEN = 128
+# Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
+# fewer, a TPU spends its time on the gradient of the output matrix, which it reads and
+# writes once per chunk.
+CHUNK_TOKENS = 512
 
 Metrics = dict[str, Array]
 
@@ -169,17 +170,17 @@ def chunked_logprobs(
     targets: Int[Array, "B R"],
     temperature: Float[Array, ""],
     *,
-    chunk_len: int = CHUNK_LEN,
+    chunk_len: int | None = None,
     entropy_grad: bool = False,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-softmax of the logits / temperature at the targets, and the entropy there.
 
-    The logits of `chunk_len` positions of each row exist at a time, forward and backward
-    (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
+    The logits of `chunk_len` positions of each row (None: of CHUNK_TOKENS tokens) exist
+    at a time, forward and backward (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
     over devices. The entropy has a gradient, which costs time, only with `entropy_grad`.
     """
     batch, length = targets.shape
-    chunk_len = min(chunk_len, length)
+    chunk_len = min(chunk_len or max(1, CHUNK_TOKENS // batch), length)
     num_chunks = -(-length // chunk_len)
     padding = num_chunks * chunk_len - length
 
