@@ -91,8 +91,7 @@ def causal_attention(
     scores of one part exist at a time, in the backward pass too. On TPUs, heads of
     bfloat16 and whole registers are the work of `splash_attention`.
     """
-    whole_tiles = q.dtype == jnp.bfloat16 and q.shape[-1] % BLOCK_LEN == 0
-    if mesh is not None and on_tpu(mesh) and whole_tiles:
+    if mesh is not None and takes_splash(mesh, q.dtype, q.shape[-1]):
         return splash_attention(q, k, v, mesh)
     length = q.shape[2]
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
@@ -101,6 +100,10 @@ def causal_attention(
         end = min(start + part_len, length)
         parts.append(_last_queries(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
     return jnp.concatenate(parts, axis=2)
+
+
+def takes_splash(mesh: Mesh | None, dtype: Any, head_dim: int) -> bool:
+    return on_tpu(mesh) and dtype == jnp.bfloat16 and head_dim % BLOCK_LEN == 0
 
 
 def splash_attention(
@@ -200,23 +203,12 @@ def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(visible, scores, MASKED)
 
 
-class Visits(NamedTuple):
-    """The blocks of the cache that a decode step reads, the same in all layers: for each
-    part of the rows that a device holds, a list of all live blocks, row after row."""
-
-    count: jax.Array  # [parts] int32: how many of the list count
-    rows: jax.Array  # [parts * most] int32
-    blocks: jax.Array  # [parts * most] int32
-
-
 def cached_attention(
     q: Float[Array, "B H T C"],
     k_cache: Float[Array, "L B K S C"],
     v_cache: Float[Array, "L B K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "B T"],
-    mesh: Mesh | None = None,
-    visits: Visits | None = None,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -224,11 +216,8 @@ def cached_attention(
     are visited up to the last one that any row has reached (a dynamic trip count in one
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
-    others are. S is a multiple of BLOCK_LEN, or smaller than it. With `visits`, it is
-    the work of `decode_attention`.
+    others are. S is a multiple of BLOCK_LEN, or smaller than it.
     """
-    if visits is not None:
-        return decode_attention(q, k_cache, v_cache, layer, positions, visits, mesh)
     _, batch, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
     heads, length = q.shape[1], q.shape[2]
@@ -263,6 +252,15 @@ def cached_attention(
     num_blocks = jnp.max(positions) // block_len + 1
     _, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
     return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
+
+
+class Visits(NamedTuple):
+    """The blocks of the cache that a decode step reads, the same in all layers: for each
+    part of the rows that a device holds, a list of all live blocks, row after row."""
+
+    count: jax.Array  # [parts] int32: how many of the list count
+    rows: jax.Array  # [parts * most] int32
+    blocks: jax.Array  # [parts * most] int32
 
 
 def live_blocks(

@@ -495,22 +495,25 @@ def prefill(
     """Keys and values of the first `length` of `tokens` [1, P], in a cache of P
     positions.
 
-    The prompt goes through the model in pieces, as many as it fills; no logits are
-    made.
+    The prompt goes through the model in pieces, as many as it fills, or at once where
+    a kernel spares the memory for its scores; no logits are made.
     """
     bucket = tokens.shape[1]
-    cache = model.init_cache(config, 1, bucket, params["embedding"].dtype)
-    piece = math.gcd(bucket, _PREFILL_LEN)
+    dtype = params["embedding"].dtype
+    cache = _cache_on_mesh(mesh, model.init_cache(config, 1, bucket, dtype))
+    at_once = attention.takes_splash(mesh, dtype, config.head_dim)
+    piece = bucket if at_once else math.gcd(bucket, _PREFILL_LEN)
 
     def step(i, cache):
         start = i * piece
         positions = start + jnp.arange(piece)[None]
         part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
-        return _cache_on_mesh(
-            mesh, model.forward(config, params, part, positions, cache, mesh=mesh)[1]
+        _, cache = model.forward(
+            config, params, part, positions, cache, mesh=mesh, from_start=at_once
         )
+        return _cache_on_mesh(mesh, cache)
 
-    return jax.lax.fori_loop(0, -(-length // piece), step, _cache_on_mesh(mesh, cache))
+    return jax.lax.fori_loop(0, -(-length // piece), step, cache)
 
 
 @functools.partial(_jit, static_argnums=0, donate_argnums=(1, 3))

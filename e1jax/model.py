@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
         self.head_dim = c
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, visits):
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, attend):
         q = self.q(x)
         if cache is not None:
             # Else XLA for TPUs folds the split into heads into the product, and copies
@@ -102,13 +102,9 @@ class Attention(nnx.Module):
         q = keep(attention.apply_rope(self._heads(q), rope))
         k = keep(attention.apply_rope(self._heads(self.k(x)), rope))
         v = keep(self._heads(self.v(x)))
-        if cache is None:
-            out = attention.causal_attention(q, k, v, mesh)
-        else:
+        if cache is not None:
             cache = write(cache, layer, k, v, positions, mesh)
-            out = attention.cached_attention(
-                q, cache.k, cache.v, layer, positions, mesh, visits
-            )
+        out = attend(q, k, v, cache, layer)
         batch, heads, length, head_dim = out.shape
         return self.o(
             out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
@@ -137,10 +133,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, visits):
+    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, attend):
         x = x if cache is None else _of_all_rows(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, positions, mesh, visits
+            self.attention_norm(x), rope, cache, layer, positions, mesh, attend
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
@@ -176,6 +172,7 @@ def forward(
     cache: KVCache | None = None,
     *,
     mesh: Mesh | None = None,
+    from_start: bool = False,
     remat: bool = False,
     whole: Whole = lambda part, name: part,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
@@ -183,7 +180,8 @@ def forward(
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
     every position up to their own; without one, tokens see the earlier ones of the same
-    call. `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
+    call, which `from_start` (`positions` begin at 0) asks for with a cache too.
+    `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
     `whole` makes parameters usable that are shards, when and where they are needed; see
     sharding.make_whole.
 
@@ -199,10 +197,18 @@ def forward(
     if cache is not None and tokens.shape[1] == 1 and attention.on_tpu(mesh):
         visits = attention.live_blocks(positions, cache.k.shape[3], mesh)
 
+    def attend(q, k, v, cache, layer):
+        if cache is None or from_start:
+            return attention.causal_attention(q, k, v, mesh)
+        args = (q, cache.k, cache.v, layer, positions)
+        if visits is not None:
+            return attention.decode_attention(*args, visits, mesh)
+        return attention.cached_attention(*args)
+
     def layer_step(carry, weights):
         x, cache, layer = carry
         block = _module(config, "layers", whole(weights, "layers"))
-        x, cache = block(x, rope, cache, layer, positions, mesh, visits)
+        x, cache = block(x, rope, cache, layer, positions, mesh, attend)
         return (x, cache, layer + 1), None
 
     names = () if remat else (attention.KEPT,)

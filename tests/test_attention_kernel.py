@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import attention, model, sampling
+from e1jax import attention, engine, model, sampling
 from e1jax.convert import load_model
 from e1jax.sharding import make_mesh, sharding
 
@@ -117,6 +117,32 @@ def test_a_model_decodes_by_it_as_by_the_xla_version(tiny_hf, monkeypatch):
     assert called, "the kernel was not used"
     np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(cache.k, plain_cache.k, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
+    """What TPUs do with a prompt: queries see the new keys, not those of the cache."""
+    loaded = load_model(str(tiny_hf()))
+    config, params = loaded.config, loaded.params
+    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, 1024))
+    tokens, length = jnp.asarray(tokens, jnp.int32), jnp.int32(1000)
+    pieces = engine.prefill(config, mesh, params, tokens, length)
+    engine.prefill.clear_cache()
+    called = []
+    causal = attention.causal_attention
+    monkeypatch.setattr(attention, "takes_splash", lambda *_: True)
+    monkeypatch.setattr(
+        attention, "causal_attention", lambda *a: called.append(1) or causal(*a)
+    )
+    monkeypatch.setattr(
+        attention, "splash_attention", lambda q, k, v, _: causal(q, k, v)
+    )
+    at_once = engine.prefill(config, mesh, params, tokens, length)
+    engine.prefill.clear_cache()
+    assert called
+    for ours, theirs in zip(at_once, pieces, strict=True):
+        ours, theirs = ours[..., :1000, :], theirs[..., :1000, :]
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def on_a_mesh(data: int, tensor: int):
