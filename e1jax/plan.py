@@ -134,6 +134,8 @@ class Report:
     fits: bool = False
     hbm_bytes_per_chip: int | None = None
     hbm_limit_bytes: int = 0
+    devices: int = 0
+    hosts: int = 0
     max_slots: int | None = None
     bytes_per_step: int | None = None
     floor_bytes: int | None = None
@@ -482,9 +484,8 @@ def plan_sampling(
         report.floor_bytes = read_weights(sampler.params) + live * position
         if decode.text:
             _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
-    report.memory["other"] = max(
-        0, report.hbm_bytes_per_chip - sum(report.memory.values())
-    )
+    rest = report.hbm_bytes_per_chip - sum(report.memory.values())
+    report.memory["other" if decode.fits else "temporaries"] = max(0, rest)
     report.max_slots = largest_slots(report, sampler, decode)
     if not report.fits:
         report.fitting = _fitting_sampler(report, sampler, slice_)
@@ -685,7 +686,8 @@ def plan_training(
     report.settings["phases"] = phases
     report.hbm_bytes_per_chip = max(phases.values())
     report.fits = update.fits and report.hbm_bytes_per_chip <= report.hbm_limit_bytes
-    held["other"] = max(0, phases["update"] - sum(held.values()))
+    rest = phases["update"] - sum(held.values())
+    held["other" if update.fits else "temporaries"] = max(0, rest)
     if not report.fits:
         most = report.hbm_bytes_per_chip
         report.fitting = _fitting_learner(config, sizes, slice_, mesh, most, held)
@@ -910,8 +912,12 @@ def _dtype(config: GRPOConfig) -> Any:
 
 def _report(part: str, slice_: Slice, mesh: Mesh) -> Report:
     text = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-    limit = slice_.chip.hbm_bytes
-    return Report(part, slice_.topology, text, hbm_limit_bytes=limit)
+    return Report(
+        *(part, slice_.topology, text),
+        hbm_limit_bytes=slice_.chip.hbm_bytes,
+        devices=len(slice_.devices),
+        hosts=slice_.hosts,
+    )
 
 
 def _note(report: Report, name: str, program: Program) -> None:
@@ -963,6 +969,7 @@ def _table(report: Report) -> str:
     verdict = "fits" if report.fits else "does not fit"
     rows = [
         (report.part, f"{report.topology}, {report.mesh}", verdict),
+        ("", f"{report.devices} devices", f"on {report.hosts} hosts"),
         ("settings", *_settings(report)),
         ("HBM a device", f"{used / GIB:.2f} of {limit / GIB:.2f} GiB", kinds),
     ]
@@ -976,10 +983,12 @@ def _table(report: Report) -> str:
         note = "or more" if report.max_slots >= MOST_SLOTS else "found by compiling"
         rows.append(("most slots", str(report.max_slots), note))
     if report.bytes_per_step is not None and report.floor_bytes:
-        floor = f"{report.floor_bytes / 1e9:.3f} GB are the least"
+        least = f"{report.floor_bytes / 1e9:.3f} GB"
         ratio = report.bytes_per_step / report.floor_bytes
+        note = f"{ratio:.2f} x the floor of {least}"
+        if report.part == "train":
+            note = f"{least} for the state, the rest for products"
         amount = f"{report.bytes_per_step / 1e9:.3f} GB"
-        note = f"{ratio:.2f} x the floor: {floor}" if report.max_slots else floor
         rows.append(("HBM traffic a step", amount, note))
     if report.estimated_seconds is not None:
         rows.extend(_time_rows(report))

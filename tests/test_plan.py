@@ -68,6 +68,9 @@ def test_topologies_are_listed_with_chips_and_devices(monkeypatch, capsys):
     [
         ("v5e:2x5", "v5e:2x4"),
         ("V5P:4x4x4", "v5p:4x4x4"),
+        ("v5litepod-8", "are v5e:2x4 "),
+        ("v5p-8", "are v5p:2x2x1 "),
+        ("v6e-7", "v6e:"),
         ("h100", "it is like v5e:2x4"),
     ],
 )
@@ -179,6 +182,62 @@ def test_a_step_reads_no_embedding_but_a_tied_one():
     assert whole - step == 2 * 264 * 64
     whole, step = read(tie_word_embeddings=True)
     assert whole == step
+
+
+STEP = """
+%body (p: (pred[], f32[2,64])) -> (pred[], f32[2,64]) {
+  %p = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) parameter(0)
+  %go = pred[]{:T(512)} get-tuple-element(%p), index=0
+  %x = f32[2,64]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %y = f32[2,64]{1,0:T(8,128)} negate(%x), backend_config={"window_config":{"estimated_cycles":"1500"}}
+  %z = f32[2,64]{1,0:T(8,128)} custom-call(%y), custom_call_target="TARGET"
+  ROOT %t = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) tuple(%go, %z)
+}
+
+%test (q: (pred[], f32[2,64])) -> pred[] {
+  %q = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) parameter(0)
+  ROOT %more = pred[]{:T(512)} get-tuple-element(%q), index=0
+}
+
+ENTRY %main (f: pred[], a: f32[2,64]) -> f32[2,64] {
+  %f = pred[]{:T(512)} parameter(0)
+  %a = f32[2,64]{1,0:T(8,128)} parameter(1)
+  %b = f32[2,64]{0,1:T(8,128)} copy(%a)
+  %s = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) tuple(%f, %b)
+  %w = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) while(%s), condition=%test, body=%body, metadata={op_name="jit(decode)/while"}
+  ROOT %r = f32[2,64]{1,0:T(8,128)} get-tuple-element(%w), index=1
+}
+"""
+
+
+@pytest.mark.parametrize(("target", "blocks"), [("tpu_custom_call", 2), ("Other", 0)])
+def test_bytes_and_time_of_a_step(target, blocks):
+    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048)
+    report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
+    text = STEP.replace("TARGET", target)
+    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
+    # Of 600 positions a kernel reads two blocks of 512, keys and values of 3 layers.
+    kernel = blocks * 512 * 5 * 2 * 3 * 2 * 16 * 2
+    assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel  # not the copy before it
+    assert report.estimated_seconds == pytest.approx(1e-6 + kernel / 819e9)
+    floor = 10**4 / 819e9
+    assert report.roofline_share == pytest.approx(floor / report.estimated_seconds)
+    assert any("kernel" in text for text in report.not_in_estimate) == (blocks > 0)
+
+
+def test_useful_flops_of_an_update(config):
+    loaded, _ = plan.load_config(
+        plan.GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
+    )
+    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, batch = plan.abstract_learner(loaded, SIZES, mesh)
+    assert batch.tokens.shape == (4, 2, 100)
+    assert batch.loss_mask.shape == (4, 2, 60)
+    # q and o, k and v, and the three products of the mlp, in each of three layers.
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
+    useful = 6 * 4 * (100 * 3 * layer + 60 * 264 * 64)
+    assert plan.update_flops(loaded, learner) == useful
 
 
 # Whole plans, with a compiler that only adds up what a program is given.
