@@ -14,10 +14,13 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from e1jax import train
+from e1jax import hosts, train
 from e1jax.config import (
     GRPOConfig,
+    HostsConfig,
+    UserError,
     load_config,
+    load_config_and_flags,
 )
 from e1jax.data import nano_problems
 
@@ -29,15 +32,15 @@ SETTINGS = {
     "data": {"problems": "problems.jsonl", "max_prompt_len": 40},
     "rollout": {
         "prompts": 4,
-        "samples": 3,
+        "samples": 4,
         "thinking_budget": 8,
         "solution_budget": 6,
         "temperature": 0.9,
         "slots": 5,
         "cache_len": 64,
     },
-    # A mini-batch of three micro-batches, whose rows are of both processes.
-    "update": {"minibatch_prompts": 4, "microbatch": 4, "remat": False},
+    # Two updates a step; which prompts are in which shows the order of the rows.
+    "update": {"minibatch_prompts": 2, "microbatch": 4, "remat": False},
     "optimizer": {"learning_rate": 3e-4},
     "validation": {
         "problems": "problems.jsonl",
@@ -132,15 +135,14 @@ def metrics(run_dir: Path) -> list[dict]:
 def assert_same(run_dir: Path, other: Path, step: int) -> None:
     """Equal but for the order of sums in float32."""
     ours, theirs = saved(run_dir, step), saved(other, step)
-    for name in ("params", "optimizer"):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-            *(ours[name], theirs[name]),
-        )
-    # Adam makes much of the few gradients that are next to nothing.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+        *(ours["optimizer"], theirs["optimizer"]),
+    )
+    # Adam makes whole steps of the few gradients that are nothing but rounding.
     pairs = zip(*map(jax.tree.leaves, (ours["params"], theirs["params"])), strict=True)
     gaps = np.concatenate([np.abs(a - b).ravel() for a, b in pairs])
-    assert np.quantile(gaps, 0.99) < 1e-6
+    assert np.quantile(gaps, 0.999) < 1e-5 and gaps.max() < 3e-4 * step
     for one, two in zip(metrics(run_dir), metrics(other), strict=False):
         assert set(one) == set(two)
         for name in set(one) - TIMED - {"rollout_waste", "sampler_gap"}:
@@ -158,8 +160,8 @@ def test_lost_processes_and_the_run_of_one(place, alone):
     """Two processes, of which the second is killed; two that go on, of which the first
     is killed; one that goes on to the end."""
     run_dir = place / "shared"
-    # In the update of the third step, then of the fourth.
-    for victim, nth in ((1, 3), (0, 2)):
+    # In the first update of the third step, then of the fourth.
+    for victim, nth in ((1, 5), (0, 3)):
         scripts = [COMMAND, COMMAND]
         scripts[victim] = [DRIVER, f"update:{nth}:{signal.SIGKILL:d}"]
         codes, outputs = start(run_dir, scripts)
@@ -174,3 +176,86 @@ def test_lost_processes_and_the_run_of_one(place, alone):
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
     assert_same(run_dir, alone, 4)
     assert [r["data"] for r in records(run_dir)] == [r["data"] for r in records(alone)]
+
+
+@pytest.mark.slow
+def test_four_processes_stop_together_and_two_of_two_devices_go_on(
+    place, alone, monkeypatch
+):
+    run_dir = place / "four"
+    stopped = [DRIVER, f"sampling:3:{signal.SIGTERM:d}"]  # in the third step
+    codes, outputs = start(run_dir, [COMMAND, COMMAND, stopped, COMMAND])
+    assert codes == [0] * 4 and "exit code 0" in outputs[2][0], outputs
+    said = ["stopped after step 2, saved" in out for out, _ in outputs]
+    assert said == [True, False, False, False]
+    assert_same(run_dir, alone, 2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    codes, outputs = start(run_dir, [COMMAND, COMMAND])
+    assert codes == [0] * 2, outputs
+    assert "is trained" in outputs[0][0]
+    assert_same(run_dir, alone, 4)
+
+
+# What can be wrong with it.
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--processes", "2"], "--processes came without all of --coordinator"),
+        (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here'"),
+        (
+            ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
+            "--process must be a whole number, from 0 to 1, not 2",
+        ),
+        (["--coordinater", "a:1"], "did you mean '--coordinator'"),
+    ],
+)
+def test_mistakes_in_the_flags_are_one_sentence(place, flags, part):
+    argv = ["--config", "hosts.yaml", *flags]
+    with pytest.raises(UserError, match=part) as error:
+        load_config_and_flags(GRPOConfig, HostsConfig, argv, "train")
+    assert "\n" not in str(error.value)
+
+
+def test_flags_of_the_hosts_are_no_settings(place):
+    argv = ["--config", "hosts.yaml", "--coordinator", "10.0.0.1:1234"]
+    argv += ["--processes", "3", "--process", "1"]
+    config, _, found = load_config_and_flags(GRPOConfig, HostsConfig, argv, "train")
+    assert found == HostsConfig("10.0.0.1:1234", 3, 1)
+    assert config == settings()
+    with pytest.raises(UserError, match="unknown field 'processes'"):
+        Path("hosts2.yaml").write_text(yaml.safe_dump({**SETTINGS, "processes": 3}))
+        load_config_and_flags(GRPOConfig, HostsConfig, ["--config", "hosts2.yaml"], "")
+
+
+def test_rows_come_in_the_order_of_the_prompts(monkeypatch):
+    """Process p has the prompts p, p + 3, ... of a step, two rows each."""
+    rows = np.arange(12 * 2 * 5).reshape(24, 5)
+    groups = rows.reshape(12, 2, 5)
+    gathered = np.stack([groups[p::3].reshape(-1, 5) for p in range(3)])
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(
+        hosts.multihost_utils, "process_allgather", lambda tree: gathered
+    )
+    np.testing.assert_array_equal(hosts.rows_of_all(rows, 2), rows)
+
+
+def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
+    def gather(bits):
+        assert bits.dtype == np.uint32  # which JAX leaves as they are
+        return np.stack([bits, bits[::-1].copy()[::-1]])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    numbers = [[0.1, 2.0**60 + 1], [-1e-300, 3.0]]
+    np.testing.assert_array_equal(hosts.of_all(numbers), [numbers, numbers])
+    assert hosts.any_of([0]) is True and hosts.any_of([]) is False
+
+
+def test_a_whole_step_from_those_of_each_process(monkeypatch):
+    each = {"reward": [0.25, 0.75], "reward_crashes": [1, 2]}
+    found = {name: values[0] for name, values in each.items()}
+    monkeypatch.setattr(train, "of_all", lambda values: np.array([*each.values()]).T)
+    expected = {"reward": 0.5, "reward_crashes": 3}
+    assert train.metrics_of_all(found) == expected
