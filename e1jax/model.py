@@ -59,10 +59,16 @@ class Linear(nnx.Module):
             else None
         )
 
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(
+        self, x: Float[Array, "B T I"], apart: bool = False
+    ) -> Float[Array, "B T O"]:
+        """With `apart`, the compiler folds nothing that follows into the product: for
+        TPUs it would copy the weights of all layers into the layout that a split of the
+        result into heads asks for."""
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
         y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = jax.lax.optimization_barrier(y) if apart else y
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[None, None]
 
@@ -94,14 +100,10 @@ class Attention(nnx.Module):
         self.head_dim = c
 
     def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, attend):
-        q = self.q(x)
-        if cache is not None:
-            # Else XLA for TPUs folds the split into heads into the product, and copies
-            # the weights of all layers into the layout that this asks for.
-            q = jax.lax.optimization_barrier(q)
-        q = keep(attention.apply_rope(self._heads(q), rope))
-        k = keep(attention.apply_rope(self._heads(self.k(x)), rope))
-        v = keep(self._heads(self.v(x)))
+        apart = cache is not None
+        q = keep(attention.apply_rope(self._heads(self.q(x, apart)), rope))
+        k = keep(attention.apply_rope(self._heads(self.k(x, apart)), rope))
+        v = keep(self._heads(self.v(x, apart)))
         if cache is not None:
             cache = write(cache, layer, k, v, positions, mesh)
         out = attend(q, k, v, cache, layer)
@@ -250,13 +252,18 @@ def write(
     def write_one(buffer, layer, new, positions):
         new = new.astype(buffer.dtype)
         if new.shape[2] == 1:
-            rows = jnp.arange(new.shape[0])
-            return buffer.at[layer, rows, :, positions[:, 0]].set(
-                new[:, :, 0],
+            # Head by head: for windows of several heads, XLA for TPUs would turn the
+            # whole cache into a layout in which these are neighbours, and back.
+            heads = new.reshape(-1, new.shape[3])
+            by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
+            at = jnp.repeat(positions[:, 0], new.shape[1])
+            by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
+                heads,
                 unique_indices=True,
                 mode="promise_in_bounds",
                 wrap_negative_indices=False,
             )
+            return by_head.reshape(buffer.shape)
 
         def write_row(row, buffer):
             at = (layer, row, 0, positions[row, 0], 0)
