@@ -41,6 +41,8 @@ SETTINGS = {
     },
     # Two updates a step; which prompts are in which shows the order of the rows.
     "update": {"minibatch_prompts": 2, "microbatch": 4, "remat": False},
+    # Or, where all rewards of a mini-batch agree, its gradient would be mere rounding.
+    "loss": {"entropy_coef": 0.01},
     "optimizer": {"learning_rate": 3e-4},
     "validation": {
         "problems": "problems.jsonl",
