@@ -1,0 +1,88 @@
+"""The sampling programs, compiled for TPUs without one: what would cost most is not there.
+
+Skipped without libtpu.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import json, sys
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from e1jax import engine, hlo, model, sampling
+from e1jax.config import ModelConfig
+from e1jax.sharding import make_mesh, replicated, sharding
+
+kv_heads, layout = int(sys.argv[1]), sys.argv[2]
+config = ModelConfig(
+    vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_layers=3,
+    num_heads=8, num_kv_heads=kv_heads, head_dim=128, max_position_embeddings=4096,
+    rope_theta=1e4,
+)
+slice = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+mesh = make_mesh(layout, config, slice.devices)
+params = model.abstract_params(config, mesh, jnp.bfloat16)
+shape = (3, 16, kv_heads, 4096, 128)
+place = sharding(mesh, model.CACHE_AXES, shape)
+buffer = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+
+def everywhere(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree
+    )
+
+number = everywhere(jnp.int32(0))
+traced = engine.decode.trace(
+    config, mesh, params, sampling.TokenIds(number, number),
+    model.KVCache(buffer, buffer), everywhere(engine._empty_rows(16, 8)), number, number,
+)
+compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+memory = compiled.memory_analysis()
+whole = hlo.account(compiled.as_text(), lambda op_name: 1)
+step = whole.per_iteration()
+print(json.dumps({
+    "temporary": memory.temp_size_in_bytes,
+    "aliased": memory.alias_size_in_bytes,
+    "layers": sum(op.times * op.bytes for op in step.ops if op.depth == 2),
+    "weights": sum(x.size * 2 // 8 for x in jax.tree.leaves(params["layers"])),
+    "copies": [op.name for op in whole.copies(2**20)],
+    "gathered": max(
+        [op.payload for op in step.collectives if op.opcode == "all-gather"], default=0
+    ),
+    "kernels": sorted(
+        {op.op_name.split("/")[-2] for op in step.custom_calls
+         if op.target == "tpu_custom_call"}
+    ),
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(
+    "kv_heads, mesh",
+    [(4, "data=2,tensor=4"), (8, "data=2,tensor=4"), (4, "data=8,tensor=1")],
+)
+def test_a_decode_step_reads_weights_once_and_copies_no_cache(kv_heads, mesh):
+    """Also where a device holds several heads, which XLA would lay out otherwise."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(kv_heads), mesh],
+        env={**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    cache = 2 * 3 * 16 * kv_heads * 4096 * 128 * 2 // 8
+    assert found["aliased"] >= cache
+    assert found["temporary"] <= 2**21 < cache
+    assert found["copies"] == []
+    assert found["gathered"] <= 2**18  # activations, and no weights
+    assert 0.95 <= found["layers"] / found["weights"] <= 1.1
+    assert found["kernels"] == ["decode_attention", "top_k_top_p"]
