@@ -54,8 +54,11 @@ def make_mesh(
     needed = math.prod(shape.values())
     if needed != len(devices):
         axes = ",".join(f"{name}={size}" for name, size in shape.items())
+        hosts = jax.process_count()
+        where = f" on {hosts} hosts" if hosts > 1 else ""
         raise UserError(
-            f"mesh {axes} needs {needed} devices, and JAX sees {len(devices)}; make the sizes multiply to it"
+            f"mesh {axes} needs {needed} devices, and JAX sees {len(devices)}{where}; "
+            "make the sizes multiply to it"
         )
     check_divides(config, shape)
     grid = np.asarray(devices).reshape([shape[name] for name in MESH_AXES])
