@@ -145,9 +145,10 @@ def response_logprobs(
     positions go through the model but not through its head. `mesh`, `remat` and `whole`
     are those of model.forward.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    inputs = tokens[:, :-1]  # the last position predicts none of them
+    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     hidden, _ = forward(
-        config, params, tokens, positions, mesh=mesh, remat=remat, whole=whole
+        config, params, inputs, positions, mesh=mesh, remat=remat, whole=whole
     )
 
     def of_response(row, start):

@@ -52,7 +52,7 @@ from e1jax.convert import LoadedModel, read_config, resolve
 from e1jax.sampling import TokenIds
 from e1jax.sharding import make_mesh, replicated, sharding
 from e1jax.tokenizer import read_json
-from e1jax.train import Batch, Learner
+from e1jax.train import Batch, Learner, padded_lengths
 
 GIB = 2**30
 
@@ -713,7 +713,9 @@ def abstract_learner(
     tokenizer: Any = None  # no text is made
     dtype = jnp.dtype(update.param_dtype)
     loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
-    learner = Learner(config, loaded, (config.data.max_prompt_len, response_len))
+    longest = (config.data.max_prompt_len, response_len)
+    learner = Learner(config, loaded, longest)
+    length, response_len = padded_lengths(*longest, response_len)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
     num_micro = rollout.prompts * rollout.samples // update.microbatch
 
@@ -723,7 +725,7 @@ def abstract_learner(
 
     values = array(jnp.float32, response_len)
     batch = Batch(
-        tokens=array(jnp.int32, config.data.max_prompt_len + response_len),
+        tokens=array(jnp.int32, length),
         prompt_len=array(jnp.int32),
         advantages=array(jnp.float32),
         loss_mask=array(jnp.bool_, response_len),

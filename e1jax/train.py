@@ -97,6 +97,7 @@ from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
 
 # The responses of a step are padded to one of this many lengths: each is a compilation.
 NUM_LENGTHS = 4
+TILE = 128  # positions
 
 HEADLINE = ["reward", "thinking_tokens", "forced_share", "kl"]
 
@@ -409,11 +410,10 @@ def make_batch(
     completions = rollouts.completions
     longest = max(len(c.token_ids) for c in completions)
     longest = int(of_all(longest).max())
-    unit = -(-longest_response // NUM_LENGTHS)
-    response_len = -(-longest // unit) * unit
+    length, response_len = padded_lengths(longest_prompt, longest_response, longest)
     prompt_len = np.array([len(c.prompt_ids) for c in completions], np.int32)
     shape = (len(completions), response_len)
-    tokens = np.zeros((len(completions), longest_prompt + response_len), np.int32)
+    tokens = np.zeros((len(completions), length), np.int32)
     mask, logprobs = np.zeros(shape, bool), np.zeros(shape, np.float32)
     for row, c in enumerate(completions):
         ids = c.prompt_ids + c.token_ids
@@ -425,6 +425,24 @@ def make_batch(
     batch = rows_of_all(batch, config.rollout.samples)
     micro = config.update.microbatch
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
+
+
+def padded_lengths(
+    longest_prompt: int, longest_response: int, longest: int
+) -> tuple[int, int]:
+    """T and R of a step's arrays, where `longest_response` is the longest that can come
+    and `longest` that of the step.
+
+    The model sees T - 1 tokens, as the last one predicts nothing; where these are many,
+    they are whole tiles of a TPU.
+    """
+    unit = max(1, -(-(longest_response - 1) // NUM_LENGTHS))
+    response_len = 1 + max(1, -(-(longest - 1) // unit)) * unit
+    response_len = min(response_len, longest_response)
+    seen = longest_prompt + response_len - 1
+    if seen > 4 * TILE:
+        seen = -(-seen // TILE) * TILE
+    return seen + 1, response_len
 
 
 class Learner:

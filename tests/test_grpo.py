@@ -693,7 +693,22 @@ def test_batches_are_of_few_lengths():
         batch = train.make_batch(settings(), rollouts, 3, 18)
         response_lens.append(batch.loss_mask.shape[-1])
         assert batch.tokens.shape[-1] == 3 + response_lens[-1]
-    assert response_lens == [5] * 5 + [10] * 5 + [15] * 5 + [20] * 3
+    assert response_lens == [6] * 6 + [11] * 5 + [16] * 5 + [18] * 2
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [
+        ((1024, 2049, 2049), (3073, 2049)),  # the model sees 3,072
+        ((1024, 2049, 513), (1537, 513)),
+        ((1001, 2049, 514), (2049, 1025)),
+        ((900, 13, 13), (1025, 13)),
+        ((300, 201, 200), (501, 201)),  # too few to matter
+        ((3, 1, 1), (4, 1)),
+    ],
+)
+def test_long_batches_are_whole_tiles_for_the_model(longest, lengths):
+    assert train.padded_lengths(*longest) == lengths
 
 
 def test_logprobs_of_a_step_are_those_of_torch(small, loaded, completions):
