@@ -611,10 +611,11 @@ def make_update(
                 mesh=mesh,
                 whole=whole,
             )
-            wide = jax.tree.map(lambda g, n: g + n.astype(g.dtype), grads, new)
-            return wide, metrics
+            return jax.tree.map(jnp.add, grads, new), metrics
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        # So that gradients are of float32, whatever the parameters are.
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
         grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
