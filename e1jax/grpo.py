@@ -176,12 +176,14 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-softmax of the logits / temperature at the targets, and the entropy there.
 
-    The logits of `chunk_len` positions of each row (None: of CHUNK_TOKENS tokens) exist
+    The logits of `chunk_len` positions of each row (None: of about CHUNK_TOKENS tokens) exist
     at a time, forward and backward (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
     over devices. The entropy has a gradient, which costs time, only with `entropy_grad`.
     """
     batch, length = targets.shape
-    chunk_len = min(chunk_len or max(1, CHUNK_TOKENS // batch), length)
+    if chunk_len is None:  # chunks of one size, so that none is mostly padding
+        chunk_len = -(-length // max(1, round(batch * length / CHUNK_TOKENS)))
+    chunk_len = min(chunk_len, length)
     num_chunks = -(-length // chunk_len)
     padding = num_chunks * chunk_len - length
 

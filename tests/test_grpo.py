@@ -306,7 +306,7 @@ def program_of(logprobs_by, response_len: int):
 
 @pytest.mark.parametrize(
     ("response_len", "remat", "at_a_time"),
-    [(grpo.CHUNK_TOKENS + 5, True, grpo.CHUNK_TOKENS // 2), (20, False, 20)],
+    [(grpo.CHUNK_TOKENS + 5, True, 259), (20, False, 20)],
 )
 def test_no_more_logits_exist_than_those_of_a_chunk(response_len, remat, at_a_time):
     """Forward and backward, nor any of a prompt."""
