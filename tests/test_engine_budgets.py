@@ -35,7 +35,7 @@ def scripted(tmp_path_factory):
     write_byte_tokenizer(path)
     tokenizer = Tokenizer.from_dir(path)
 
-    def forward(config, params, tokens, positions, cache=None):
+    def forward(config, params, tokens, positions, cache=None, **options):
         return params["script"][positions + 1][..., None].astype(jnp.float32), cache
 
     def unembed(config, params, hidden):
