@@ -270,9 +270,7 @@ def live_blocks(
     block_len = min(TPU_BLOCK_LEN, capacity)
 
     def local(positions):
-        ends = jnp.cumsum(positions[:, 0] // block_len + 1)[
-            None
-        ]  # in the list, of rows
+        ends = jnp.cumsum(positions[:, 0] // block_len + 1)[None]  # of rows in the list
         steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
         passed = ends <= steps[:, None]
         blocks = steps - jnp.where(passed, ends, 0).max(axis=1)

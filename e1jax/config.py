@@ -743,6 +743,18 @@ def record_config(config: Any, run_dir: Path) -> None:
         )
 
 
+def aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
+    """Rows of cells as text, in columns that end, or with `left` begin, together."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pad = str.ljust if left else str.rjust
+    return "\n".join(
+        "  ".join(
+            pad(cell, width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Where a file cannot be written, because the disk is full, say, is one sentence."""

@@ -37,6 +37,7 @@ from e1jax.config import (
     Parser,
     SamplingParams,
     UserError,
+    aligned,
     parse_budget,
     run_command,
 )
@@ -416,7 +417,7 @@ def _table(rows: Sequence[Row], n: int) -> str:
             f"{100 * row['forced_share']:.1f}",
         )
         lines.append(cells)
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _comparison(curves: Sequence[tuple[str, Sequence[Row]]]) -> str:
@@ -429,7 +430,7 @@ def _comparison(curves: Sequence[tuple[str, Sequence[Row]]]) -> str:
     lines = [("budgets", *(label for label, _ in curves))]
     for budgets in sorted({b for column in columns for b in column}, key=_size):
         lines.append((_shown(budgets), *(c.get(budgets, "-") for c in columns)))
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _budgets(row: Row) -> Budgets:
@@ -439,14 +440,6 @@ def _budgets(row: Row) -> Budgets:
 def _accuracy(row: Row) -> str:
     spread = "" if row["stderr"] is None else f" ± {100 * row['stderr']:.1f}"
     return f"{100 * row['accuracy']:.1f}{spread}"
-
-
-def _aligned(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
 
 
 def _shown(budgets: Budgets) -> str:

@@ -176,9 +176,10 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-softmax of the logits / temperature at the targets, and the entropy there.
 
-    The logits of `chunk_len` positions of each row (None: of about CHUNK_TOKENS tokens) exist
-    at a time, forward and backward (they are computed again), never [B, R, V]. Rows are not mixed, so they may be split
-    over devices. The entropy has a gradient, which costs time, only with `entropy_grad`.
+    The logits of `chunk_len` positions of each row (None: of about CHUNK_TOKENS tokens)
+    exist at a time, forward and backward (they are computed again), never [B, R, V]. Rows
+    are not mixed, so they may be split over devices. The entropy has a gradient, which
+    costs time, only with `entropy_grad`.
     """
     batch, length = targets.shape
     if chunk_len is None:  # chunks of one size, so that none is mostly padding

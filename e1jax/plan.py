@@ -44,6 +44,7 @@ from e1jax.config import (
     ModelConfig,
     Parser,
     UserError,
+    aligned,
     load_config,
     run_command,
     writing,
@@ -204,7 +205,7 @@ def topology_table() -> str:
                     f"{chip.flops_per_second / 1e12:.0f}",
                 )
             )
-    return f"{_aligned(rows)}\nHBM and speeds are those of one device, as JAX sees it."
+    return f"{aligned(rows)}\nHBM and speeds are those of one device, as JAX sees it."
 
 
 def _dims(shape: str) -> list[int]:
@@ -586,7 +587,8 @@ def _cost_of_decoding(
     report.not_in_estimate = ["collectives", "the cache's writes (scatter)"]
     if kernels:
         report.not_in_estimate.append(
-            "the attention kernel's own work (its bytes are in, at full speed)"
+            "the work of the kernels: attention (its bytes are in, at full speed), "
+            "top-k and top-p"
         )
     layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
     _warn_of_copies(report, whole, min(layer, _LARGE_COPY))
@@ -1001,7 +1003,7 @@ def _table(report: Report) -> str:
     rows.extend(("warning", "", text) for text in report.warnings)
     if report.fitting:
         rows.append(("instead", "", report.fitting))
-    return _aligned(rows, left=True) + "\n"
+    return aligned(rows, left=True) + "\n"
 
 
 def _settings(report: Report) -> tuple[str, str]:
@@ -1033,18 +1035,6 @@ def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
         ratio = report.flops["matrix_to_useful"]
         yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
     yield "", "", left_out
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: bool = False) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width in zip(row, widths, strict=True)
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _dump(report: Report, directory: Path) -> None:

@@ -124,9 +124,21 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any):
+    """`jax.shard_map` over `data` alone: the function sees the shards of one place on
+    that axis, and is divided over `tensor` by the compiler."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
 def over_data(shardings: Any) -> Any:
-    """What of them lies over `data`: specs for a `jax.shard_map` whose body sees the
-    shards of one place on that axis, and is divided over `tensor` by the compiler."""
+    """What of them lies over `data`, as specs for `map_over_data`."""
 
     def spec(sharding: NamedSharding) -> PartitionSpec:
         return PartitionSpec(*["data" if _on_data(p) else None for p in sharding.spec])
@@ -135,7 +147,7 @@ def over_data(shardings: Any) -> Any:
 
 
 def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], Any]:
-    """(part, name) -> part with whole arrays of `dtype`, for the body of a `shard_map`.
+    """(part, name) -> part with whole arrays of `dtype`, for use in `map_over_data`.
 
     `part` are the shards of the parameters under `name`, stacked layers or one of them.
     Their gradients are summed over `data` in float32, and only the own shard's sum is
@@ -156,7 +168,7 @@ def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], An
 
 
 def sum_over_data(tree: Any) -> Any:
-    """Sums over the mesh axis `data`, in the body of a `shard_map`."""
+    """Sums over the mesh axis `data`, in `map_over_data`."""
     if _one_shard():
         return tree
     return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)

@@ -89,6 +89,7 @@ from e1jax.rewards import Grader, grade
 from e1jax.sharding import (
     COMPILER_OPTIONS,
     make_whole,
+    map_over_data,
     over_data,
     sum_over_data,
     use_compilation_cache,
@@ -620,13 +621,10 @@ def make_update(
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
     specs, rows = over_data(shardings[0]), PartitionSpec(None, "data")
-    of_shards = jax.shard_map(
-        of_shard,
-        mesh=mesh,
+    of_shards = map_over_data(
+        *(of_shard, mesh),
         in_specs=(specs, rows, rows, PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
-        axis_names={"data"},
-        check_vma=False,
     )
 
     def update(params, state, batch, first, temperature):
@@ -721,17 +719,9 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any):
         return jax.lax.map(of_one, batch)
 
     rows = PartitionSpec(None, "data")
-    return jax.jit(
-        jax.shard_map(
-            of_shard,
-            mesh=mesh,
-            in_specs=(over_data(shardings), rows, PartitionSpec()),
-            out_specs=rows,
-            axis_names={"data"},
-            check_vma=False,
-        ),
-        compiler_options=COMPILER_OPTIONS,
-    )
+    in_specs = (over_data(shardings), rows, PartitionSpec())
+    of_shards = map_over_data(of_shard, mesh, in_specs, rows)
+    return jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)
 
 
 def make_validation(
@@ -739,8 +729,9 @@ def make_validation(
 ) -> Callable[[Grader], dict[str, float]] | None:
     """Measures accuracy and length at each pair of budgets; None without problems.
 
-    Of several processes, each samples for its share of the problems. Requests are made, and refused, here. Problem i has the same seed at every budget and
-    every step, so that what is compared differs in nothing else.
+    Of several processes, each samples for its share of the problems. Requests are made,
+    and refused, here. Problem i has the same seed at every budget and every step, so
+    that what is compared differs in nothing else.
     """
     if config.problems is None:
         return None

@@ -1,8 +1,10 @@
 """Strict switches, and tiny real models to test with."""
 
+import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from e1jax.config import run_command
 from e1jax.tokenizer import write_byte_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -77,3 +81,48 @@ def edit_json(path: Path, **changes) -> None:
     value = json.loads(path.read_text(encoding="utf-8")) | changes
     kept = {key: item for key, item in value.items() if item is not None}
     path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def compilations_in() -> Callable:
+    """A context in which compiled programs, those of other processes too, are kept."""
+
+    @contextlib.contextmanager
+    def keep(path: Path):
+        names = (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+        )
+        before = {name: getattr(jax.config, name) for name in names}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path))
+            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+            jax.config.update(names[0], str(path))
+            compilation_cache.reset_cache()
+            yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    return keep
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys) -> Callable[[Callable, list[str]], str]:
+    """Calls a command in tmp_path, which must refuse in one sentence and write nothing;
+    gives the sentence."""
+
+    def call(main: Callable[[], None], argv: list[str]) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", argv)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as ending:
+            run_command(main)
+        assert ending.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+
+    return call

@@ -12,7 +12,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
 
 from e1jax import hosts, train
 from e1jax.config import (
@@ -62,7 +61,7 @@ EXACT = {"step", "reward", "accuracy", "solved", "mixed", "forced_share"} | {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, compilations_in):
     """A directory with hosts.yaml, its problems, and compilations."""
     path = tmp_path_factory.mktemp("hosts")
     even = [str(number) for number in range(0, 100, 2)]  # right half of the time
@@ -70,19 +69,10 @@ def place(tmp_path_factory):
     lines = [json.dumps({"problem": p.text, "answer": even}) for p in problems[:9]]
     (path / "problems.jsonl").write_text("\n".join(lines))
     (path / "hosts.yaml").write_text(yaml.safe_dump(SETTINGS))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
+    with compilations_in(path / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path / "cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         patch.setenv("OMP_NUM_THREADS", "1")
-        jax.config.update(names[0], str(path / "cache"))
-        compilation_cache.reset_cache()
         yield path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,6 @@ from e1jax.config import (
     SFTConfig,
     UserError,
     load_config,
-    run_command,
 )
 from e1jax.convert import TABLE
 from e1jax.data import NanoProblem, nano_problems
@@ -392,9 +391,7 @@ def test_shipped_configs_load_and_have_a_state(path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(
-    flags, part, tmp_path, monkeypatch, capsys
-):
+def test_mistakes_are_one_sentence_and_exit_code_2(flags, part, tmp_path, refusal):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "unknown.yaml").write_text("steps: 3\nfirst: {batchsize: 3}\n")
     (tmp_path / "broken.yaml").write_text("steps: [3\n")
@@ -402,18 +399,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
     (tmp_path / "partial.yaml").write_text("steps: 3\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").touch()
-    monkeypatch.chdir(tmp_path)
     config = [] if not flags or "--config" in flags else ["--config", "tiny.yaml"]
-    monkeypatch.setattr(sys, "argv", ["sft", *config, *flags])
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as ending:
-        run_command(sft.main)
-    assert ending.value.code == 2
-    error = capsys.readouterr().err
-    assert part in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert part in refusal(sft.main, ["sft", *config, *flags])
 
 
 def test_settings_of_the_wrong_kind_are_refused():

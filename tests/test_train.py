@@ -23,7 +23,6 @@ import pytest
 import torch
 import yaml
 from interrupt import interrupt
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 from test_sft import torch_parts
 from transformers import AutoModelForCausalLM
@@ -39,7 +38,6 @@ from e1jax.config import (
     UpdateConfig,
     UserError,
     load_config,
-    run_command,
 )
 from e1jax.data import Prompt, nano_problems, request_seed
 from e1jax.engine import Completion
@@ -89,7 +87,7 @@ METRICS = TIMED | {
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, compilations_in):
     """A directory with tiny.yaml, its problems, and the compilations that runs share."""
     path = tmp_path_factory.mktemp("train")
     even = [str(number) for number in range(0, 100, 2)]  # right half of the time
@@ -102,17 +100,8 @@ def workplace(tmp_path_factory):
     settings["data"]["problems"] = str(path / "problems.jsonl")
     settings["validation"]["problems"] = str(path / "held_out.jsonl")
     (path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(path / "cache"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        jax.config.update(names[0], str(path / "cache"))
-        compilation_cache.reset_cache()
+    with compilations_in(path / "cache"):
         yield path
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def settings(workplace: Path, *flags: str) -> GRPOConfig:
@@ -607,7 +596,7 @@ def test_without_validation_the_latest_step_is_the_model(workplace, tmp_path):
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(
-    flags, part, workplace, tmp_path, monkeypatch, capsys
+    flags, part, workplace, tmp_path, monkeypatch, refusal
 ):
     shutil.copy(workplace / "tiny.yaml", tmp_path)
     files = {
@@ -627,18 +616,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(
         file = tmp_path / "plain" / "tokenizer.json"
         file.write_text(file.read_text().replace("</think>", "</thunk>"))
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.chdir(tmp_path)
     config = [] if not flags or "--config" in flags else ["--config", "tiny.yaml"]
-    monkeypatch.setattr(sys, "argv", ["train", *config, *flags])
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as ending:
-        run_command(train.main)
-    assert ending.value.code == 2
-    error = capsys.readouterr().err
-    assert part in error
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert part in refusal(train.main, ["train", *config, *flags])
 
 
 def test_a_cache_with_room_for_a_prompt_and_both_budgets_is_enough(workplace):
