@@ -182,15 +182,22 @@ def _last_queries_backward(residuals, grad):
     weights = jnp.exp(_visible_scores(q, k) - log_mass)
     mean = (grad * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
     grad, mean = _fold(grad, kv_heads), _fold(mean, kv_heads)
-    grad_v = _product("bkqs,bkqc->bksc", weights.astype(v.dtype), grad)
+    grad_v = _of_keys(grad, weights.astype(v.dtype))
     grad_scores = weights * (_product("bkqc,bksc->bkqs", grad, v) - mean)
     grad_scores = grad_scores.astype(k.dtype)
-    grad_k = _product("bkqs,bkqc->bksc", grad_scores, _fold(_scaled(q), kv_heads))
+    grad_k = _of_keys(_fold(_scaled(q), kv_heads), grad_scores)
     grad_q = _scaled(_product("bkqs,bksc->bkqc", grad_scores, k)).reshape(q.shape)
     return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
 
 
 _last_queries.defvjp(_last_queries_forward, _last_queries_backward)
+
+
+def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
+    """Sums over queries for each key, [B, K, S, C]. The result is transposed and not the
+    scores, which XLA on a CPU would copy; the barrier keeps it from turning that round."""
+    product = _product("bkqc,bkqs->bkcs", of_queries, scores)
+    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
 def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
