@@ -590,7 +590,8 @@ class GRPOConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the computation; null: float32 on a CPU, bfloat16 elsewhere."""
     mesh: str | None = None
-    """Device mesh, like data=4,tensor=1; by default one that suits the model."""
+    """Device mesh of the updates, like data=4,tensor=2; by default all devices on data.
+    Each host samples on its own devices, as many of them on tensor as suits the model."""
     wandb: str | None = None
     """Weights & Biases project that gets the metrics too; null: none."""
 

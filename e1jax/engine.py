@@ -39,12 +39,12 @@ from e1jax.sharding import COMPILER_OPTIONS, replicated, sharding
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
 DEFAULT_CACHE_LEN = 32768
+SHORTEST_FORCED = 8  # tokens that there is room for
 CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 _LOOK_SECONDS = 1.0
 _PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 _SHORTEST_BUCKET = 16
 _MAX_FLOAT = float(np.finfo(np.float32).max)
-_SHORTEST_FORCED = 8
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
 
@@ -317,7 +317,7 @@ class Engine:
         queue = [request for request in requests if request.waiting][::-1]
         active: list[_Active | None] = [None] * self.slots
         longest = max((len(r.forced_ids) for r in requests), default=0)
-        rows = _empty_rows(self.slots, _bucket(longest, _SHORTEST_FORCED))
+        rows = empty_rows(self.slots, _next_power(longest, SHORTEST_FORCED))
         rows = jax.device_put(rows, replicated(self.mesh))
         think_end = self.tokenizer.think_end_id
         ids = TokenIds(self.tokenizer.eos_id, -1 if think_end is None else think_end)
@@ -399,9 +399,7 @@ class Engine:
 
     def _prefill(self, weights: Params, prompt_ids: list[int]) -> KVCache:
         length = len(prompt_ids) - 1  # the last one starts the decoding
-        bucket = _bucket(length, _SHORTEST_BUCKET)
-        bucket = min(bucket, _capacity(self.cache_len))
-        tokens = np.zeros((1, bucket), np.int32)
+        tokens = np.zeros((1, prefill_len(length, self.cache_len)), np.int32)
         tokens[0, :length] = prompt_ids[:-1]
         self.stats.prefills += 1
         return prefill(self.config, self.mesh, weights, tokens, length)
@@ -613,7 +611,7 @@ def new_cache(
     config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
 ) -> KVCache:
     return _cache_on_mesh(
-        mesh, model.init_cache(config, slots, _capacity(cache_len), dtype)
+        mesh, model.init_cache(config, slots, capacity(cache_len), dtype)
     )
 
 
@@ -627,18 +625,23 @@ def _rows_on_mesh(mesh: Mesh, rows: Rows) -> Rows:
     return jax.lax.with_sharding_constraint(rows, replicated(mesh))
 
 
-def _capacity(cache_len: int) -> int:
+def capacity(cache_len: int) -> int:
     """Positions that a slot really holds: whole blocks."""
     return -(-cache_len // attention.BLOCK_LEN) * attention.BLOCK_LEN
 
 
-def _bucket(length: int, shortest: int) -> int:
+def prefill_len(length: int, cache_len: int) -> int:
+    """The bucket, in positions, of a prompt of `length` tokens before its last."""
+    return min(_next_power(length, _SHORTEST_BUCKET), capacity(cache_len))
+
+
+def _next_power(length: int, shortest: int) -> int:
     """The next power of two, at least `shortest`: few lengths, so few compiled
     programs."""
     return max(shortest, 1 << max(length - 1, 0).bit_length())
 
 
-def _empty_rows(slots: int, width: int) -> Rows:
+def empty_rows(slots: int, width: int) -> Rows:
     """Rows without a request; `width` tokens can be forced."""
     zeros: Any = np.zeros(slots, np.int32)
     ones: Any = np.ones(slots, np.float32)  # a top_p of 1 asks for no filtering

@@ -152,14 +152,14 @@ def rows_of_all(rows: Any, group: int) -> Any:
 
 
 def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
-    """A mesh of this process's devices out of `mesh`, which has those of all."""
-    if jax.process_count() == 1:
-        return mesh
+    """The mesh to sample on: this process's devices out of `mesh`, which has those of
+    all, as suits the model."""
     return make_mesh(None, config, _by_process(mesh)[jax.process_index()])
 
 
 def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
-    """params -> a copy on the local mesh, with the dtypes that `local` (abstract) has.
+    """params -> the same on the local mesh, with the dtypes that `local` (abstract) has:
+    the same arrays if they are so already, else copies.
 
     The devices send each other what they lack; nothing goes through the host. Every
     process calls it at the same time.
@@ -186,7 +186,13 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
         assert like.sharding is not None
         return jax.make_array_from_single_device_arrays(x.shape, like.sharding, parts)
 
-    return lambda params: jax.tree.map(own_part, copy(params), local)
+    def to_local(params: Any) -> Any:
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(local), strict=True)
+        if all(x.dtype == y.dtype and x.sharding == y.sharding for x, y in pairs):
+            return params
+        return jax.tree.map(own_part, copy(params), local)
+
+    return to_local
 
 
 def _by_process(mesh: Mesh) -> np.ndarray:

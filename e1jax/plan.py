@@ -406,7 +406,7 @@ class Sampler(NamedTuple):
 
     @property
     def cache(self) -> model.KVCache:
-        return self._cache(self.slots, engine._capacity(self.cache_len))
+        return self._cache(self.slots, engine.capacity(self.cache_len))
 
     def _cache(self, rows: int, capacity: int) -> model.KVCache:
         init = model.init_cache
@@ -423,7 +423,7 @@ class Sampler(NamedTuple):
 
     @property
     def _rows(self) -> engine.Rows:
-        return self._whole(engine._empty_rows(self.slots, engine._SHORTEST_FORCED))
+        return self._whole(engine.empty_rows(self.slots, engine.SHORTEST_FORCED))
 
     def decode(self) -> Program:
         number = self._whole(np.int32(0))
@@ -435,7 +435,7 @@ class Sampler(NamedTuple):
         )
 
     def prefill(self, prompt_len: int) -> Program:
-        bucket = engine._bucket(prompt_len, engine._SHORTEST_BUCKET)
+        bucket = engine.prefill_len(prompt_len, self.cache_len)
         tokens = self._whole(np.zeros((1, bucket), np.int32))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
@@ -443,7 +443,7 @@ class Sampler(NamedTuple):
         )
 
     def admit(self, prompt_len: int) -> Program:
-        bucket = engine._bucket(prompt_len, engine._SHORTEST_BUCKET)
+        bucket = engine.prefill_len(prompt_len, self.cache_len)
         slots = self._whole(np.zeros(self.slots, np.int32))
         is_new = self._whole(np.zeros(self.slots, bool))
         number = self._whole(np.int32(0))
@@ -481,7 +481,7 @@ def plan_sampling(
         report.memory["temporaries"] = decode.temporaries
         report.fits = report.hbm_bytes_per_chip <= report.hbm_limit_bytes
         _check_cache(report, decode, cache)
-        position = cache // engine._capacity(cache_len)
+        position = cache // engine.capacity(cache_len)
         report.floor_bytes = read_weights(sampler.params) + live * position
         if decode.text:
             _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
@@ -569,9 +569,9 @@ def _cost_of_decoding(
 
     whole = hlo.account(text, trip_count)
     step = whole.per_iteration()
-    position = device_bytes(sampler.cache) // engine._capacity(sampler.cache_len)
+    position = device_bytes(sampler.cache) // engine.capacity(sampler.cache_len)
     kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
-    block = min(attention.TPU_BLOCK_LEN, engine._capacity(sampler.cache_len))
+    block = min(attention.TPU_BLOCK_LEN, engine.capacity(sampler.cache_len))
     kernel_bytes = -(-live // block) * block * position if kernels else 0
     report.bytes_per_step = step.bytes + kernel_bytes
     assert report.floor_bytes is not None

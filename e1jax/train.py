@@ -138,7 +138,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     """
     if config.wandb:
         import_wandb(config.wandb)  # or says, now, that it is missing
-    loaded = load_model(config.model, config.mesh, config.update.param_dtype)
+    mesh = config.mesh or default_mesh(jax.device_count())
+    loaded = load_model(config.model, mesh, config.update.param_dtype)
     instruction = config.data.instruction
     if instruction is None:
         instruction = default_instruction(loaded.tokenizer)
@@ -219,6 +220,12 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         print(stop if stopped else end)
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
+
+
+def default_mesh(devices: int) -> str:
+    """All on `data`: an update gathers the weights layer by layer, and each device takes
+    whole sequences."""
+    return f"data={devices},tensor=1"
 
 
 def read_examples(
@@ -450,7 +457,7 @@ class Learner:
     """The policy in training: its parameters, the optimizer's state, the reference.
 
     The engine samples from `sampling_params()`, which are the parameters themselves
-    where they have the dtype of the computation.
+    where they have the dtype of the computation and lie as sampling has them.
     """
 
     def __init__(
@@ -497,9 +504,7 @@ class Learner:
 
     def sampling_params(self) -> Params:
         """The policy where the engine samples: on this process's own devices."""
-        if jax.process_count() > 1:
-            return self.to_local(self.params)
-        return _cast(self.params, self.dtype)
+        return self.to_local(self.params)
 
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Updates the policy by the responses of a step; the metrics of the step."""

@@ -239,7 +239,7 @@ def test_slots_are_refilled_while_others_go_on(make):
 
 
 def lowered_decode(engine):
-    rows = engine_module._empty_rows(engine.slots, 8)
+    rows = engine_module.empty_rows(engine.slots, 8)
     ids = sampling.TokenIds(256, 261)
     args = (
         CONFIG,

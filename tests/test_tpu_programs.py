@@ -41,7 +41,7 @@ def everywhere(tree):
 number = everywhere(jnp.int32(0))
 traced = engine.decode.trace(
     config, mesh, params, sampling.TokenIds(number, number),
-    model.KVCache(buffer, buffer), everywhere(engine._empty_rows(16, 8)), number, number,
+    model.KVCache(buffer, buffer), everywhere(engine.empty_rows(16, 8)), number, number,
 )
 compiled = traced.lower(lowering_platforms=("tpu",)).compile()
 memory = compiled.memory_analysis()
