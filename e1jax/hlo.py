@@ -541,8 +541,10 @@ class _Walk:
         given = _operand_shapes(computation, op)
         if op.opcode == "copy-start":  # (destination, source, a flag)
             return _in_hbm(op.shapes[:2])
-        if op.opcode in _SLICES:
-            out = op.shapes[0]
+        kind = op.opcode.removesuffix("-start")
+        if kind in _SLICES:
+            # One that runs beside other work gives ((given), out, a flag).
+            out = op.shapes[0 if kind == op.opcode else len(given)]
             read = _in_hbm([out._replace(space=given[0].space), *given[1:]])
             return read + _in_hbm([out])
         if op.opcode in _UPDATES:

@@ -209,6 +209,34 @@ def test_kernels_are_listed_and_their_metadata_ends_no_computation():
     ]
 
 
+PREFETCH = """
+HloModule jit_decode, is_scheduled=true
+
+ENTRY %main (w: f32[32,200], x: f32[8,200], i: s32[]) -> f32[8,200] {
+  %w = f32[32,200]{1,0:T(8,128)} parameter(0)
+  %x = f32[8,200]{1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(6)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %first = ((f32[32,200]{1,0:T(8,128)}), f32[8,200]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:8], [0:200]}
+  %second = ((f32[32,200]{1,0:T(8,128)}), f32[16,200]{1,0:T(8,128)}, s32[]{:S(2)}) slice-start(%w), slice={[8:24], [0:200]}
+  %third = ((f32[32,200]{1,0:T(8,128)}, s32[]{:T(128)S(6)}, s32[]{:T(128)}), f32[4,200]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) dynamic-slice-start(%w, %i, %zero), dynamic_slice_sizes={4,200}
+  %y = f32[8,200]{1,0:T(8,128)S(1)} negate(%x)
+  %part = f32[8,200]{1,0:T(8,128)S(1)} slice-done(%first)
+  %other = f32[16,200]{1,0:T(8,128)} slice-done(%second)
+  %last = f32[4,200]{1,0:T(8,128)S(1)} dynamic-slice-done(%third)
+  ROOT %sum = f32[8,200]{1,0:T(8,128)} add(%y, %part)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_beside_other_work_costs_what_it_takes():
+    ops = {op.name: op for op in hlo.account(PREFETCH).ops}
+    assert set(ops) == {"first", "second", "third", "y", "sum"}
+    assert ops["first"].bytes == 4 * 8 * 200  # read, and written to VMEM
+    assert ops["second"].bytes == 2 * 4 * 16 * 200  # read, and written to HBM
+    assert ops["third"].bytes == 4 * 4 * 200 + 4  # and one of its two places
+
+
 COLLECTIVES = """
 HloModule jit_step
 
