@@ -210,12 +210,36 @@ def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(visible, scores, MASKED)
 
 
+def in_parts(
+    positions: Int[Array, "B T"], parts: int, capacity: int
+) -> tuple[Int[Array, "R T"], Int[Array, "R T"]]:
+    """(last position that is filled, position to write at) of each row of a cache, once
+    the tokens at `positions` are in it.
+
+    Both are `positions`, but where there are fewer rows than places on the mesh axis
+    `data`: then a row lies in D `parts`, R = D * B, of `capacity` positions each. Blocks
+    of BLOCK_LEN go to the parts in turn, so that parts of a row of any length are about
+    as long, and part d of row b is row d * B + b of the cache. A part that has nothing
+    yet ends at -1, one that another's token is no matter of writes at `capacity`, which
+    is nowhere. T is 1.
+    """
+    if parts == 1:
+        return positions, positions
+    part = jnp.arange(parts)[:, None, None]
+    block, offset = positions[None] // BLOCK_LEN, positions[None] % BLOCK_LEN
+    index = (block - part) // parts  # of the part's last block
+    own = index * parts + part == block
+    last = index * BLOCK_LEN + jnp.where(own, offset, BLOCK_LEN - 1)
+    places = jnp.where(own, last, capacity)
+    return last.reshape(-1, 1), places.reshape(-1, 1)
+
+
 def cached_attention(
     q: Float[Array, "B H T C"],
-    k_cache: Float[Array, "L B K S C"],
-    v_cache: Float[Array, "L B K S C"],
+    k_cache: Float[Array, "L R K S C"],
+    v_cache: Float[Array, "L R K S C"],
     layer: Int[Array, ""],
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "R T"],
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -223,21 +247,23 @@ def cached_attention(
     are visited up to the last one that any row has reached (a dynamic trip count in one
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
-    others are. S is a multiple of BLOCK_LEN, or smaller than it.
+    others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
+    of it: see `in_parts`.
     """
-    _, batch, kv_heads, capacity, head_dim = k_cache.shape
+    _, rows, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
-    heads, length = q.shape[1], q.shape[2]
+    parts = rows // q.shape[0]
+    q = jnp.tile(q, (parts, 1, 1, 1))
     folded = _fold(_scaled(q), kv_heads)
-    query_positions = jnp.tile(positions, (1, heads // kv_heads))[
+    query_positions = jnp.tile(positions, (1, q.shape[1] // kv_heads))[
         :, None, :, None
-    ]  # [B, 1, G*T, 1]
+    ]  # [R, 1, G*T, 1]
 
     def visit(block, carry):
         peak, total, sums = carry
         start = block * block_len
         at = (layer, 0, 0, start, 0)
-        size = (1, batch, kv_heads, block_len, head_dim)
+        size = (1, rows, kv_heads, block_len, head_dim)
         k = jax.lax.dynamic_slice(k_cache, at, size)[0]
         v = jax.lax.dynamic_slice(v_cache, at, size)[0]
         scores = _product("bkqc,bksc->bkqs", folded, k)
@@ -250,15 +276,27 @@ def cached_attention(
         product = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v)
         return new_peak, total, sums * shrink + product
 
-    rows = (*folded.shape[:-1], 1)
+    each = (*folded.shape[:-1], 1)
     start = (
-        jnp.full(rows, MASKED, jnp.float32),
-        jnp.zeros(rows, jnp.float32),
+        jnp.full(each, MASKED, jnp.float32),
+        jnp.zeros(each, jnp.float32),
         jnp.zeros(folded.shape, jnp.float32),
     )
     num_blocks = jnp.max(positions) // block_len + 1
-    _, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
-    return (sums / total).astype(q.dtype).reshape(batch, heads, length, head_dim)
+    peak, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
+    out = (sums / total).astype(q.dtype).reshape(q.shape)
+    return _merge_parts(out, peak + jnp.log(total), parts)
+
+
+def _merge_parts(out: jax.Array, log_mass: jax.Array, parts: int) -> jax.Array:
+    """[R, H, T, C] -> [B, H, T, C], where `log_mass` has, for each result, the logarithm
+    of what its softmax was divided by."""
+    if parts == 1:
+        return out
+    log_mass = log_mass.reshape(parts, -1, *out.shape[1:3], 1)
+    weights = jax.nn.softmax(log_mass, axis=0)
+    wide = out.reshape(parts, -1, *out.shape[1:]).astype(jnp.float32)
+    return (wide * weights).sum(axis=0).astype(out.dtype)
 
 
 class Visits(NamedTuple):

@@ -11,7 +11,8 @@ A request with n samples goes through these steps:
    enough of them are done; the host looks once per chunk, hands out the finished
    completions and refills their slots.
 
-The cache (rows over the mesh axis `data`, heads over `tensor`) is donated to every call
+The cache (rows, or positions of a few, over the mesh axis `data`, heads over `tensor`)
+is donated to every call
 and updated in place; everything else per slot is replicated.
 """
 
@@ -144,8 +145,8 @@ class Engine:
 
         `cache_len`: positions of a slot, prompt and response together; None is 32,768
         or the model's max_position_embeddings if smaller. `slots`: rows sampled at a
-        time, rounded up to a multiple of the mesh axis `data`. Raises UserError for
-        sizes below 1.
+        time, rounded up to a multiple of the mesh axis `data`; if there are fewer, each
+        row's positions lie over `data` instead. Raises UserError for sizes below 1.
         """
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
         self.cache_len = default if cache_len is None else cache_len
@@ -153,7 +154,7 @@ class Engine:
         check_integer("slots", slots, 1, 2**20)
         self.config, self.params = config, params
         self.tokenizer, self.mesh = tokenizer, mesh
-        self.slots = -(-slots // mesh.shape["data"]) * mesh.shape["data"]
+        self.slots = whole_slots(mesh, slots)
         self.stats = Stats()
         self._cache: KVCache | None = None
 
@@ -529,11 +530,18 @@ def admit(
 
     `new` is (which rows are new [B] bool, their contents).
     """
+    parts = cache.k.shape[1] // len(slots)
+    prefix = KVCache(*(_in_parts(x, parts) for x in prefix))
+
+    def put(buffer, prompt, slot):
+        by_part = buffer.reshape(buffer.shape[0], parts, -1, *buffer.shape[2:])
+        at = (0, 0, slot, 0, 0, 0)
+        return jax.lax.dynamic_update_slice(by_part, prompt, at).reshape(buffer.shape)
 
     def copy(i, cache):
-        at = (0, slots[i], 0, 0, 0)
-        put = jax.lax.dynamic_update_slice
-        return KVCache(put(cache.k, prefix.k, at), put(cache.v, prefix.v, at))
+        return KVCache(
+            *(put(*pair, slots[i]) for pair in zip(cache, prefix, strict=True))
+        )
 
     is_new, fresh = new
 
@@ -610,9 +618,34 @@ def decode(
 def new_cache(
     config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
 ) -> KVCache:
-    return _cache_on_mesh(
-        mesh, model.init_cache(config, slots, capacity(cache_len), dtype)
-    )
+    """An empty cache; its rows and their capacity are `cache_sizes`."""
+    cache = model.init_cache(config, *cache_sizes(mesh, slots, cache_len), dtype)
+    return _cache_on_mesh(mesh, cache)
+
+
+def whole_slots(mesh: Mesh, slots: int) -> int:
+    """As many slots as asked for, or the few more that divide evenly over `data`."""
+    data = mesh.shape["data"]
+    return slots if slots < data else -(-slots // data) * data
+
+
+def cache_sizes(mesh: Mesh, slots: int, cache_len: int) -> tuple[int, int]:
+    """Rows of the cache, and the positions of each: those of a slot, but where there
+    are fewer slots than places on `data`. See attention.in_parts."""
+    parts = mesh.shape["data"] if slots < mesh.shape["data"] else 1
+    return slots * parts, capacity(-(-cache_len // parts))
+
+
+def _in_parts(x: jax.Array, parts: int) -> jax.Array:
+    """A prompt's keys or values [L, 1, K, P, C] as the D parts of a row,
+    [L, D, 1, K, P', C]."""
+    if parts == 1:
+        return x[:, None]
+    layers, _, kv_heads, length, size = x.shape
+    block = attention.BLOCK_LEN
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (parts * block)), (0, 0)))
+    x = x.reshape(layers, kv_heads, -1, parts, block, size)
+    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, parts, 1, kv_heads, -1, size)
 
 
 def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:

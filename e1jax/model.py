@@ -30,7 +30,8 @@ Whole = Callable[[Any, str], Any]
 class KVCache(NamedTuple):
     """Keys and values of all layers.
 
-    Rows are left-aligned: position p of a row lies at index p of dim S.
+    Rows are left-aligned: position p of a row lies at index p of dim S. Where a mesh has
+    more places for rows than there are rows, one is several here: attention.in_parts.
     """
 
     k: jax.Array  # [L, B, K, S, C]
@@ -111,13 +112,13 @@ class Attention(nnx.Module):
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
         self.head_dim = c
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, attend):
+    def __call__(self, x, rope, cache: KVCache | None, layer, places, mesh, attend):
         apart = cache is not None
         q = keep(attention.apply_rope(self._heads(self.q(x, apart)), rope))
         k = keep(attention.apply_rope(self._heads(self.k(x, apart)), rope))
         v = keep(self._heads(self.v(x, apart)))
         if cache is not None:
-            cache = write(cache, layer, k, v, positions, mesh)
+            cache = write(cache, layer, k, v, places, mesh)
         out = attend(q, k, v, cache, layer)
         batch, heads, length, head_dim = out.shape
         return self.o(
@@ -148,10 +149,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, positions, mesh, attend):
+    def __call__(self, x, rope, cache: KVCache | None, layer, places, mesh, attend):
         x = x if cache is None else _of_all_rows(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, positions, mesh, attend
+            self.attention_norm(x), rope, cache, layer, places, mesh, attend
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
@@ -194,7 +195,7 @@ def forward(
     """Final hidden states, and the cache with the keys and values written.
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
-    every position up to their own; without one, tokens see the earlier ones of the same
+    every position up to their own (one token each, where rows lie in parts); without one, tokens see the earlier ones of the same
     call, which `from_start` (`positions` begin at 0) asks for with a cache too.
     `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
     `whole` makes parameters usable that are shards, when and where they are needed; see
@@ -208,14 +209,17 @@ def forward(
         positions, attention.rope_frequencies(config.head_dim, config.rope_theta)
     )
 
-    visits = None
-    if cache is not None and tokens.shape[1] == 1 and attention.on_tpu(mesh):
-        visits = attention.live_blocks(positions, cache.k.shape[3], mesh)
+    visits, last, places = None, positions, positions
+    if cache is not None:
+        parts, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
+        last, places = attention.in_parts(positions, parts, capacity)
+        if tokens.shape[1] == 1 and attention.on_tpu(mesh):
+            visits = attention.live_blocks(last, capacity, mesh)
 
     def attend(q, k, v, cache, layer):
         if cache is None or from_start:
             return attention.causal_attention(q, k, v, mesh)
-        args = (q, cache.k, cache.v, layer, positions)
+        args = (q, cache.k, cache.v, layer, last)
         if visits is not None:
             return attention.decode_attention(*args, visits, mesh)
         return attention.cached_attention(*args)
@@ -223,7 +227,7 @@ def forward(
     def layer_step(carry, weights):
         x, cache, layer = carry
         block = _module(config, "layers", whole(weights, "layers"))
-        x, cache = block(x, rope, cache, layer, positions, mesh, attend)
+        x, cache = block(x, rope, cache, layer, places, mesh, attend)
         return (x, cache, layer + 1), None
 
     names = () if remat else (attention.KEPT,)
@@ -256,30 +260,32 @@ def write(
     layer,
     k: Float[Array, "B K T C"],
     v,
-    positions: Int[Array, "B T"],
+    places: Int[Array, "R T"],
     mesh: Mesh | None = None,
 ) -> KVCache:
-    """The cache with keys and values of a layer written in place, at `positions`, which
+    """The cache with keys and values of a layer written in place, at `places`, which
     are consecutive in a row. On a mesh, each device writes its own rows and heads."""
+    parts = cache.k.shape[1] // k.shape[0]
+    k, v = (jnp.tile(x, (parts, 1, 1, 1)) for x in (k, v))
 
-    def write_one(buffer, layer, new, positions):
+    def write_one(buffer, layer, new, places):
         new = new.astype(buffer.dtype)
         if new.shape[2] == 1:
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
             heads = new.reshape(-1, new.shape[3])
             by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
-            at = jnp.repeat(positions[:, 0], new.shape[1])
+            at = jnp.repeat(places[:, 0], new.shape[1])
             by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
                 heads,
                 unique_indices=True,
-                mode="promise_in_bounds",
+                mode="promise_in_bounds" if parts == 1 else "drop",
                 wrap_negative_indices=False,
             )
             return by_head.reshape(buffer.shape)
 
         def write_row(row, buffer):
-            at = (layer, row, 0, positions[row, 0], 0)
+            at = (layer, row, 0, places[row, 0], 0)
             return jax.lax.dynamic_update_slice(buffer, new[row][None, None], at)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
@@ -292,7 +298,7 @@ def write(
             write_one, mesh=mesh, in_specs=specs, out_specs=buffer, check_vma=False
         )
     return KVCache(
-        write_one(cache.k, layer, k, positions), write_one(cache.v, layer, v, positions)
+        write_one(cache.k, layer, k, places), write_one(cache.v, layer, v, places)
     )
 
 

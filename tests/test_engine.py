@@ -432,10 +432,11 @@ import sys, jax, pytest
 sys.path.insert(0, {tests!r})
 import test_engine as t
 from pathlib import Path
-from e1jax import model
+from e1jax import attention, model
 from e1jax.engine import Engine
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
+attention.BLOCK_LEN = 16
 assert jax.device_count() == 8
 write_byte_tokenizer(Path({tmp!r}), ["\\\\boxed{{", "wait"])
 tokenizer = Tokenizer.from_dir(Path({tmp!r}))
@@ -453,6 +454,10 @@ for text, devices, slots in [("data=1,tensor=1", 1, 3), ("data=8,tensor=1", 8, 3
     seen = t.compiled_programs()
     assert t.tokens_of(engine.generate(*t.mixed_requests())) == want and seen == [], (text, seen)
     assert engine._cache.k.sharding.num_devices == devices
+    # Of three slots, each device of eight has a part of every one: 19 blocks, 3 at most.
+    if devices == 8 and slots == 3:
+        part = engine._cache.k.addressable_shards[5].data
+        assert engine.slots == 3 and part.shape[1:4] == (3, t.CONFIG.num_kv_heads, 48)
 print("meshes agree")
 """
 
