@@ -309,13 +309,15 @@ class Visits(NamedTuple):
 
 
 def live_blocks(
-    positions: Int[Array, "B 1"], capacity: int, mesh: Mesh | None = None
+    positions: Int[Array, "R 1"], capacity: int, mesh: Mesh | None = None
 ) -> Visits:
     """What `decode_attention` visits of a cache of `capacity` positions a row."""
     block_len = min(TPU_BLOCK_LEN, capacity)
 
     def local(positions):
-        ends = jnp.cumsum(positions[:, 0] // block_len + 1)[None]  # of rows in the list
+        # One for a part that has nothing yet, too: its result has to be something.
+        counts = jnp.maximum(positions[:, 0], 0) // block_len + 1
+        ends = jnp.cumsum(counts)[None]  # of rows in the list
         steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
         passed = ends <= steps[:, None]
         blocks = steps - jnp.where(passed, ends, 0).max(axis=1)
@@ -330,10 +332,10 @@ def live_blocks(
 
 def decode_attention(
     q: Float[Array, "B H 1 C"],
-    k_cache: Float[Array, "L B K S C"],
-    v_cache: Float[Array, "L B K S C"],
+    k_cache: Float[Array, "L R K S C"],
+    v_cache: Float[Array, "L R K S C"],
     layer: Int[Array, ""],
-    positions: Int[Array, "B 1"],
+    positions: Int[Array, "R 1"],
     visits: Visits,
     mesh: Mesh | None = None,
 ) -> Float[Array, "B H 1 C"]:
@@ -343,23 +345,26 @@ def decode_attention(
     longest row does not lengthen the rest. On a mesh, each device takes the rows and
     heads of its own part of the cache.
     """
+    parts = k_cache.shape[1] // q.shape[0]
+    q = jnp.tile(q, (parts, 1, 1, 1))
     args = (q, k_cache, v_cache, layer[None], positions[:, 0], *visits)
     if mesh is None:
-        return _decode_local(*args)
+        return _merge_parts(*_decode_local(*args), parts)
     heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
     axes = ("layers", "rows", "kv_heads", None, None)
     cache = sharding(mesh, axes, k_cache.shape).spec
-    parts = PartitionSpec(heads[0])
-    specs = (heads, cache, cache, PartitionSpec(), *[parts] * 4)
+    of_rows = PartitionSpec(heads[0])
+    specs = (heads, cache, cache, PartitionSpec(), *[of_rows] * 4)
     local = jax.shard_map(
         _decode_local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False
     )
-    return local(*args)
+    return _merge_parts(*local(*args), parts)
 
 
 def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
-    """`decode_attention` of one device; `layer` [1], `positions` [B]. The grid is the
-    list of visits, so that no step goes to a block that is not live."""
+    """`decode_attention` of one device, and the logarithm of each result's mass; `layer`
+    [1], `positions` [R]. The grid is the list of visits, so that no step goes to a block
+    that is not live."""
     _, _, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(TPU_BLOCK_LEN, capacity)
     folded = _fold(_scaled(q), kv_heads)
@@ -372,30 +377,34 @@ def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
         return layer[0], rows[step], 0, blocks[step], 0
 
     of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
+    mass_of_row = pl.BlockSpec((None, kv_heads, group, 1), row_at)
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(count[0],),
         in_specs=[of_row, of_cache, of_cache],
-        out_specs=of_row,
+        out_specs=(of_row, mass_of_row),
         scratch_shapes=[
             pltpu.VMEM((kv_heads, group, 1), jnp.float32),
             pltpu.VMEM((kv_heads, group, 1), jnp.float32),
             pltpu.VMEM((kv_heads, group, head_dim), jnp.float32),
         ],
     )
-    shape = jax.ShapeDtypeStruct(folded.shape, q.dtype)
+    shapes = (
+        jax.ShapeDtypeStruct(folded.shape, q.dtype),
+        jax.ShapeDtypeStruct((*folded.shape[:3], 1), jnp.float32),
+    )
     kernel = pl.pallas_call(
-        _visit_block, grid_spec=grid, out_shape=shape, name="decode_attention"
+        _visit_block, grid_spec=grid, out_shape=shapes, name="decode_attention"
     )
     scalars = layer, positions, rows, blocks
-    return kernel(*scalars, folded, k_cache, v_cache).reshape(q.shape)
+    out, log_mass = kernel(*scalars, folded, k_cache, v_cache)
+    return out.reshape(q.shape), log_mass.reshape(*q.shape[:3], 1)
 
 
-def _visit_block(
-    layer, positions, rows, blocks, q_ref, k_ref, v_ref, out_ref, peak, total, sums
-):
+def _visit_block(layer, positions, rows, blocks, *refs):
     """Merges one block into a row's peak and total [K, G, 1] and sums [K, G, C]."""
+    q_ref, k_ref, v_ref, out_ref, log_mass_ref, peak, total, sums = refs
     step = pl.program_id(0)
     position, block = positions[rows[step]], blocks[step]
     block_len = k_ref.shape[1]
@@ -423,9 +432,10 @@ def _visit_block(
         "kgs,ksc->kgc", weights.astype(v.dtype), v
     )
 
-    @pl.when(block == position // block_len)
+    @pl.when(block == jnp.maximum(position, 0) // block_len)
     def finish():
         out_ref[...] = (sums[...] / total[...]).astype(out_ref.dtype)
+        log_mass_ref[...] = peak[...] + jnp.log(total[...])
 
 
 def _scaled(q: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh
 
 from e1jax import attention, model
@@ -113,8 +114,10 @@ def test_splash_attention(length):
 
 @pytest.mark.parametrize("parts, rows", [(3, 2), (8, 1)])
 def test_rows_that_lie_in_parts(parts, rows, monkeypatch):
-    """Where every position goes is stated here by a loop over positions."""
+    """Where every position goes is stated here by a loop over positions. By the XLA
+    version and by the kernel, whose blocks are others."""
     monkeypatch.setattr(attention, "BLOCK_LEN", 4)
+    monkeypatch.setattr(attention, "TPU_BLOCK_LEN", 8)
     rng = np.random.default_rng(parts)
     whole = rng.normal(size=(2, 2, rows, 2, 56, 8)).astype(np.float32)  # keys, values
     q = rng.normal(size=(rows, 6, 1, 8)).astype(np.float32)
@@ -139,6 +142,12 @@ def test_rows_that_lie_in_parts(parts, rows, monkeypatch):
             wanted = attention.cached_attention(
                 *map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at)
             )
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+            visits = attention.live_blocks(last, capacity)
+            with pltpu.force_tpu_interpret_mode(True):
+                found = attention.decode_attention(
+                    jnp.asarray(q), *cache, layer, last, visits
+                )
             np.testing.assert_allclose(found, wanted, atol=1e-6)
     np.testing.assert_array_equal(cache.k, expected[0])
     np.testing.assert_array_equal(cache.v, expected[1])
