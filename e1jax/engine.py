@@ -567,7 +567,7 @@ def decode(
 ) -> tuple[KVCache, Rows, Chunk]:
     """Steps all rows until `enough` of them are DONE, but `num_steps` (at most
     CHUNK_STEPS) times."""
-    batch = rows.token.shape[0]
+    batch, row_keys = rows.token.shape[0], sampling.row_keys(rows.sampling)
 
     def unfinished(carry):
         _, rows, chunk = carry
@@ -588,7 +588,7 @@ def decode(
         # As the weights lie: were the logits divided by rows, weights would be gathered.
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
-        keys = sampling.row_keys(rows.sampling, rows.state.num_tokens)
+        keys = sampling.token_keys(row_keys, rows.state.num_tokens)
         sampled = sampling.draw(logits, keys, rows.sampling, mesh)
         token, forced, state = sampling.advance(rows.state, sampled, rows.budget, ids)
         logprobs = sampling.token_logprobs(logits, token, rows.sampling.temperature)

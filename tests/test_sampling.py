@@ -343,7 +343,7 @@ def draw_many(logits, count, temperature, top_k, top_p, seed=5):
         jnp.tile(jnp.array([seed, 0], jnp.uint32), (count, 1)),
         rows,
     )
-    keys = sampling.row_keys(settings, jnp.zeros_like(rows))
+    keys = sampling.token_keys(sampling.row_keys(settings), jnp.zeros_like(rows))
     return np.asarray(
         sampling.draw(jnp.tile(jnp.asarray(logits)[None], (count, 1)), keys, settings)
     )
@@ -397,10 +397,10 @@ def test_keys_depend_on_seed_sample_and_index_alone():
         rows = len(seeds)
         seeds = jnp.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], jnp.uint32)
         zeros = jnp.zeros((rows,))
-        made = sampling.row_keys(
-            Sampling(zeros, zeros, zeros.astype(jnp.int32), seeds, jnp.array(samples)),
-            jnp.array(index),
+        row_keys = sampling.row_keys(
+            Sampling(zeros, zeros, zeros.astype(jnp.int32), seeds, jnp.array(samples))
         )
+        made = sampling.token_keys(row_keys, jnp.array(index))
         return [tuple(data) for data in np.asarray(jax.random.key_data(made)).tolist()]
 
     first = keys([1, 1, 1, 2, 2**32 + 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0])
