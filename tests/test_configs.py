@@ -16,7 +16,7 @@ from e1jax.convert import read_config, resolve
 from e1jax.model import abstract_params
 from e1jax.sample import _parser as sample_parser
 from e1jax.sharding import check_divides, make_mesh
-from e1jax.train import make_optimizer
+from e1jax.train import default_mesh, make_optimizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 GRPO = [path for path in CONFIGS if path.stem != "nano_sft"]
@@ -58,8 +58,18 @@ def load(path: Path) -> GRPOConfig:
     return load_config(GRPOConfig, ["--config", str(path), *argv[2:]], "train")[0]
 
 
-def chips_of(config: GRPOConfig) -> int:
-    return math.prod(map(int, re.findall(r"\d+", config.mesh or "data=1")))
+def chips_of(path: Path) -> int:
+    """As the header says; a CPU is one device."""
+    [hardware] = re.findall(
+        r"# Hardware: (\d+ chips, .*|2 CPU cores)", path.read_text()
+    )
+    if "CPU" in hardware:
+        return 1
+    count = int(hardware.split()[0])
+    for topology in re.findall(r"\w+:[\dx]+", hardware):
+        shape = topology.partition(":")[2].split("x")
+        assert math.prod(map(int, shape)) == count
+    return count
 
 
 def test_all_are_tested():
@@ -74,12 +84,13 @@ def test_fine_tuning_makes_the_bundled_model():
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
 def test_the_state_of_a_training(path):
-    """What is trained has the size of its model, and every chip of the mesh holds an
+    """What is trained has the size of its model, and every chip of the hardware holds an
     equal part of the parameters and of both moments."""
     config = load(path)
     model, count = MODELS[config.model]
-    chips = chips_of(config)
-    mesh = make_mesh(config.mesh, model, [Chip(i) for i in range(chips)])
+    chips = chips_of(path)
+    devices = [Chip(i) for i in range(chips)]
+    mesh = make_mesh(default_mesh(chips), model, devices)
     assert config.update.microbatch % mesh.shape["data"] == 0
     params = abstract_params(model, mesh, config.update.param_dtype)
     state = abstract_state(make_optimizer(config), params, mesh)
@@ -96,18 +107,18 @@ def test_the_state_of_a_training(path):
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
 def test_commands_of_the_header(path):
-    """Their meshes suit the hardware and the model."""
+    """Meshes of sampling suit the model, and settings for other hardware suit that."""
     config, text = load(path), path.read_text()
     model = MODELS[config.model][0]
-    if config.mesh:
-        assert f"# Hardware: {chips_of(config)} chips" in text
+    assert config.mesh is None
     for line in re.findall(r"#   python -m e1jax\.sample (.*)", text):
         args = sample_parser().parse_args(shlex.split(line))
         shape = dict(part.split("=") for part in args.mesh.split(","))
         check_divides(model, {name: int(size) for name, size in shape.items()})
-    for line in re.findall(r"#   (--.*)", text):
-        argv = ["--config", str(path), *shlex.split(line.replace("=N", "=32"))]
-        load_config(GRPOConfig, argv, "train")
+    for chips, line in re.findall(r"On (\d+) chips:\s(--.*)", text):
+        argv = ["--config", str(path), *shlex.split(line)]
+        other = load_config(GRPOConfig, argv, "train")[0]
+        assert other.update.microbatch % int(chips) == 0
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ ARGUMENTS = {  # spaces, quotes, a line break and what a shell would expand
     "convert.sh": ["from-hf", "some/model", '/mnt/e1jax/it\'s a "model"'],
     "sample.sh": ["What's $HOME + `id`?\n\\n", "", "--model", "nano*", "-n", "4"],
     "evaluate.sh": ["--dataset", "aime 24", "--instruction", 'Don\'t; "think" && go'],
-    "train.sh": [CONFIG, "--data.instruction", "it's $1 \\boxed{}", "--mesh", "data=8"],
+    "train.sh": [CONFIG, "--data.instruction", "it's $1 \\boxed{}"],
     "resume.sh": [CONFIG, "--data.instruction", "two  words"],
 }
 
@@ -490,6 +490,4 @@ def test_the_manifest_is_a_whole_slice_that_trains():
     argv = [word.replace("configs/", f"{ROOT}/configs/") for word in argv]
     config, run_dir = load_config(GRPOConfig, argv, "train")
     assert str(run_dir).startswith(mount["mountPath"] + "/")
-    assert (
-        math.prod(int(part.split("=")[1]) for part in config.mesh.split(",")) == chips
-    )
+    assert config.update.microbatch % chips == 0

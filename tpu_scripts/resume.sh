@@ -5,7 +5,7 @@
 # nothing, so it can be run every few minutes.
 #
 #   PROJECT=... ZONE=... TPU_NAME=... ACCELERATOR=... SPOT=yes BUCKET=... RUN_DIR=... \
-#       tpu_scripts/resume.sh [--dry-run] configs/e1_math_7b.yaml --mesh data=64,tensor=1
+#       tpu_scripts/resume.sh [--dry-run] configs/e1_math_7b.yaml
 #
 # Inputs: those of create.sh, install.sh and train.sh, as they were given to these; the
 #   arguments too. --dry-run prints what is done for a TPU that was preempted.

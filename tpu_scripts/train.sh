@@ -3,7 +3,7 @@
 # ends; its output is in ~/train.log on each worker. Where it is running, nothing is started.
 #
 #   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 RUN_DIR=/mnt/e1jax/runs/e1_math_7b \
-#       tpu_scripts/train.sh [--dry-run] configs/e1_math_7b.yaml --mesh data=64,tensor=1
+#       tpu_scripts/train.sh [--dry-run] configs/e1_math_7b.yaml
 #
 # Inputs: PROJECT, ZONE, TPU_NAME, RUN_DIR: an absolute path that every worker sees, and that
 #   outlives the VMs: below /mnt/e1jax, where install.sh mounts the bucket.
