@@ -53,7 +53,7 @@ from e1jax.convert import LoadedModel, read_config, resolve
 from e1jax.sampling import TokenIds
 from e1jax.sharding import make_mesh, replicated, sharding
 from e1jax.tokenizer import read_json
-from e1jax.train import Batch, Learner, padded_lengths
+from e1jax.train import Batch, Learner, default_mesh, padded_lengths
 
 GIB = 2**30
 
@@ -132,7 +132,7 @@ class Report:
     part: str
     topology: str
     mesh: str
-    fits: bool = False
+    fits: bool = True
     hbm_bytes_per_chip: int | None = None
     hbm_limit_bytes: int = 0
     devices: int = 0
@@ -196,7 +196,7 @@ def topology_table() -> str:
     rows = [("topology", "chips", "devices", "HBM GiB", "GB/s", "bf16 TFLOP/s")]
     for name, chip in CHIPS.items():
         for shape in chip.slices:
-            chips = math.prod(_dims(shape))
+            chips = _chips(shape)
             rows.append(
                 (
                     *(f"{name}:{shape}", f"{chips}", f"{chips * chip.devices}"),
@@ -208,8 +208,8 @@ def topology_table() -> str:
     return f"{aligned(rows)}\nHBM and speeds are those of one device, as JAX sees it."
 
 
-def _dims(shape: str) -> list[int]:
-    return [int(size) for size in shape.split("x")]
+def _chips(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split("x"))
 
 
 def check_topology(topology: str) -> Chip:
@@ -221,7 +221,7 @@ def check_topology(topology: str) -> Chip:
     if rented:  # an accelerator type, whose number is one of chips, or of their cores
         name = {"v5litepod": "v5e"}.get(rented[1], rented[1])
         chips = int(rented[2]) // (2 if name in ("v5p", "tpu7x") else 1)
-        shapes = [s for s in CHIPS[name].slices if math.prod(_dims(s)) == chips]
+        shapes = [s for s in CHIPS[name].slices if _chips(s) == chips]
         near = [f"{name}:{shape}" for shape in shapes] or near
     hint = f"the nearest are {', '.join(near)}" if near else "it is like v5e:2x4"
     raise UserError(
@@ -245,9 +245,11 @@ def describe(topology: str) -> Slice:
     jax.config.update("jax_platforms", "cpu")
     for name, value in _COMPILER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Eight chips are one host's, as they are rented; the compiler takes them for two.
+    options = {"chips_per_host_bounds": [2, 4, 1]} if topology.endswith(":2x4") else {}
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology
+            platform="tpu", topology_name=topology, **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())
@@ -462,14 +464,12 @@ def plan_sampling(
     config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
 ) -> Report:
     """The engine's programs, at the slots and lengths of the rollouts or the flags."""
-    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
-    cache_len = args.cache_len or rollout_cache_len(config)
-    slots = args.slots or config.rollout.slots
+    mesh = slice_mesh(slice_, args.mesh, sizes)
+    sampler = rollout_sampler(config, sizes, mesh, args)
+    slots, cache_len = sampler.slots, sampler.cache_len
     live = min(args.live or DEFAULT_LIVE, cache_len)
-    data = mesh.shape["data"]
-    sampler = Sampler(sizes, mesh, _dtype(config), -(-slots // data) * data, cache_len)
     report = _report("sample", slice_, mesh)
-    report.settings = {"slots": sampler.slots, "cache_len": cache_len, "live": live}
+    report.settings = {"slots": slots, "cache_len": cache_len, "live": live}
     decode = sampler.decode()
     _note(report, "decode", decode)
     weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
@@ -479,7 +479,7 @@ def plan_sampling(
         others = prompt_programs(report, sampler, config.data.max_prompt_len)
         report.hbm_bytes_per_chip = max(decode.total, *others)
         report.memory["temporaries"] = decode.temporaries
-        report.fits = report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+        report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
         _check_cache(report, decode, cache)
         position = cache // engine.capacity(cache_len)
         report.floor_bytes = read_weights(sampler.params) + live * position
@@ -491,6 +491,16 @@ def plan_sampling(
     if not report.fits:
         report.fitting = _fitting_sampler(report, sampler, slice_)
     return report
+
+
+def rollout_sampler(
+    config: GRPOConfig, sizes: ModelConfig, mesh: Mesh, args: argparse.Namespace
+) -> Sampler:
+    """The engine of the rollouts, at its slots and lengths or those of the flags."""
+    data = mesh.shape["data"]
+    slots = -(-(args.slots or config.rollout.slots) // data) * data
+    cache_len = args.cache_len or rollout_cache_len(config)
+    return Sampler(sizes, mesh, _dtype(config), slots, cache_len)
 
 
 def rollout_cache_len(config: GRPOConfig) -> int:
@@ -648,51 +658,38 @@ def plan_training(
     config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
 ) -> Report:
     """The update, what goes before it, and all that lies in memory meanwhile."""
-    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
+    text = args.mesh or config.mesh or default_mesh(len(slice_.devices))
+    mesh = slice_mesh(slice_, text, sizes)
     config = dataclasses.replace(config, dtype=_dtype(config).name)
     learner, batch = abstract_learner(config, sizes, mesh)
     report = _report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
-    held = report.memory = resident(config, learner)
+    held = report.memory = resident(learner)
     state = sum(held.values())
     if state > report.hbm_limit_bytes:  # no need to compile for minutes
-        report.hbm_bytes_per_chip = state
+        report.hbm_bytes_per_chip, report.fits = state, False
         report.warnings.append(
             "does not fit: parameters, optimizer and reference alone take "
             f"{state / GIB:.2f} GiB; nothing was compiled"
         )
-        report.fitting = _fitting_learner(config, sizes, slice_, mesh, state, held)
+        report.fitting = _larger_learner(learner, slice_, args, 0)
         return report
-    temperature = on_mesh(mesh, np.float32(1))
-    update = compile_for_tpu(
-        learner.update.trace(
-            *(learner.shapes, learner.state_shapes, batch, 0, temperature)
-        )
-    )
-    _note(report, "update", update)
-    phases = {"update": update.total + held["reference"]}
-    if update.fits:
-        report.memory["temporaries"] = update.temporaries
-        logprobs = compile_for_tpu(
-            learner.logprobs.trace(learner.shapes, batch, temperature)
-        )
-        _note(report, "logprobs", logprobs)
-        # The optimizer's state and the reference policy wait beside it.
-        waiting = held["optimizer"] + held["reference"]
-        phases["logprobs"] = logprobs.total + waiting
-        phases["rollouts"] = state + rollout_bytes(report, config, sizes, slice_, args)
-        for program, name in ((update, "update"), (logprobs, "logprobs")):
-            if program.text:
-                _cost_of_training(report, name, program.text, config, learner, slice_)
+    programs = training_programs(learner, batch)
+    for name, program in programs.items():
+        _note(report, name, program)
+        if program.text:
+            _cost_of_training(report, name, program.text, learner, slice_.chip)
+    phases = training_phases(learner, programs)
+    phases["rollouts"] = state + rollout_bytes(report, learner, slice_, args)
     report.settings["phases"] = phases
     report.hbm_bytes_per_chip = max(phases.values())
-    report.fits = update.fits and report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+    report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+    held["temporaries"] = programs["update"].temporaries
     rest = phases["update"] - sum(held.values())
-    held["other" if update.fits else "temporaries"] = max(0, rest)
+    held["other" if programs["update"].fits else "temporaries"] = max(0, rest)
     if not report.fits:
-        most = report.hbm_bytes_per_chip
-        report.fitting = _fitting_learner(config, sizes, slice_, mesh, most, held)
+        report.fitting = _fitting_learner(report, learner, slice_, args)
     return report
 
 
@@ -737,70 +734,87 @@ def abstract_learner(
     return learner, batch
 
 
-def resident(config: GRPOConfig, learner: Learner) -> dict[str, int]:
+def resident(learner: Learner) -> dict[str, int]:
     """Bytes on a device that are there all the time."""
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
     computed = model.abstract_params(sizes, mesh, learner.dtype)
     return {
         "parameters": device_bytes(learner.shapes),
         "optimizer": device_bytes(learner.state_shapes),
-        "reference": device_bytes(computed) if config.loss.kl_coef else 0,
+        "reference": device_bytes(computed) if learner.config.loss.kl_coef else 0,
     }
 
 
-def rollout_bytes(
-    report: Report,
-    config: GRPOConfig,
-    sizes: ModelConfig,
-    slice_: Slice,
-    args: argparse.Namespace,
-) -> int:
-    """Bytes on a device of `decode` while responses are sampled: its copy of the
-    parameters, and the cache, which are both released before the update begins.
+def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
+    """The update, which needs most, and if it fits what may go before it."""
+    temperature = on_mesh(learner.loaded.mesh, np.float32(1))
+    given = (learner.shapes, learner.state_shapes, batch, 0, temperature)
+    programs = {"update": compile_for_tpu(learner.update.trace(*given))}
+    if programs["update"].fits and logprob_passes(learner.config):
+        traced = learner.logprobs.trace(learner.shapes, batch, temperature)
+        programs["logprobs"] = compile_for_tpu(traced)
+    return programs
 
-    Of several hosts, each samples on its own devices. A program for a part of a slice
-    cannot be compiled, so it is compiled for the slice that one host is.
-    """
-    mesh = slice_mesh(slice_, args.mesh or config.mesh, sizes)
-    if slice_.hosts > 1:
-        host = host_slice(slice_)
-        mesh = slice_mesh(host, None, sizes)
-        report.settings["rollouts_on"] = host.topology
-    data = mesh.shape["data"]
-    slots = -(-(args.slots or config.rollout.slots) // data) * data
-    cache_len = args.cache_len or rollout_cache_len(config)
-    sampler = Sampler(sizes, mesh, _dtype(config), slots, cache_len)
-    decode = sampler.decode()
-    _note(report, "decode", decode)
-    same_dtype = _dtype(config) == jnp.dtype(config.update.param_dtype)
-    shared = device_bytes(sampler.params) if same_dtype and slice_.hosts == 1 else 0
-    return decode.total - shared
+
+def logprob_passes(config: GRPOConfig) -> int:
+    """How often a step computes log-probabilities before its updates."""
+    return bool(config.loss.kl_coef) + (config.loss.old_logprobs == "recomputed")
+
+
+def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str, int]:
+    """Bytes on a device while each runs; what it is not given waits beside it."""
+    held = resident(learner)
+    waiting = {"update": 0, "logprobs": held["optimizer"]}
+    return {
+        name: program.total + waiting[name] + held["reference"]
+        for name, program in programs.items()
+    }
+
+
+def host_sampler(learner: Learner, slice_: Slice, args: argparse.Namespace) -> Sampler:
+    """The engine of one of a slice's hosts, which samples on its own devices."""
+    sizes = learner.loaded.config
+    mesh = slice_mesh(host_slice(slice_), None, sizes)
+    return rollout_sampler(learner.config, sizes, mesh, args)
 
 
 def host_slice(slice_: Slice) -> Slice:
-    """The slice that one of a slice's hosts would be alone."""
+    """The slice that one of a slice's hosts would be alone: a program for a part of a
+    slice cannot be compiled."""
+    if slice_.hosts == 1:
+        return slice_
     name = slice_.topology.partition(":")[0]
     chips = len(slice_.devices) // slice_.hosts // slice_.chip.devices
-    shapes = [s for s in slice_.chip.slices if math.prod(_dims(s)) == chips]
-    return describe(f"{name}:{shapes[0]}")
+    return describe(
+        next(
+            f"{name}:{shape}" for shape in slice_.chip.slices if _chips(shape) == chips
+        )
+    )
+
+
+def rollout_bytes(
+    report: Report, learner: Learner, slice_: Slice, args: argparse.Namespace
+) -> int:
+    """Bytes on a device of `decode` while responses are sampled: the cache, and a copy
+    of the parameters unless those in training are as sampling has them. Both are
+    released before the update begins."""
+    if slice_.hosts > 1:
+        report.settings["rollouts_on"] = host_slice(slice_).topology
+    sampler, loaded = host_sampler(learner, slice_, args), learner.loaded
+    decode = sampler.decode()
+    _note(report, "decode", decode)
+    same = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
+    return decode.total - (device_bytes(sampler.params) if same else 0)
 
 
 def _cost_of_training(
-    report: Report,
-    name: str,
-    text: str,
-    config: GRPOConfig,
-    learner: Learner,
-    slice_: Slice,
+    report: Report, name: str, text: str, learner: Learner, chip: Chip
 ) -> None:
     """Adds what a program costs in a step to the report."""
-    chip, mesh = slice_.chip, learner.loaded.mesh
+    config = learner.config
     counted = hlo.account(text)
-    times = config.updates_per_step
-    if name == "logprobs":
-        recomputed = config.loss.old_logprobs == "recomputed"
-        times = int(bool(config.loss.kl_coef)) + int(recomputed)
-    kernels = _kernel_flops(counted, config, learner)
+    times = config.updates_per_step if name == "update" else logprob_passes(config)
+    kernels = _kernel_flops(counted, learner)
     seconds = counted.cycles / chip.hertz
     seconds += kernels / (_KERNEL_SHARE * chip.flops_per_second)
     report.bytes_per_step = (report.bytes_per_step or 0) + times * counted.bytes
@@ -819,7 +833,7 @@ def _cost_of_training(
     if name == "update":
         held = device_bytes((learner.shapes, learner.state_shapes))
         report.floor_bytes = 2 * held * times
-        useful = update_flops(config, learner) / mesh.size
+        useful = update_flops(learner) / learner.loaded.mesh.size
         report.flops = {
             "useful_per_update": useful,
             "matrix_per_update": float(counted.flops),
@@ -845,10 +859,10 @@ def _cost_of_training(
 _KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of kernels
 
 
-def update_flops(config: GRPOConfig, learner: Learner) -> float:
+def update_flops(learner: Learner) -> float:
     """6 flops per weight of a matrix product and token, of one update; the output
     matrix sees responses only. Attention's products are not in it."""
-    sizes = learner.loaded.config
+    config, sizes = learner.config, learner.loaded.config
     matrices = jax.tree.leaves(learner.shapes["layers"])
     per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
     head = sizes.hidden_size * sizes.vocab_size
@@ -858,11 +872,11 @@ def update_flops(config: GRPOConfig, learner: Learner) -> float:
     return 6.0 * rows * (tokens * per_token + response_len * head)
 
 
-def _kernel_flops(counted: hlo.Account, config: GRPOConfig, learner: Learner) -> float:
+def _kernel_flops(counted: hlo.Account, learner: Learner) -> float:
     """Flops of attention kernels: a product of scores or values over half a square."""
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
     tokens = sum(learner.longest)
-    rows = config.update.microbatch / mesh.shape["data"]
+    rows = learner.config.update.microbatch / mesh.shape["data"]
     heads = sizes.num_heads / mesh.shape["tensor"]
     product = rows * heads * tokens**2 * sizes.head_dim
     count = 0
@@ -877,33 +891,79 @@ def _kernel_flops(counted: hlo.Account, config: GRPOConfig, learner: Learner) ->
 
 
 def _fitting_learner(
-    config: GRPOConfig,
-    sizes: ModelConfig,
-    slice_: Slice,
-    mesh: Mesh,
-    most: int,
-    held: dict[str, int],
+    report: Report, learner: Learner, slice_: Slice, args: argparse.Namespace
 ) -> str:
-    """The next larger slice by an estimate: state is divided among the devices, and
-    temporaries go with the rows of a micro-batch on each."""
-    data, tensor = mesh.shape["data"], mesh.shape["tensor"]
-    now = held["parameters"] + held["optimizer"] + held["reference"]
-    temporaries = max(0, most - now)
+    """What would fit: a smaller micro-batch or fewer slots, else a larger slice."""
+    limit, held = report.hbm_limit_bytes, resident(learner)
+    phases = dict(report.settings["phases"])
+    rollouts, most = phases.pop("rollouts"), max(phases.values())
+    gradients = held["parameters"] * 4 // learner.loaded.dtype.itemsize  # of float32
+    if rollouts <= limit and sum(held.values()) + gradients <= limit:
+        if microbatch := smaller_microbatch(report, learner):
+            return f"--update.microbatch {microbatch} fits"
+    elif most <= limit < rollouts:
+        sampler = host_sampler(learner, slice_, args)
+        row = device_bytes(sampler.cache) / sampler.slots
+        data = sampler.mesh.shape["data"]
+        slots = int(sampler.slots - (rollouts - limit) / row) // data * data
+        if slots > 0:
+            return f"--rollout.slots {slots} would fit by an estimate"
+    temporaries = max(0, most - sum(held.values()))
+    return _larger_learner(learner, slice_, args, temporaries)
+
+
+def smaller_microbatch(report: Report, learner: Learner) -> int | None:
+    """The largest that fits of those with half the rows a device or less; found by
+    compiling."""
+    config, loaded = learner.config, learner.loaded
+    data = loaded.mesh.shape["data"]
+    rows = config.update.microbatch // data
+    while rows > 1:
+        # A divisor of the present one divides the rows of a mini-batch too.
+        rows = max(n for n in range(1, rows // 2 + 1) if rows % n == 0)
+        update = dataclasses.replace(config.update, microbatch=rows * data)
+        trial = dataclasses.replace(config, update=update)
+        learner, batch = abstract_learner(trial, loaded.config, loaded.mesh)
+        programs = training_programs(learner, batch)
+        report.compile_seconds += sum(program.seconds for program in programs.values())
+        most = max(training_phases(learner, programs).values())
+        each_fits = all(program.fits for program in programs.values())
+        if each_fits and most <= report.hbm_limit_bytes:
+            return rows * data
+    return None
+
+
+def _larger_learner(
+    learner: Learner, slice_: Slice, args: argparse.Namespace, temporaries: int
+) -> str:
+    """The next larger slice by an estimate: state is divided among the devices,
+    temporaries go with the rows of a micro-batch on each, and responses are sampled
+    after the update."""
+    config, loaded = learner.config, learner.loaded
+    data, tensor = loaded.mesh.shape["data"], loaded.mesh.shape["tensor"]
+    named = args.mesh or config.mesh
     for larger in larger_slices(slice_):
-        text = f"data={len(larger.devices) // tensor},tensor={tensor}"
-        mesh = slice_mesh(larger, text, sizes)
-        if config.update.microbatch % mesh.shape["data"]:
+        new_data = len(larger.devices) // tensor
+        if config.update.microbatch % new_data:
             continue
-        learner, _ = abstract_learner(config, sizes, mesh)
-        state = sum(resident(config, learner).values())
-        needed = state + temporaries * data / mesh.shape["data"]
+        text = f"data={new_data},tensor={tensor}"
+        mesh = slice_mesh(larger, text, loaded.config)
+        larger_learner, _ = abstract_learner(config, loaded.config, mesh)
+        sampler = host_sampler(larger_learner, larger, args)
+        needed = sum(resident(larger_learner).values()) + max(
+            temporaries * data / new_data,
+            device_bytes((sampler.params, sampler.cache)),
+        )
         if needed <= larger.chip.hbm_bytes:
-            what = f"{needed / GIB:.1f} GiB by an estimate" + (
-                "" if temporaries else ", temporaries not counted"
+            with_mesh = f" with --mesh {text}" if named else ""
+            what = "" if temporaries else ", temporaries of the update not counted"
+            return (
+                f"{larger.topology}{with_mesh} would fit ({needed / GIB:.1f} GiB by an "
+                f"estimate{what})"
             )
-            return f"{larger.topology} with --mesh {text} would fit ({what})"
     return (
-        "no larger slice of this chip would fit with this micro-batch; use another chip"
+        "no larger slice of this chip would fit with this micro-batch and these slots; "
+        "use another chip"
     )
 
 
@@ -933,6 +993,7 @@ def _note(report: Report, name: str, program: Program) -> None:
             f"the compiler cannot print {name} for this chip: memory only"
         )
     else:
+        report.fits = False
         report.warnings.append(
             f"{name} does not fit: {program.total / GIB:.2f} GiB of "
             f"{report.hbm_limit_bytes / GIB:.2f} GiB"
@@ -1076,8 +1137,8 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "--mesh",
         metavar="data=2,tensor=4",
-        help="device mesh (default: the configuration's, else all devices, as many on "
-        "tensor as the model's heads allow)",
+        help="device mesh (default: for sampling all devices, as many on tensor as the "
+        "model's heads allow; for training the configuration's, else all on data)",
     )
     flag("--slots", type=_size, metavar="N", help="default: the configuration's")
     flag(

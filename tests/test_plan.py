@@ -1,5 +1,6 @@
 """Planning: names and messages, tables and searches; with libtpu, real compilations."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -174,7 +175,7 @@ def test_a_step_reads_no_embedding_but_a_tied_one():
     mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
 
     def read(**changes):
-        sizes = plan.dataclasses.replace(SIZES, **changes)
+        sizes = dataclasses.replace(SIZES, **changes)
         params = plan.model.abstract_params(sizes, mesh, jnp.bfloat16)
         return plan.device_bytes(params), plan.read_weights(params)
 
@@ -237,31 +238,45 @@ def test_useful_flops_of_an_update(config):
     # q and o, k and v, and the three products of the mlp, in each of three layers.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
     useful = 6 * 4 * (100 * 3 * layer + 60 * 264 * 64)
-    assert plan.update_flops(loaded, learner) == useful
+    assert plan.update_flops(learner) == useful
 
 
 # Whole plans, with a compiler that only adds up what a program is given.
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device that nothing runs on."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+
+
 @pytest.fixture
 def fake(monkeypatch):
-    """Plans for one device, of which `limit` bytes can be used."""
+    """Plans for devices of which `limit` bytes can be used. A program takes its
+    arguments, as if they were whole on each, and `per_row` bytes for each row of a
+    micro-batch."""
 
-    def set_limit(limit):
-        chip = plan.dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
+    def set_limit(limit, per_row=0):
+        chip = dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
 
         def compiled(traced):
-            given = sum(
-                math.prod(a.shape) * np.dtype(a.dtype).itemsize
-                for a in jax.tree.leaves(traced.in_avals)
-            )
-            fits = given <= limit
-            return plan.Program(fits, given, 0, given, given, 1.0, None)
+            given = jax.tree.leaves(traced.in_avals)
+            size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in given)
+            tokens = [a.shape for a in given if a.ndim == 3 and a.dtype == np.int32]
+            more = per_row * sum(rows for _, rows, _ in tokens)
+            fits, total = size + more <= limit, size + more
+            return plan.Program(fits, size, more * fits, total, size, 1.0, None)
+
+        def describe(name):
+            count = plan._chips(name.partition(":")[2])
+            return plan.Slice(name, chip, [Device(i) for i in range(count)])
 
         monkeypatch.setattr(plan, "compile_for_tpu", compiled)
-        monkeypatch.setattr(
-            plan, "describe", lambda name: plan.Slice(name, chip, jax.devices()[:1])
-        )
+        monkeypatch.setattr(plan, "describe", describe)
 
     return set_limit
 
@@ -357,6 +372,103 @@ def test_settings_can_be_changed_like_those_of_train(fake, config, monkeypatch, 
     rollouts = 6 * PARAMETERS + 6 * ROW
     phases = report["settings"]["phases"]
     assert rollouts < phases["rollouts"] < rollouts + 10**4
+    assert set(phases) == {"update", "logprobs", "rollouts"}
+    changes += ("--loss.old_logprobs", "sampler")
+    _, (report,) = run(monkeypatch, capsys, *argv, *changes)
+    assert set(report["settings"]["phases"]) == {"update", "rollouts"}
+
+
+ON_DATA, SUITED = "data=4,tensor=1", "data=2,tensor=2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "meshes"),
+    [
+        ([], [SUITED, ON_DATA]),
+        (["--update.param_dtype", "bfloat16", "--mesh", ON_DATA], [ON_DATA, ON_DATA]),
+        (["--update.param_dtype", "bfloat16", "--mesh", SUITED], [SUITED, SUITED]),
+    ],
+)
+def test_meshes_of_sampling_and_of_training(
+    flags, meshes, fake, config, monkeypatch, capsys
+):
+    fake(10**8)
+    argv = ("--config", config, "--topology", "v5e:2x2", "--json")
+    _, reports = run(monkeypatch, capsys, *argv, "--update.microbatch", 4, *flags)
+    assert [report["mesh"] for report in reports] == meshes
+    held, phases = reports[1]["memory"], reports[1]["settings"]["phases"]
+    # Sampled from is a copy, unless it lies as sampling has it and has the dtype.
+    shared = reports[1]["memory"]["parameters"] if meshes[1] == SUITED else 0
+    state = held["parameters"] + held["optimizer"] + held["reference"]
+    rollouts = state + 2 * PARAMETERS - shared + 6 * ROW
+    assert rollouts < phases["rollouts"] < rollouts + 10**4
+
+
+def test_the_configuration_has_the_mesh_of_updates(fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ("--config", config, "--topology", "v5e:2x2", "--json")
+    settings = config.read_text() + "mesh: "
+    for mesh in (ON_DATA, SUITED):
+        config.write_text(settings + mesh)
+        _, reports = run(monkeypatch, capsys, *argv, "--update.microbatch", 4)
+        assert [report["mesh"] for report in reports] == [SUITED, mesh]
+
+
+@pytest.mark.parametrize(
+    ("topology", "samples", "microbatch", "fitting"),
+    [("v5e:1x1", 6, 12, 3), ("v5e:1x1", 4, 8, 4), ("v5e:2x2", 8, 16, 4)],
+)
+def test_a_smaller_microbatch_is_found(
+    topology, samples, microbatch, fitting, fake, config, monkeypatch, capsys
+):
+    """Of 12 rows 6, 3 and 1 come in question, as 4 do not divide them by halving."""
+    argv = ["--config", config, "--topology", topology, "--json", "--part", "train"]
+    argv += ["--rollout.samples", samples, "--update.microbatch"]
+    fake(10**8)
+    _, (report,) = run(monkeypatch, capsys, *argv, microbatch)
+    fake(report["hbm_bytes_per_chip"] + int(4.5 * 10**6), per_row=10**6)
+    code, (report,) = run(monkeypatch, capsys, *argv, microbatch)
+    assert code == 3
+    assert report["fitting"] == f"--update.microbatch {fitting} fits"
+    code, (report,) = run(monkeypatch, capsys, *argv, fitting)
+    assert code == 0 and report["fits"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--mesh", "data=1,tensor=1"]])
+def test_a_larger_slice_is_estimated(flags, fake, config, monkeypatch, capsys):
+    argv = ["--config", config, "--topology", "v5e:1x1", "--json", "--part", "train"]
+    argv += ["--update.microbatch", 4, *flags]
+    state = (4 + 8 + 2) * PARAMETERS
+    fake(state // 2)
+    code, (report,) = run(monkeypatch, capsys, *argv)
+    assert code == 3 and "nothing was compiled" in report["warnings"][0]
+    mesh = " with --mesh data=4,tensor=1" if flags else ""
+    assert report["fitting"].startswith(f"v5e:2x2{mesh} would fit (")
+    # The cache, with which each host samples, is what no larger one has room for.
+    code, (report,) = run(monkeypatch, capsys, *argv, "--rollout.slots", 1000)
+    assert "no larger slice" in report["fitting"]
+
+
+def test_fewer_slots_are_estimated(fake, config, monkeypatch, capsys):
+    argv = ["--config", config, "--topology", "v5e:1x1", "--json", "--part", "train"]
+    state = (4 + 8 + 2 + 2) * PARAMETERS
+    fake(state + 20 * ROW + ROW // 2)
+    code, (report,) = run(monkeypatch, capsys, *argv, "--rollout.slots", 50)
+    assert code == 3
+    assert report["fitting"] == "--rollout.slots 20 would fit by an estimate"
+    code, _ = run(monkeypatch, capsys, *argv, "--rollout.slots", 20)
+    assert code == 0
+
+
+def test_a_host_samples_on_its_own_slice(monkeypatch):
+    devices = [Device(i, i // 4) for i in range(16)]
+    monkeypatch.setattr(plan, "describe", lambda name: name)
+    slice_ = plan.Slice("v5e:4x4", plan.CHIPS["v5e"], devices)
+    assert plan.host_slice(slice_) == "v5e:2x2"
+    # A chip of tpu7x is two devices.
+    devices = [Device(i, i // 8) for i in range(16)]
+    slice_ = plan.Slice("tpu7x:2x2x2", plan.CHIPS["tpu7x"], devices)
+    assert plan.host_slice(slice_) == "tpu7x:2x2x1"
 
 
 @pytest.mark.parametrize(
@@ -412,11 +524,13 @@ def test_every_topology_can_be_described():
     code = (
         "from e1jax import plan\n"
         "for name in plan.TOPOLOGIES:\n"
-        "    print(name, len(plan.describe(name).devices))\n"
+        "    slice_ = plan.describe(name)\n"
+        "    print(name, len(slice_.devices), slice_.hosts)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    found = dict(line.split() for line in done.stdout.splitlines())
+    found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     for name in plan.TOPOLOGIES:
         chip, _, shape = name.partition(":")
         chips = math.prod(map(int, shape.split("x")))
-        assert int(found[name]) == chips * plan.CHIPS[chip].devices
+        hosts = 1 if shape == "2x4" else -(-chips // 4)
+        assert found[name] == [str(chips * plan.CHIPS[chip].devices), str(hosts)]
