@@ -407,8 +407,13 @@ class Sampler(NamedTuple):
         return model.abstract_params(self.sizes, self.mesh, self.dtype)
 
     @property
+    def cache_sizes(self) -> tuple[int, int]:
+        """Rows of the cache, and positions of each."""
+        return engine.cache_sizes(self.mesh, self.slots, self.cache_len)
+
+    @property
     def cache(self) -> model.KVCache:
-        return self._cache(self.slots, engine.capacity(self.cache_len))
+        return self._cache(*self.cache_sizes)
 
     def _cache(self, rows: int, capacity: int) -> model.KVCache:
         init = model.init_cache
@@ -481,8 +486,9 @@ def plan_sampling(
         report.memory["temporaries"] = decode.temporaries
         report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
         _check_cache(report, decode, cache)
-        position = cache // engine.capacity(cache_len)
-        report.floor_bytes = read_weights(sampler.params) + live * position
+        rows, capacity = sampler.cache_sizes
+        filled = live * cache * slots // (rows * capacity)
+        report.floor_bytes = read_weights(sampler.params) + filled
         if decode.text:
             _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
     rest = report.hbm_bytes_per_chip - sum(report.memory.values())
@@ -497,8 +503,7 @@ def rollout_sampler(
     config: GRPOConfig, sizes: ModelConfig, mesh: Mesh, args: argparse.Namespace
 ) -> Sampler:
     """The engine of the rollouts, at its slots and lengths or those of the flags."""
-    data = mesh.shape["data"]
-    slots = -(-(args.slots or config.rollout.slots) // data) * data
+    slots = engine.whole_slots(mesh, args.slots or config.rollout.slots)
     cache_len = args.cache_len or rollout_cache_len(config)
     return Sampler(sizes, mesh, _dtype(config), slots, cache_len)
 
@@ -547,7 +552,8 @@ def largest_slots(report: Report, sampler: Sampler, first: Program) -> int:
         return known[slots]
 
     guess = int(min((report.hbm_limit_bytes - fixed) // row, MOST_SLOTS)) // unit
-    return bisect(lambda units: fits(units * unit), guess) * unit
+    most = bisect(lambda units: fits(units * unit), guess) * unit
+    return most or bisect(fits, unit - 1)
 
 
 def bisect(fits: Callable[[int], bool], guess: int) -> int:
@@ -571,18 +577,22 @@ def _cost_of_decoding(
     report: Report, text: str, sampler: Sampler, chip: Chip, live: int
 ) -> None:
     """Bytes and time of a step of all slots, each with `live` positions."""
+    rows, capacity = sampler.cache_sizes
+    parts = rows // sampler.slots
+    blocks = -(-live // (attention.BLOCK_LEN * parts))  # of a row of the cache
 
     def trip_count(op_name: str) -> int | None:
         # The loop over steps counts once, that over blocks of the cache by its length.
         loops = op_name.split("/").count("while")
-        return 1 if loops == 1 else -(-live // attention.BLOCK_LEN)
+        return 1 if loops == 1 else blocks
 
     whole = hlo.account(text, trip_count)
     step = whole.per_iteration()
-    position = device_bytes(sampler.cache) // engine.capacity(sampler.cache_len)
+    position = device_bytes(sampler.cache) // capacity
     kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
-    block = min(attention.TPU_BLOCK_LEN, engine.capacity(sampler.cache_len))
-    kernel_bytes = -(-live // block) * block * position if kernels else 0
+    block = min(attention.TPU_BLOCK_LEN, capacity)
+    filled = -(-blocks * attention.BLOCK_LEN // block) * block
+    kernel_bytes = filled * position if kernels else 0
     report.bytes_per_step = step.bytes + kernel_bytes
     assert report.floor_bytes is not None
     seconds = step.cycles / chip.hertz + kernel_bytes / chip.bytes_per_second
@@ -631,8 +641,7 @@ def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
         return f"--slots {report.max_slots} fits"
     for larger in larger_slices(slice_):
         mesh = slice_mesh(larger, None, sampler.sizes)
-        data = mesh.shape["data"]
-        slots = -(-sampler.slots // data) * data
+        slots = engine.whole_slots(mesh, sampler.slots)
         candidate = sampler._replace(mesh=mesh, slots=slots)
         needed = device_bytes((candidate.params, candidate.cache))
         if needed > larger.chip.hbm_bytes:

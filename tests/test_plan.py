@@ -31,6 +31,16 @@ SIZES = ModelConfig(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device that nothing runs on."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU"
+
+
 @pytest.fixture
 def config(tmp_path):
     """A configuration of a model that is nothing but its sizes."""
@@ -227,6 +237,18 @@ def test_bytes_and_time_of_a_step(target, blocks):
     assert any("kernel" in text for text in report.not_in_estimate) == (blocks > 0)
 
 
+def test_bytes_of_a_step_of_few_slots(config):
+    """Positions of three slots lie over eight devices: of 40,000 none has more than
+    40 of the 313 blocks of 128, for which a kernel reads ten of 512."""
+    mesh = plan.make_mesh("data=8,tensor=1", SIZES, [Device(i) for i in range(8)])
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536)
+    report = plan.Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
+    text = STEP.replace("TARGET", "tpu_custom_call")
+    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=40_000)
+    kernel = 10 * 512 * 3 * 2 * 3 * 2 * 16 * 2
+    assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel
+
+
 def test_useful_flops_of_an_update(config):
     loaded, _ = plan.load_config(
         plan.GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
@@ -242,16 +264,6 @@ def test_useful_flops_of_an_update(config):
 
 
 # Whole plans, with a compiler that only adds up what a program is given.
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a mesh asks of a device that nothing runs on."""
-
-    id: int
-    process_index: int = 0
-    platform: str = "tpu"
-    device_kind: str = "TPU"
 
 
 @pytest.fixture
