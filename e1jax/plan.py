@@ -122,7 +122,6 @@ DEFAULT_LIVE = 2048
 MOST_SLOTS = 1024  # that are tried: programs for more compile long, and none needs them
 _LARGE_COPY = 16 * 2**20  # bytes of an array, from which on a copy of it is told
 _LARGE_REDUCE = 16 * 2**20
-_LARGE_GATHER = 64 * 2**20  # a decode step's, over all its layers
 
 
 @dataclasses.dataclass
@@ -612,12 +611,16 @@ def _cost_of_decoding(
         )
     layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
     _warn_of_copies(report, whole, min(layer, _LARGE_COPY))
-    for kind in ("all-gather", "all-reduce"):
-        size = report.collective_bytes.get(kind, 0)
-        if size > _LARGE_GATHER:
-            report.warnings.append(
-                f"{kind} of {size / 2**20:.0f} MiB a step: weights are sent around"
-            )
+    sizes, tensor = sampler.sizes, sampler.mesh.shape["tensor"]
+    widest = max(sizes.hidden_size, sizes.intermediate_size // tensor)
+    activation = 4 * sampler.slots * widest
+    moved = [op for op in step.collectives if op.depth > 1 and op.payload > activation]
+    if moved:
+        size = sum(op.times * op.payload for op in moved) / 2**20
+        report.warnings.append(
+            f"collectives of {size:.0f} MiB a step are larger than activations: weights "
+            "are sent around"
+        )
 
 
 def read_weights(params: Any) -> int:

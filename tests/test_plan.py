@@ -249,6 +249,32 @@ def test_bytes_of_a_step_of_few_slots(config):
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel
 
 
+@pytest.mark.parametrize(("rows", "warns"), [(5, False), (6, True)])
+def test_weights_that_are_sent_around_are_told_of(rows, warns):
+    """In the loop over layers nothing is larger than five slots' float32 [5, 96]."""
+    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048)
+    report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
+    shape = f"f32[{rows},96]" + "{1,0:T(8,128)}"
+    inner = f"""
+%layer (p: (pred[], f32[1,1])) -> (pred[], f32[1,1]) {{
+  %p = (pred[]{{:T(512)}}, {shape}) parameter(0)
+  %go = pred[]{{:T(512)}} get-tuple-element(%p), index=0
+  %x = {shape} get-tuple-element(%p), index=1
+  %sum = {shape} all-reduce(%x), channel_id=3
+  ROOT %t = (pred[]{{:T(512)}}, {shape}) tuple(%go, %sum)
+}}
+"""
+    loop = (
+        f"  %in = (pred[]{{:T(512)}}, {shape}) tuple(%go, %x)\n"
+        f"  %layers = (pred[]{{:T(512)}}, {shape}) while(%in), condition=%test, "
+        'body=%layer, metadata={op_name="jit(decode)/while/body/while"}\n  %y ='
+    )
+    text = inner + STEP.replace("  %y =", loop)
+    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
+    assert any("weights are sent around" in text for text in report.warnings) == warns
+
+
 def test_useful_flops_of_an_update(config):
     loaded, _ = plan.load_config(
         plan.GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
