@@ -1,9 +1,13 @@
 """Every file in configs/: what it sets, and the state that it trains, as shapes."""
 
 import dataclasses
+import importlib.util
+import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -133,3 +137,21 @@ def test_the_recipe_of_the_paper(path):
     assert (update.minibatch_prompts, update.epochs) == (64, 1)
     assert config.optimizer.learning_rate == 1e-6
     assert (config.loss.kl_coef, config.loss.entropy_coef) == (0.001, 0.001)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("part", ["sample", "train"])
+@pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
+def test_the_hardware_of_the_header_is_large_enough(path, part):
+    """The first that it names for the part; the nano model's is a CPU."""
+    place = "Hardware" if part == "train" else "Sampling"
+    lines = path.read_text().partition(f"# {place}")[2]
+    topology = (re.findall(r"v\d\w+:[\dx]+", lines) or ["v5e:1x1"])[0]
+    argv = ["--config", str(path), "--topology", topology, "--part", part, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "e1jax.plan", *argv], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] and report["topology"] == topology
