@@ -313,12 +313,11 @@ class Program(NamedTuple):
     """A program that was compiled, or did not fit."""
 
     fits: bool
-    arguments: int  # bytes on each device
-    temporaries: int
-    total: int
-    aliased: int
-    seconds: float
-    text: str | None  # None: the compiler cannot print it
+    total: int  # bytes on each device
+    seconds: float  # of compiling
+    temporaries: int = 0
+    aliased: int = 0
+    text: str | None = None  # None: the compiler cannot print it
 
 
 def compile_for_tpu(traced: Any) -> Program:
@@ -331,23 +330,18 @@ def compile_for_tpu(traced: Any) -> Program:
         used = used_when_too_large(str(error))
         if used is None:
             raise
-        return Program(False, 0, 0, used, 0, time.perf_counter() - start, None)
+        return Program(False, used, time.perf_counter() - start)
     memory = compiled.memory_analysis()
-    arguments, temporaries = (
-        memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
-    )
-    aliased = memory.alias_size_in_bytes
-    fresh = memory.output_size_in_bytes - aliased
+    temporaries, aliased = memory.temp_size_in_bytes, memory.alias_size_in_bytes
+    total = memory.argument_size_in_bytes + temporaries
+    total += memory.output_size_in_bytes - aliased
     try:
         with _silenced():
             text = compiled.as_text()
     except jax.errors.JaxRuntimeError:
         text = None
-    return Program(
-        *(True, arguments, temporaries, arguments + temporaries + fresh, aliased),
-        *(time.perf_counter() - start, text),
-    )
+    seconds = time.perf_counter() - start
+    return Program(True, total, seconds, temporaries, aliased, text)
 
 
 @contextlib.contextmanager

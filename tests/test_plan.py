@@ -307,7 +307,7 @@ def fake(monkeypatch):
             tokens = [a.shape for a in given if a.ndim == 3 and a.dtype == np.int32]
             more = per_row * sum(rows for _, rows, _ in tokens)
             fits, total = size + more <= limit, size + more
-            return plan.Program(fits, size, more * fits, total, size, 1.0, None)
+            return plan.Program(fits, total, 1.0, more * fits, size)
 
         def describe(name):
             count = plan._chips(name.partition(":")[2])
