@@ -454,12 +454,12 @@ def test_the_configuration_has_the_mesh_of_updates(fake, config, monkeypatch, ca
 
 @pytest.mark.parametrize(
     ("topology", "samples", "microbatch", "fitting"),
-    [("v5e:1x1", 6, 12, 3), ("v5e:1x1", 4, 8, 4), ("v5e:2x2", 8, 16, 4)],
+    [("v5e:1x1", 9, 18, 3), ("v5e:1x1", 4, 8, 4), ("v5e:2x2", 8, 16, 4)],
 )
 def test_a_smaller_microbatch_is_found(
     topology, samples, microbatch, fitting, fake, config, monkeypatch, capsys
 ):
-    """Of 12 rows 6, 3 and 1 come in question, as 4 do not divide them by halving."""
+    """Of 18 rows 9, 3 and 1 come in question: others do not divide a mini-batch."""
     argv = ["--config", config, "--topology", topology, "--json", "--part", "train"]
     argv += ["--rollout.samples", samples, "--update.microbatch"]
     fake(10**8)
