@@ -646,7 +646,8 @@ class HostsConfig:
             )
         if self.coordinator is None or self.processes is None:
             return
-        if not re.fullmatch(r"\S+:[0-9]{1,5}", self.coordinator):
+        address = re.fullmatch(r"\S+:([0-9]{1,5})", self.coordinator)
+        if not address or int(address[1]) > 65535:
             raise UserError(
                 f"--coordinator must be like 10.0.0.1:1234, not {self.coordinator!r}"
             )

@@ -16,11 +16,9 @@ is donated to every call
 and updated in place; everything else per slot is replicated.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +34,12 @@ from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
 from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
-from e1jax.sharding import COMPILER_OPTIONS, replicated, sharding
+from e1jax.sharding import (
+    COMPILER_OPTIONS,
+    enough_memory,
+    replicated,
+    sharding,
+)
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
 DEFAULT_CACHE_LEN = 32768
@@ -325,7 +328,9 @@ class Engine:
         # Steps per look of the host: as many as take about a second, so that progress
         # shows and Ctrl-C works on a slow device too.
         num_steps = 8
-        with self._enough_memory():
+        sizes = f"this model with {self.slots} slots of {self.cache_len} positions"
+        advice = "lower slots or cache_len, or use more devices"
+        with enough_memory(sizes, advice):
             # Kept for the next call only if all ends well: one key that is not finite
             # would spoil every later row of its slot.
             cache, self._cache = self._cache or self._new_cache(weights), None
@@ -409,20 +414,6 @@ class Engine:
         dtype = weights["embedding"].dtype
         cache = new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
         return jax.block_until_ready(cache)
-
-    @contextlib.contextmanager
-    def _enough_memory(self) -> Iterator[None]:
-        """Says which sizes to lower where a device has no room for what it is to do."""
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
-                raise
-            raise UserError(
-                f"the devices have too little memory for this model with {self.slots} "
-                f"slots of {self.cache_len} positions; lower slots or cache_len, or use "
-                "more devices"
-            ) from None
 
     def _collect(
         self, chunk: Chunk, state: BudgetState, active: list[_Active | None]
@@ -686,7 +677,7 @@ def empty_rows(slots: int, width: int) -> Rows:
         position=zeros,
         sampling=Sampling(ones, ones, zeros, seed, zeros),
         budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
-        state=BudgetState(done, *[zeros] * 6),
+        state=sampling.start_state(done),
     )
 
 
@@ -721,8 +712,8 @@ def _request_rows(
             forced_ids=fill(forced_ids + padding),
             num_forced=fill(len(forced_ids)),
         ),
-        state=BudgetState(
-            fill(sampling.THINK if forced_ids else sampling.SOLVE), *[fill(0)] * 6
+        state=sampling.start_state(
+            fill(sampling.THINK if forced_ids else sampling.SOLVE)
         ),
     )
     return is_new, fresh

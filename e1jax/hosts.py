@@ -5,6 +5,7 @@ devices of all. On the host's side, only the responses of a step and a few numbe
 between them. With one process, all functions give back what they are given.
 """
 
+import collections
 import contextlib
 import ctypes
 import os
@@ -13,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from e1jax.config import HostsConfig, ModelConfig, UserError
-from e1jax.sharding import make_mesh
+from e1jax.sharding import COMPILER_OPTIONS, make_mesh
 
 # After so long without a sign of life, a process is given up by the others. JAX's own
 # default is 100.
@@ -44,6 +46,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
         return
     _explain_abort()
     try:
+        _check_even()
         yield
     except (KeyboardInterrupt, SystemExit):
         jax.distributed.shutdown()  # all of them stop at the same step
@@ -61,13 +64,16 @@ def _join(config: HostsConfig) -> bool:
     # JAX's would take SIGTERM, which is for `stop_signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.processes,
-            config.process,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        with warnings.catch_warnings():
+            # That JAX knows clusters of Kubernetes better with jax[k8s]: TPUs need it not.
+            warnings.filterwarnings("ignore", message="(?s).*jax\\[k8s\\]")
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes,
+                config.process,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
     except ValueError as error:
         if "coordinator_address" in str(error):
             return False  # nothing says that there are several
@@ -79,11 +85,27 @@ def _join(config: HostsConfig) -> bool:
         if config.coordinator is None and "before any JAX calls" in str(error):
             return False  # called by a program that uses JAX already
         reason = " ".join(str(error).split())
+        if "RPC server" in reason:
+            raise UserError(
+                f"--coordinator {config.coordinator}: this process, the first one, cannot "
+                f"listen there ({reason}); give a port of this host that is free"
+            ) from None
         raise UserError(
             f"the other processes of the run are not found ({reason}); start all of "
             "them within five minutes, with the same --coordinator and --processes"
         ) from None
     return True
+
+
+def _check_even() -> None:
+    """Refuses hosts of different sizes, as each takes an equal share of the work."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        sizes = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
+        raise UserError(
+            f"the processes of the run have different numbers of devices ({sizes}); give "
+            "all of them as many"
+        )
 
 
 def _leave(message: str, code: int) -> None:
@@ -179,6 +201,7 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
         out_shardings=jax.tree.map(
             lambda x: NamedSharding(every, x.sharding.spec), local
         ),
+        compiler_options=COMPILER_OPTIONS,
     )
 
     def own_part(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:

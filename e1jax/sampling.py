@@ -13,7 +13,7 @@ the whole solution out of the loss).
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -141,10 +141,10 @@ def resolve_budget(
     )
 
 
-def start_state(phase: Int[Array, " B"]) -> BudgetState:
-    """State of rows that have no token yet: THINK, SOLVE (a model without `</think>`)
-    or DONE (no request)."""
-    zeros = jnp.zeros_like(phase)
+def start_state(phase: Any) -> BudgetState:
+    """State of rows [B] that have no token yet: THINK, SOLVE (a model without
+    `</think>`) or DONE (no request)."""
+    zeros = 0 * phase  # of NumPy's, if that is
     return BudgetState(phase, zeros, zeros, zeros, zeros, zeros, zeros)
 
 

@@ -5,13 +5,14 @@ axes `data` and `tensor`. Changing the parallelism of the model means changing t
 table and nothing else.
 """
 
+import contextlib
 import functools
 import math
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,19 @@ def use_compilation_cache() -> None:
             print(f"note: compiled programs are kept in {path}", file=sys.stderr)
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Where the devices have no room for `what`, that and `advice` is one sentence."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+            raise
+        raise UserError(
+            f"the devices have too little memory for {what}; {advice}"
+        ) from None
 
 
 def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any):

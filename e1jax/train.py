@@ -88,6 +88,7 @@ from e1jax.model import Params, Whole, abstract_params
 from e1jax.rewards import Grader, grade
 from e1jax.sharding import (
     COMPILER_OPTIONS,
+    enough_memory,
     make_whole,
     map_over_data,
     over_data,
@@ -189,9 +190,15 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             checkpoints.save(step, learner.params, learner.state, record)
             return step
 
+        advice = (
+            "lower update.microbatch, set update.remat or use more devices; on TPUs, "
+            "python -m e1jax.plan says what fits"
+        )
         position = batches.get_state()
         while not (stopped := any_of(signals)) and step < config.steps:
-            engine.params, rollouts = learner.sampling_params(), None
+            if engine.params is None:  # else it still has those of the validation
+                engine.params = learner.sampling_params()
+            rollouts = None
             with suppress(Stopped):
                 rollouts = sample_rollouts(
                     config, engine, next(batches), grader, stop_if_asked
@@ -200,7 +207,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
                 continue  # to where it ends
             engine.params = None  # the update may write where they lie
             engine.release_cache()
-            metrics = learner.learn(rollouts)
+            with enough_memory("an update", advice):
+                metrics = learner.learn(rollouts)
             step, position = step + 1, batches.get_state()
             metrics["learning_rate"] = float(learner.schedule(step - 1))
             check_finite(step, metrics)
@@ -499,7 +507,12 @@ class Learner:
         if self.config.loss.kl_coef:  # copied, because the update donates its input
             self.reference = _cast(self.params, self.dtype, copy=True)
         shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
-        self.state = jax.jit(self.optimizer.init, out_shardings=shardings)(self.params)
+        init = jax.jit(
+            self.optimizer.init,
+            out_shardings=shardings,
+            compiler_options=COMPILER_OPTIONS,
+        )
+        self.state = init(self.params)
         return 0
 
     def sampling_params(self) -> Params:

@@ -1,11 +1,13 @@
 """Training on several processes: the update of one, and what happens when one is lost."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -196,6 +198,7 @@ def test_four_processes_stop_together_and_two_of_two_devices_go_on(
     [
         (["--processes", "2"], "--processes came without all of --coordinator"),
         (["--coordinator", "here", "--processes", "2", "--process", "0"], "'here'"),
+        (["--coordinator", "a:99999", "--processes", "2", "--process", "0"], "a:99999"),
         (
             ["--coordinator", "a:1", "--processes", "2", "--process", "2"],
             "--process must be a whole number, from 0 to 1, not 2",
@@ -219,6 +222,66 @@ def test_flags_of_the_hosts_are_no_settings(place):
     with pytest.raises(UserError, match="unknown field 'processes'"):
         Path("hosts2.yaml").write_text(yaml.safe_dump({**SETTINGS, "processes": 3}))
         load_config_and_flags(GRPOConfig, HostsConfig, ["--config", "hosts2.yaml"], "")
+
+
+def test_hosts_of_different_sizes_are_refused(monkeypatch):
+    class Chip(NamedTuple):
+        process_index: int
+
+    monkeypatch.setattr(jax, "devices", lambda: [Chip(0), Chip(0), Chip(1)])
+    with pytest.raises(UserError, match="2 in process 0, 1 in process 1"):
+        hosts._check_even()
+    monkeypatch.setattr(jax, "devices", lambda: [Chip(1), Chip(0)])
+    hosts._check_even()
+
+
+def test_a_port_that_is_taken_is_named(place):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = ["--coordinator", address, "--processes", "2", "--process", "0"]
+        command = [sys.executable, *COMMAND, "--config", "hosts.yaml", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: --coordinator {address}: this process"), last
+
+
+LAYOUTS = """
+import jax, jax.numpy as jnp, numpy as np
+from e1jax import hosts, model
+from e1jax.config import ModelConfig
+from e1jax.sharding import make_mesh
+from e1jax.train import default_mesh
+sizes = ModelConfig(96, 32, 48, 3, 8, 4, 4, 64, 1e4)
+mesh = make_mesh(default_mesh(8), sizes)
+assert dict(mesh.shape) == {"data": 8, "tensor": 1}
+local = hosts.local_mesh(sizes, mesh)
+assert dict(local.shape) == {"data": 2, "tensor": 4}
+params = model.init_params(sizes, mesh, jnp.float32, 0)
+for dtype in (jnp.float32, jnp.bfloat16):
+    wanted = model.abstract_params(sizes, local, dtype)
+    copy = hosts.make_local_copy(mesh, wanted)(params)
+    for x, y, like in zip(*map(jax.tree.leaves, (params, copy, wanted)), strict=True):
+        assert (y.sharding, y.dtype) == (like.sharding, like.dtype)
+        np.testing.assert_array_equal(x.astype(dtype), y)
+own = hosts.make_local_copy(mesh, model.abstract_params(sizes, mesh, jnp.float32))
+assert own(params) is params
+print("as sampling has them")
+"""
+
+
+def test_parameters_go_over_to_the_mesh_of_sampling():
+    """From all on `data` to as many on `tensor` as there are key/value heads."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAYOUTS],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "as sampling has them\n", done.stderr[-3000:]
 
 
 def test_rows_come_in_the_order_of_the_prompts(monkeypatch):

@@ -7,6 +7,7 @@ TPU VM is run here, in an empty home.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -470,10 +471,14 @@ def test_shellcheck():
     subprocess.run(["shellcheck", "-x", *files], check=True)
 
 
-def test_the_manifest_is_a_whole_slice_that_trains():
+def replicated_job():
     manifest = yaml.safe_load((SCRIPTS / "gke.yaml").read_text())
     [replicated] = manifest["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
+    return replicated, replicated["template"]["spec"]
+
+
+def test_the_manifest_is_a_whole_slice_that_trains():
+    replicated, job = replicated_job()
     pod = job["template"]["spec"]
     [container] = pod["containers"]
     topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
@@ -485,9 +490,50 @@ def test_the_manifest_is_a_whole_slice_that_trains():
     assert replicated["replicas"] == 1 and job["completionMode"] == "Indexed"
     [mount], [volume] = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
-    python, flag, module, *argv = container["command"]
-    assert [python, flag, module] == ["python", "-m", "e1jax.train"]
-    argv = [word.replace("configs/", f"{ROOT}/configs/") for word in argv]
-    config, run_dir = load_config(GRPOConfig, argv, "train")
-    assert str(run_dir).startswith(mount["mountPath"] + "/")
+    *_, script = container["command"]
+    [run_dir] = re.findall(r"^run=(.*)$", script, re.M)
+    [argv] = re.findall(r"^python -m e1jax\.train (.*) &$", script, re.M)
+    argv = argv.replace("configs/", f"{ROOT}/configs/").replace("$run", run_dir).split()
+    config, found = load_config(GRPOConfig, argv, "train")
+    assert str(found) == run_dir and run_dir.startswith(mount["mountPath"] + "/")
     assert config.update.microbatch % chips == 0
+    assert f"ls -d $run/checkpoints/{config.steps}\n" in script
+
+
+@pytest.mark.parametrize(
+    ("training", "stopped", "code"),
+    [
+        ('mkdir -p "$RUN/checkpoints/200"', False, 0),
+        ("exit 3", False, 3),
+        # SIGTERM, and another pod's: both save and end without an error.
+        (
+            'trap \'touch "$RUN/saved"; exit 0\' TERM; touch "$RUN/on"; sleep 60 & wait',
+            True,
+            2,
+        ),
+        ("exit 0", False, 2),
+    ],
+)
+def test_a_pod_succeeds_only_with_the_last_step(tmp_path, training, stopped, code):
+    _, job = replicated_job()
+    [container] = job["template"]["spec"]["containers"]
+    run = tmp_path / "runs" / "e1_math_7b"
+    run.mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text(f"#!/usr/bin/env bash\n{training}\n")
+    python.chmod(0o755)
+    command = [
+        word.replace("/mnt/e1jax", str(tmp_path)) for word in container["command"]
+    ]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    pod = subprocess.Popen(
+        command,
+        env={"PATH": path, "RUN": str(run)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    if stopped:
+        eventually((run / "on").exists)
+        pod.terminate()
+    assert pod.wait(timeout=20) == code
+    assert (run / "saved").exists() == stopped

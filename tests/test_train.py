@@ -325,8 +325,8 @@ def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
 
 
 def test_two_devices_compute_what_one_does(workplace, unbroken):
-    flags = ["--mesh", "data=2,tensor=1", "--validation.problems", "null"]
-    flags += ["--steps", "2", "--run-dir", "meshed"]
+    """By default, rows of a micro-batch are divided."""
+    flags = ["--validation.problems", "null", "--steps", "2", "--run-dir", "meshed"]
     process = start(workplace, ["-m", "e1jax.train"], *flags, devices=2)
     assert process.wait() == 0, process.stderr.read()
     # The same tokens; sums in another order.
@@ -338,6 +338,31 @@ def test_two_devices_compute_what_one_does(workplace, unbroken):
             assert ours[name] == theirs[name]
         for name in ("loss", "kl", "entropy", "grad_norm", "ratio"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+
+def test_the_policy_is_laid_out_for_sampling_once_after_each_update(
+    workplace, monkeypatch
+):
+    """A second copy would not fit beside the first on the hardware of a 7B model."""
+    calls = []
+    lay_out = train.Learner.sampling_params
+    monkeypatch.setattr(
+        train.Learner,
+        "sampling_params",
+        lambda self: calls.append(1) or lay_out(self),
+    )
+    flags = ["--steps", "3", "--validation.every", "1"]
+    train.train(settings(workplace, *flags), workplace / "copies")
+    assert len(calls) == 1 + 3
+
+
+def test_too_little_memory_for_an_update_is_one_sentence(workplace, monkeypatch):
+    def learn(self, rollouts):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
+
+    monkeypatch.setattr(train.Learner, "learn", learn)
+    with pytest.raises(UserError, match=r"memory for an update; lower update\.microb"):
+        train.train(settings(workplace), workplace / "too_large")
 
 
 # Orbax leaves threads behind that find its event loop closed.
