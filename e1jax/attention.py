@@ -492,7 +492,8 @@ def live_blocks(
         steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
         passed = ends <= steps[:, None]
         blocks = steps - jnp.where(passed, ends, 0).max(axis=1)
-        return Visits(ends[0, -1:], passed.sum(axis=1), blocks)
+        visits = Visits(ends[0, -1:], passed.sum(axis=1), blocks)
+        return jax.lax.optimization_barrier(visits)  # not again in every layer
 
     if mesh is None:
         return local(positions)
