@@ -27,6 +27,7 @@ BLOCK_LEN = 128  # cache positions that are visited at a time
 # positions that are not live: half a block a row.
 TPU_BLOCK_LEN = 512
 SPLASH_BLOCK_LEN = 512
+SUBLANES = 8  # rows of a TPU's registers, and of the tiles of its memory
 MAX_PARTS = 8  # of causal attention; each is compiled on its own
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
@@ -299,6 +300,176 @@ def _merge_parts(out: jax.Array, log_mass: jax.Array, parts: int) -> jax.Array:
     return (wide * weights).sum(axis=0).astype(out.dtype)
 
 
+class Heads(NamedTuple):
+    """What `decode_heads` needs besides the products, the same in all layers."""
+
+    turns: jax.Array  # [R, 2 * C] float32: cos, cos, -sin, sin of a row's angles
+    numbers: jax.Array  # [R] int32: of the row of the products
+    biases: list[jax.Array]  # of q, k and v, [L, 1, N]
+
+
+def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
+    """Whether a decode step takes `decode_heads`, which is for heads of whole registers
+    and a cache [L, B, K, S, C] of whole tiles."""
+    capacity, head_dim = k_cache.shape[3:]
+    return on_tpu(mesh) and head_dim % BLOCK_LEN == 0 and capacity % SUBLANES == 0
+
+
+def prepare_heads(
+    rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], parts: int = 1
+) -> Heads:
+    """`rope` is that of one position a row, see `rope_angles`; `parts`, see `in_parts`."""
+    cos, sin = (x[:, 0, 0] for x in rope)
+    turns = jnp.concatenate([cos, cos, -sin, sin], axis=1)
+    numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), parts)
+    turns = jnp.tile(turns, (parts, 1))
+    # Without the barrier, the compiler computes what is cheap again in every layer.
+    return jax.lax.optimization_barrier(
+        Heads(turns, numbers, [bias[:, None] for bias in biases])
+    )
+
+
+def decode_heads(
+    products: list[Float[Array, "B _N"]],
+    caches: tuple[Float[Array, "L R K S C"], Float[Array, "L R K S C"]],
+    layer: Int[Array, ""],
+    places: Int[Array, "R 1"],
+    heads: Heads,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B H 1 C"], tuple[Array, Array]]:
+    """Queries of one token a row, and the caches with its keys and values written in
+    place at `places`, as a kernel for TPUs (Pallas): XLA takes some twenty operations for
+    that, and each costs its launch.
+
+    `products` are those of the weights of q, k and v, before the biases. On a mesh, each
+    device has them of all rows, and takes those of its own part of the cache: XLA would
+    cut these out in four more operations.
+    """
+    args = (products, caches, layer[None], places[:, 0], *heads)
+    if mesh is None:
+        return _heads_local(*args)
+
+    def place(x, *axes):
+        return sharding(mesh, axes, x.shape).spec
+
+    names = "heads", "kv_heads", "kv_heads"
+    turns = place(heads.turns, "rows", None)
+    rows = PartitionSpec(turns[0])
+    cache = place(caches[0], "layers", "rows", "kv_heads", None, None)
+    of_products = [place(x, None, n) for x, n in zip(products, names, strict=True)]
+    biases = [place(x, None, None, n) for x, n in zip(heads.biases, names, strict=True)]
+    specs = (of_products, cache, PartitionSpec(), rows, turns, rows, biases)
+    # A device has parts of all rows where rows lie in parts.
+    parts = len(heads.turns) // len(products[0])
+    q = PartitionSpec(turns[0] if parts == 1 else None, of_products[0][1], None, None)
+    local = jax.shard_map(
+        _heads_local, mesh=mesh, in_specs=specs, out_specs=(q, cache), check_vma=False
+    )
+    return local(*args)
+
+
+def _heads_local(products, caches, layer, places, turns, numbers, biases):
+    """`decode_heads` of one device; `layer` [1], `places` and `numbers` [R]. `products`
+    are those of all rows."""
+    _, rows, kv_heads, _, size = caches[0].shape
+    group = products[0].shape[1] // (kv_heads * size)
+
+    def whole(x):
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    def of_layer(x):
+        return pl.BlockSpec(
+            (None, *x.shape[1:]), lambda _, layer, *__: (layer[0], 0, 0)
+        )
+
+    q = jax.ShapeDtypeStruct((rows, kv_heads, group, size), products[0].dtype)
+    in_place = [pl.BlockSpec(memory_space=pl.ANY)] * 2
+    tiles = pltpu.VMEM((2, rows, kv_heads, SUBLANES, size), caches[0].dtype)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(1,),
+        in_specs=[
+            *(*in_place, whole(turns)),
+            *(*map(whole, products), *map(of_layer, biases)),
+        ],
+        out_specs=[*in_place, whole(q)],
+        scratch_shapes=[tiles, tiles, pltpu.SemaphoreType.DMA],
+    )
+    kernel = pl.pallas_call(
+        _make_heads,
+        grid_spec=grid,
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches), q],
+        input_output_aliases={3: 0, 4: 1},  # the caches, after three scalars
+        name="decode_heads",
+    )
+    scalars = layer, places, numbers
+    *caches, q = kernel(*scalars, *caches, turns, *products, *biases)
+    return q.reshape(rows, -1, 1, size), tuple(caches)
+
+
+def _make_heads(layer, places, numbers, _, __, turns, *refs):
+    """Gives q [R, K, G, C] and writes k and v. HBM takes whole tiles: those of `places`,
+    [2, R, K, SUBLANES, C], are fetched, changed and sent back. For a place beyond the
+    cache, its last tile is, and stays as it was."""
+    *products, q_bias, k_bias, v_bias, k_cache, v_cache, q_out, tiles, new, done = refs
+    rows, _, group, size = q_out.shape
+    cos, sin = turns[:, :size], turns[:, size:]
+
+    def start_of(row):
+        last = k_cache.shape[3] - SUBLANES
+        return jnp.minimum(places[row] // SUBLANES * SUBLANES, last)
+
+    def copies(row, back=False):
+        start = pl.multiple_of(start_of(row), SUBLANES)
+        for i, cache in enumerate((k_cache, v_cache)):
+            there = cache.at[layer[0], row, :, pl.ds(start, SUBLANES)]
+            source, target = (tiles.at[i, row], there)[:: 1 if back else -1]
+            yield pltpu.make_async_copy(source, target, done)
+
+    def own_heads(product, bias):
+        """[R, C] of each head; in float32, which can be cut at any row."""
+        x = (product[...] + bias[...]).astype(jnp.float32)
+        own = x[:rows]
+        for start in range(rows, len(x), rows):
+            own = jnp.where(numbers[0] == start, x[start : start + rows], own)
+        return [own[:, at : at + size] for at in range(0, x.shape[1], size)]
+
+    def turned(x):
+        return (x * cos + pltpu.roll(x, size // 2, 1) * sin).astype(q_out.dtype)
+
+    @pl.loop(0, rows)
+    def fetch(row):
+        for copy in copies(row):
+            copy.start()
+
+    q, k, v = map(own_heads, products, (q_bias, k_bias, v_bias))
+    for head, x in enumerate(q):
+        q_out[:, head // group, head % group] = turned(x)
+    for i, heads in enumerate(([turned(x) for x in k], v)):
+        for head, x in enumerate(heads):
+            x = jnp.broadcast_to(x[:, None], (rows, SUBLANES, size))
+            new[i, :, head] = x.astype(new.dtype)
+
+    @pl.loop(0, rows)
+    def arrive(row):
+        for copy in copies(row):
+            copy.wait()
+
+    @pl.loop(0, rows)
+    def change(row):
+        index = jax.lax.broadcasted_iota(jnp.int32, tiles.shape[2:], 1)
+        is_new = index == places[row] - start_of(row)
+        for i in range(2):
+            tiles[i, row] = jnp.where(is_new, new[i, row], tiles[i, row])
+        for copy in copies(row, back=True):
+            copy.start()
+
+    @pl.loop(0, rows)
+    def leave(row):
+        for copy in copies(row, back=True):
+            copy.wait()
+
+
 class Visits(NamedTuple):
     """The blocks of the cache that a decode step reads, the same in all layers: for each
     part of the rows that a device holds, a list of all live blocks, row after row."""
@@ -321,7 +492,8 @@ def live_blocks(
         steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
         passed = ends <= steps[:, None]
         blocks = steps - jnp.where(passed, ends, 0).max(axis=1)
-        return Visits(ends[0, -1:], passed.sum(axis=1), blocks)
+        visits = Visits(ends[0, -1:], passed.sum(axis=1), blocks)
+        return jax.lax.optimization_barrier(visits)  # not again in every layer
 
     if mesh is None:
         return local(positions)
@@ -367,7 +539,7 @@ def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
     that is not live."""
     _, _, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(TPU_BLOCK_LEN, capacity)
-    folded = _fold(_scaled(q), kv_heads)
+    folded = _fold(q, kv_heads)
     group = folded.shape[2]
 
     def row_at(step, layer, positions, rows, blocks):
@@ -419,7 +591,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
         index = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
         return block * block_len + index <= position
 
-    scores = _product("kgc,ksc->kgs", q_ref[...], k_ref[...])
+    scores = _product("kgc,ksc->kgs", _scaled(q_ref[...]), k_ref[...])
     scores = jnp.where(is_live(scores.shape, 2), scores, MASKED)
     new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_peak)

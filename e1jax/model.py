@@ -63,15 +63,20 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T I"], apart: bool = False
     ) -> Float[Array, "B T O"]:
-        """With `apart`, the compiler folds nothing that follows into the product: for
-        TPUs it would copy the weights of all layers into the layout that a split of the
-        result into heads asks for."""
+        y = self.product(x, apart)
+        return y if self.bias is None else y + self.bias[None, None]
+
+    def product(
+        self, x: Float[Array, "... I"], apart: bool = False
+    ) -> Float[Array, "... O"]:
+        """Without the bias. With `apart`, the compiler folds nothing that follows into
+        it: for TPUs it would copy the weights of all layers into the layout that a split
+        of the result into heads asks for."""
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
         y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
         y = jax.lax.optimization_barrier(y) if apart else y
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[None, None]
+        return y.reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
@@ -114,11 +119,19 @@ class Attention(nnx.Module):
 
     def __call__(self, x, rope, cache: KVCache | None, layer, places, mesh, attend):
         apart = cache is not None
-        q = keep(attention.apply_rope(self._heads(self.q(x, apart)), rope))
-        k = keep(attention.apply_rope(self._heads(self.k(x, apart)), rope))
-        v = keep(self._heads(self.v(x, apart)))
-        if cache is not None:
-            cache = write(cache, layer, k, v, places, mesh)
+        linears = self.q, self.k, self.v
+        if cache is not None and isinstance(rope, attention.Heads):
+            products = [linear.product(x[:, 0], apart) for linear in linears]
+            q, caches = attention.decode_heads(
+                products, cache, layer, places, rope, mesh
+            )
+            k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
+        else:
+            q, k, v = (self._heads(linear(x, apart)) for linear in linears)
+            q, k = (attention.apply_rope(heads, rope) for heads in (q, k))
+            q, k, v = keep(q), keep(k), keep(v)
+            if cache is not None:
+                cache = write(cache, layer, k, v, places, mesh)
         out = attend(q, k, v, cache, layer)
         batch, heads, length, head_dim = out.shape
         return self.o(
@@ -215,6 +228,10 @@ def forward(
         last, places = attention.in_parts(positions, parts, capacity)
         if tokens.shape[1] == 1 and attention.on_tpu(mesh):
             visits = attention.live_blocks(last, capacity, mesh)
+            if attention.takes_heads(mesh, cache.k):
+                stacked = params["layers"]["attention"]
+                biases = [stacked[name]["bias"] for name in ("q", "k", "v")]
+                rope = attention.prepare_heads(rope, biases, parts)
 
     def attend(q, k, v, cache, layer):
         if cache is None or from_start:

@@ -597,11 +597,11 @@ def _cost_of_decoding(
     outside = [op for op in step.ops if op.depth == 1 and not op.flops]
     rest = sum((op.cycles or 0) * op.times for op in outside)
     report.settings["sampling_share"] = rest / chip.hertz / seconds
-    report.not_in_estimate = ["collectives", "the cache's writes (scatter)"]
+    report.not_in_estimate = ["collectives", "the cache's writes"]
     if kernels:
         report.not_in_estimate.append(
-            "the work of the kernels: attention (its bytes are in, at full speed), "
-            "top-k and top-p"
+            "the work of the kernels: attention (its bytes are in, at full speed), the "
+            "heads before it, top-k and top-p"
         )
     layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
     _warn_of_copies(report, whole, min(layer, _LARGE_COPY))

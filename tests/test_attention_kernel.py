@@ -1,5 +1,6 @@
 """The decode kernel for TPUs, run by Pallas' interpreter, against the XLA version."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -80,6 +81,75 @@ def test_bfloat16_is_within_its_rounding():
     np.testing.assert_allclose(ours, theirs, atol=2**-7, rtol=2**-7)
 
 
+def of_step(positions, heads, kv_heads, capacity, head_dim, dtype, places=None):
+    """Products, biases and caches of random numbers, angles, and places in the caches,
+    which are `positions` unless rows lie in parts."""
+    places = positions if places is None else places
+    rng = np.random.default_rng(11)
+    sizes = [n * head_dim for n in (heads, kv_heads, kv_heads)]
+    rows = len(positions)
+    shape = (LAYERS, len(places), kv_heads, capacity, head_dim)
+    products = [rng.normal(size=(rows, size)) for size in sizes]
+    biases = [rng.normal(size=(LAYERS, size)) for size in sizes]
+    caches = [rng.normal(size=shape) for _ in range(2)]
+    products, biases, caches = (
+        [jnp.asarray(x, dtype) for x in xs] for xs in (products, biases, caches)
+    )
+    at = jnp.asarray(positions, jnp.int32)[:, None]
+    rope = attention.rope_angles(at, attention.rope_frequencies(head_dim, 1e4))
+    # Of 8 bits: no product with bfloat16 is rounded, as part of a multiply-add or not.
+    rope = tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in rope)
+    places = jnp.asarray(places, jnp.int32)[:, None]
+    return products, biases, model.KVCache(*caches), rope, places
+
+
+def plain_heads(products, biases, caches, rope, places, layer):
+    """What `decode_heads` gives, by the functions of the other devices."""
+    rows, size = len(products[0]), caches.k.shape[4]
+    q, k, v = (
+        (x + bias[layer][None]).reshape(rows, 1, -1, size).swapaxes(1, 2)
+        for x, bias in zip(products, biases, strict=True)
+    )
+    q, k = (attention.apply_rope(x, rope) for x in (q, k))
+    return q, *model.write(caches, layer, k, v, places)
+
+
+# By default, XLA leaves out roundings to bfloat16 where it fuses operations.
+@functools.partial(
+    jax.jit,
+    static_argnames="mesh",
+    compiler_options={"xla_allow_excess_precision": False},
+)
+def kernel_heads(products, biases, caches, rope, places, layer, mesh=None):
+    heads = attention.prepare_heads(rope, biases, len(places) // len(products[0]))
+    q, caches = attention.decode_heads(products, caches, layer, places, heads, mesh)
+    return q, *caches
+
+
+def assert_same(ours, theirs):
+    """Bit for bit in bfloat16."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        atol = 1e-6 if one.dtype == jnp.float32 else 0
+        np.testing.assert_allclose(*map(np.float32, (one, other)), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(
+    "positions, heads, kv_heads, head_dim",
+    [([0, 7, 8, 15, 39], 7, 1, 128), ([38, 3, 17], 4, 2, 16), ([23], 3, 3, 256)],
+)
+def test_heads_are_those_of_the_other_devices(
+    positions, heads, kv_heads, head_dim, dtype
+):
+    """Queries, and the whole caches: nothing else in them is touched."""
+    args = of_step(positions, heads, kv_heads, 40, head_dim, dtype)
+    for layer in map(jnp.int32, range(LAYERS)):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+            ours = kernel_heads(*args, layer)
+        assert_same(ours, plain_heads(*args, layer))
+
+
 def test_visits_are_the_live_blocks_and_no_others():
     positions = jnp.array([[0], [BLOCK], [3 * BLOCK - 1], [39], [BLOCK - 1]])
     count, rows, blocks = attention.live_blocks(positions, 40)
@@ -93,9 +163,12 @@ def test_visits_are_the_live_blocks_and_no_others():
     assert len(rows) == 5 * 5
 
 
-def test_a_model_decodes_by_it_as_by_the_xla_version(tiny_hf, monkeypatch):
+@pytest.mark.parametrize("head_dim, kernels", [(16, 1), (128, 2)])
+def test_a_model_decodes_by_kernels_as_by_the_xla_version(
+    tiny_hf, monkeypatch, head_dim, kernels
+):
     """Through `forward` on a mesh: layers, writes and lengths of rows that differ."""
-    loaded = load_model(str(tiny_hf()))
+    loaded = load_model(str(tiny_hf(head_dim=head_dim)))
     config, params = loaded.config, loaded.params
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
     cache = model.init_cache(config, 3, 24, jnp.float32)
@@ -107,16 +180,19 @@ def test_a_model_decodes_by_it_as_by_the_xla_version(tiny_hf, monkeypatch):
 
     plain, plain_cache = model.forward(config, params, tokens, at, cache)
     called = []
-    kernel = attention.decode_attention
+
+    def listed(kernel):
+        return lambda *args: called.append(kernel) or kernel(*args)
+
     monkeypatch.setattr(attention, "on_tpu", lambda mesh: True)
-    monkeypatch.setattr(
-        attention, "decode_attention", lambda *a: called.append(1) or kernel(*a)
-    )
+    for name in ("decode_heads", "decode_attention"):
+        monkeypatch.setattr(attention, name, listed(getattr(attention, name)))
     with pltpu.force_tpu_interpret_mode(True):
         ours, cache = model.forward(config, params, tokens, at, cache, mesh=mesh)
-    assert called, "the kernel was not used"
+    assert len(set(called)) == kernels
     np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(cache.k, plain_cache.k, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(cache.v, plain_cache.v, atol=1e-5, rtol=1e-5)
 
 
 def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
@@ -164,6 +240,15 @@ def on_a_mesh(data: int, tensor: int):
     with pltpu.force_tpu_interpret_mode(True):
         ours = decode(q, k, v, jnp.int32(1), at)
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+    # Of the products of all rows, each device takes its own; with a row in parts, all
+    # take it, and one writes.
+    parts = [40] * (data - 1) + [11]
+    for rows, places in ((positions, None), ([3], parts)):
+        args = of_step(rows, 12, 4, 40, 128, jnp.bfloat16, places)
+        with pltpu.force_tpu_interpret_mode(True):
+            ours = kernel_heads(*args, jnp.int32(2), mesh=mesh)
+        assert_same(ours, plain_heads(*args, jnp.int32(2)))
 
     # The kernel for top-k and top-p too; 5 rows do not divide 8 devices.
     gaps = jnp.asarray(np.random.default_rng(3).gamma(2, size=(5, 96)), jnp.float32)
