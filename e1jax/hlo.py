@@ -548,7 +548,7 @@ class _Walk:
             read = _in_hbm([out._replace(space=given[0].space), *given[1:]])
             return read + _in_hbm([out])
         if op.opcode in _UPDATES:
-            new, at = _updates(given)
+            new, at = _updates(op, given)
             written = [shape._replace(space=op.shapes[0].space) for shape in new]
             return _in_hbm([*new, *at, *written])
         return _in_hbm([*given, *op.shapes])
@@ -605,7 +605,7 @@ class _Walk:
         if op.opcode == "bitcast":
             return self._written(inner, op.operands[0])
         if op.opcode in _UPDATES:
-            return sum(s.bytes for s in _updates(_operand_shapes(inner, op))[0])
+            return sum(s.bytes for s in _updates(op, _operand_shapes(inner, op))[0])
         if op.opcode == "fusion" and len(op.shapes) == 1:
             callee = self._called(op, "calls")
             return self._written(callee, callee.root)
@@ -648,13 +648,14 @@ def _in_hbm(shapes: Sequence[Shape]) -> int:
     return sum(shape.bytes for shape in shapes if shape.space == 0)
 
 
-def _updates(given: Sequence[Shape]) -> tuple[Sequence[Shape], Sequence[Shape]]:
-    """Of (array, update, index...) or (arrays..., indices, updates...): the updates,
-    and where they go."""
-    if len(given) > 3 and given[3].dims == ():  # the scalars of a dynamic-update-slice
+def _updates(
+    op: Instruction, given: Sequence[Shape]
+) -> tuple[Sequence[Shape], Sequence[Shape]]:
+    """The updates among what is given, and where they go."""
+    if op.opcode == "dynamic-update-slice":  # (array, update, index...)
         return given[1:2], given[2:]
-    count = len(given) // 2
-    return given[count + 1 :] or given[1:2], given[count : count + 1]
+    count = len(given) // 2  # (arrays..., indices, updates...)
+    return given[count + 1 :], given[count : count + 1]
 
 
 def _convolution_flops(op: Instruction, left: Shape, right: Shape) -> int:

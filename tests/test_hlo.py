@@ -81,6 +81,44 @@ def test_an_update_in_place_costs_the_update():
     assert 2 * 4 * 3 * 128 <= hlo.account(text).bytes <= 2 * 4 * 3 * 128 + 100
 
 
+UPDATES = """
+HloModule jit_put
+
+ENTRY %main (a: f32[1000000], u: f32[5000], i: s32[], m: f32[900,7], n: s32[3,1], v: f32[3,7]) -> f32[900,7] {
+  %a = f32[1000000]{0} parameter(0)
+  %u = f32[5000]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %m = f32[900,7]{1,0} parameter(3)
+  %n = s32[3,1]{1,0} parameter(4)
+  %v = f32[3,7]{1,0} parameter(5)
+  %vector = f32[1000000]{0} dynamic-update-slice(%a, %u, %i)
+  %matrix = f32[900,7]{1,0} dynamic-update-slice(%m, %v, %i, %i)
+  %one = f32[900,7]{1,0} scatter(%m, %n, %v), to_apply=%put
+  ROOT %two = (f32[900,7]{1,0}, f32[900,7]{1,0}) scatter(%m, %one, %n, %v, %v), to_apply=%put
+}
+"""
+
+
+def test_updates_cost_what_they_put_and_where():
+    counted = {op.name: op.bytes for op in hlo.account(UPDATES).ops}
+    rows = 2 * 4 * 3 * 7  # read and written
+    assert counted == {
+        "vector": 2 * 4 * 5000 + 4,
+        "matrix": rows + 2 * 4,
+        "one": rows + 3 * 4,
+        "two": 2 * rows + 3 * 4,
+    }
+
+
+def test_an_update_of_a_vector_in_place_costs_the_update():
+    def function(array, new, position):
+        at = (position.astype(int)[0],)
+        return jax.lax.dynamic_update_slice(array, new, at)
+
+    text = compiled(function, (1_000_000,), (5_000,), (1,), donate=(0,))
+    assert 2 * 4 * 5_000 <= hlo.account(text).bytes <= 2 * 4 * 5_000 + 100
+
+
 def test_what_is_outside_of_loops_can_be_left_out():
     def function(x):
         return jax.lax.fori_loop(0, 4, lambda i, x: x @ x, x @ x)
