@@ -1,7 +1,8 @@
 """Rotary position embedding, and grouped-query attention with and without a cache.
 
-Shapes: B rows, T queries, S cache positions, H query heads, K key/value heads,
-G = H / K, C head dim. Query heads of one group are folded into the query dimension
+Shapes: B rows, T queries, L layers, R rows of the cache (B, or N shards of each: see
+`sequence_shards`), S positions of one, H query heads, K key/value heads, G = H / K, C
+head dim. Query heads of one group are folded into the query dimension
 ([B, K, G*T, C]), so that both products are plain batched matrix products: the
 five-dimensional einsum runs several times slower on a CPU.
 """
@@ -211,25 +212,25 @@ def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
     return jnp.where(visible, scores, MASKED)
 
 
-def in_parts(
-    positions: Int[Array, "B T"], parts: int, capacity: int
+def sequence_shards(
+    positions: Int[Array, "B T"], shards: int, capacity: int
 ) -> tuple[Int[Array, "R T"], Int[Array, "R T"]]:
     """(last position that is filled, position to write at) of each row of a cache, once
     the tokens at `positions` are in it.
 
-    Both are `positions`, but where there are fewer rows than places on the mesh axis
-    `data`: then a row lies in D `parts`, R = D * B, of `capacity` positions each. Blocks
-    of BLOCK_LEN go to the parts in turn, so that parts of a row of any length are about
-    as long, and part d of row b is row d * B + b of the cache. A part that has nothing
-    yet ends at -1, one that another's token is no matter of writes at `capacity`, which
-    is nowhere. T is 1.
+    Both are `positions`, but where a mesh has more places on `data` than there are rows:
+    there a row lies in N `shards` of `capacity` positions each, which are rows of the
+    cache, R = N * B: shard n of row b is row n * B + b. Blocks of BLOCK_LEN positions go
+    to the shards in turn, so that all are about equally filled, however long a row is. A
+    shard that holds nothing yet ends at -1. A shard that does not own the new token
+    writes at `capacity`, which is dropped. T is 1 then.
     """
-    if parts == 1:
+    if shards == 1:
         return positions, positions
-    part = jnp.arange(parts)[:, None, None]
+    shard = jnp.arange(shards)[:, None, None]
     block, offset = positions[None] // BLOCK_LEN, positions[None] % BLOCK_LEN
-    index = (block - part) // parts  # of the part's last block
-    own = index * parts + part == block
+    index = (block - shard) // shards  # of the shard's last block
+    own = index * shards + shard == block
     last = index * BLOCK_LEN + jnp.where(own, offset, BLOCK_LEN - 1)
     places = jnp.where(own, last, capacity)
     return last.reshape(-1, 1), places.reshape(-1, 1)
@@ -249,12 +250,12 @@ def cached_attention(
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
-    of it: see `in_parts`.
+    of it: see `sequence_shards`.
     """
     _, rows, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
-    parts = rows // q.shape[0]
-    q = jnp.tile(q, (parts, 1, 1, 1))
+    shards = rows // q.shape[0]
+    q = jnp.tile(q, (shards, 1, 1, 1))
     folded = _fold(_scaled(q), kv_heads)
     query_positions = jnp.tile(positions, (1, q.shape[1] // kv_heads))[
         :, None, :, None
@@ -286,17 +287,17 @@ def cached_attention(
     num_blocks = jnp.max(positions) // block_len + 1
     peak, total, sums = jax.lax.fori_loop(0, num_blocks, visit, start)
     out = (sums / total).astype(q.dtype).reshape(q.shape)
-    return _merge_parts(out, peak + jnp.log(total), parts)
+    return _merge_shards(out, peak + jnp.log(total), shards)
 
 
-def _merge_parts(out: jax.Array, log_mass: jax.Array, parts: int) -> jax.Array:
+def _merge_shards(out: jax.Array, log_mass: jax.Array, shards: int) -> jax.Array:
     """[R, H, T, C] -> [B, H, T, C], where `log_mass` has, for each result, the logarithm
     of what its softmax was divided by."""
-    if parts == 1:
+    if shards == 1:
         return out
-    log_mass = log_mass.reshape(parts, -1, *out.shape[1:3], 1)
+    log_mass = log_mass.reshape(shards, -1, *out.shape[1:3], 1)
     weights = jax.nn.softmax(log_mass, axis=0)
-    wide = out.reshape(parts, -1, *out.shape[1:]).astype(jnp.float32)
+    wide = out.reshape(shards, -1, *out.shape[1:]).astype(jnp.float32)
     return (wide * weights).sum(axis=0).astype(out.dtype)
 
 
@@ -316,13 +317,13 @@ def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
 
 
 def prepare_heads(
-    rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], parts: int = 1
+    rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], shards: int = 1
 ) -> Heads:
-    """`rope` is that of one position a row, see `rope_angles`; `parts`, see `in_parts`."""
+    """`rope` is that of one position a row, see `rope_angles`; `shards`, see `sequence_shards`."""
     cos, sin = (x[:, 0, 0] for x in rope)
     turns = jnp.concatenate([cos, cos, -sin, sin], axis=1)
-    numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), parts)
-    turns = jnp.tile(turns, (parts, 1))
+    numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), shards)
+    turns = jnp.tile(turns, (shards, 1))
     # Without the barrier, the compiler computes what is cheap again in every layer.
     return jax.lax.optimization_barrier(
         Heads(turns, numbers, [bias[:, None] for bias in biases])
@@ -359,9 +360,9 @@ def decode_heads(
     of_products = [place(x, None, n) for x, n in zip(products, names, strict=True)]
     biases = [place(x, None, None, n) for x, n in zip(heads.biases, names, strict=True)]
     specs = (of_products, cache, PartitionSpec(), rows, turns, rows, biases)
-    # A device has parts of all rows where rows lie in parts.
-    parts = len(heads.turns) // len(products[0])
-    q = PartitionSpec(turns[0] if parts == 1 else None, of_products[0][1], None, None)
+    # A device has shards of all rows, if it has any.
+    shards = len(heads.turns) // len(products[0])
+    q = PartitionSpec(turns[0] if shards == 1 else None, of_products[0][1], None, None)
     local = jax.shard_map(
         _heads_local, mesh=mesh, in_specs=specs, out_specs=(q, cache), check_vma=False
     )
@@ -472,11 +473,11 @@ def _make_heads(layer, places, numbers, _, __, turns, *refs):
 
 class Visits(NamedTuple):
     """The blocks of the cache that a decode step reads, the same in all layers: for each
-    part of the rows that a device holds, a list of all live blocks, row after row."""
+    of the N devices that hold different rows, a list of all live blocks, row after row."""
 
-    count: jax.Array  # [parts] int32: how many of the list count
-    rows: jax.Array  # [parts * most] int32
-    blocks: jax.Array  # [parts * most] int32
+    count: jax.Array  # [N] int32: how many of the list count
+    rows: jax.Array  # [N * most] int32
+    blocks: jax.Array  # [N * most] int32
 
 
 def live_blocks(
@@ -498,8 +499,8 @@ def live_blocks(
     if mesh is None:
         return local(positions)
     place = sharding(mesh, ("rows", None), positions.shape).spec
-    parts = PartitionSpec(place[0])
-    return jax.shard_map(local, mesh=mesh, in_specs=place, out_specs=parts)(positions)
+    of_rows = PartitionSpec(place[0])
+    return jax.shard_map(local, mesh=mesh, in_specs=place, out_specs=of_rows)(positions)
 
 
 def decode_attention(
@@ -517,11 +518,11 @@ def decode_attention(
     longest row does not lengthen the rest. On a mesh, each device takes the rows and
     heads of its own part of the cache.
     """
-    parts = k_cache.shape[1] // q.shape[0]
-    q = jnp.tile(q, (parts, 1, 1, 1))
+    shards = k_cache.shape[1] // q.shape[0]
+    q = jnp.tile(q, (shards, 1, 1, 1))
     args = (q, k_cache, v_cache, layer[None], positions[:, 0], *visits)
     if mesh is None:
-        return _merge_parts(*_decode_local(*args), parts)
+        return _merge_shards(*_decode_local(*args), shards)
     heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
     axes = ("layers", "rows", "kv_heads", None, None)
     cache = sharding(mesh, axes, k_cache.shape).spec
@@ -530,7 +531,7 @@ def decode_attention(
     local = jax.shard_map(
         _decode_local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False
     )
-    return _merge_parts(*local(*args), parts)
+    return _merge_shards(*local(*args), shards)
 
 
 def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):

@@ -12,8 +12,7 @@ A request with n samples goes through these steps:
    completions and refills their slots.
 
 The cache (rows, or positions of a few, over the mesh axis `data`, heads over `tensor`)
-is donated to every call
-and updated in place; everything else per slot is replicated.
+is donated to every call and updated in place; everything else per slot is replicated.
 """
 
 import dataclasses
@@ -521,13 +520,13 @@ def admit(
 
     `new` is (which rows are new [B] bool, their contents).
     """
-    parts = cache.k.shape[1] // len(slots)
-    prefix = KVCache(*(_in_parts(x, parts) for x in prefix))
+    shards = cache.k.shape[1] // len(slots)
+    prefix = KVCache(*(_sequence_shards(x, shards) for x in prefix))
 
     def put(buffer, prompt, slot):
-        by_part = buffer.reshape(buffer.shape[0], parts, -1, *buffer.shape[2:])
+        by_shard = buffer.reshape(buffer.shape[0], shards, -1, *buffer.shape[2:])
         at = (0, 0, slot, 0, 0, 0)
-        return jax.lax.dynamic_update_slice(by_part, prompt, at).reshape(buffer.shape)
+        return jax.lax.dynamic_update_slice(by_shard, prompt, at).reshape(buffer.shape)
 
     def copy(i, cache):
         return KVCache(
@@ -622,21 +621,21 @@ def whole_slots(mesh: Mesh, slots: int) -> int:
 
 def cache_sizes(mesh: Mesh, slots: int, cache_len: int) -> tuple[int, int]:
     """Rows of the cache, and the positions of each: those of a slot, but where there
-    are fewer slots than places on `data`. See attention.in_parts."""
-    parts = mesh.shape["data"] if slots < mesh.shape["data"] else 1
-    return slots * parts, capacity(-(-cache_len // parts))
+    are fewer slots than places on `data`. See attention.sequence_shards."""
+    shards = mesh.shape["data"] if slots < mesh.shape["data"] else 1
+    return slots * shards, capacity(-(-cache_len // shards))
 
 
-def _in_parts(x: jax.Array, parts: int) -> jax.Array:
-    """A prompt's keys or values [L, 1, K, P, C] as the D parts of a row,
-    [L, D, 1, K, P', C]."""
-    if parts == 1:
+def _sequence_shards(x: jax.Array, shards: int) -> jax.Array:
+    """A prompt's keys or values [L, 1, K, P, C] as the N shards of a row,
+    [L, N, 1, K, P', C]."""
+    if shards == 1:
         return x[:, None]
     layers, _, kv_heads, length, size = x.shape
     block = attention.BLOCK_LEN
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (parts * block)), (0, 0)))
-    x = x.reshape(layers, kv_heads, -1, parts, block, size)
-    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, parts, 1, kv_heads, -1, size)
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (shards * block)), (0, 0)))
+    x = x.reshape(layers, kv_heads, -1, shards, block, size)
+    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, shards, 1, kv_heads, -1, size)
 
 
 def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:

@@ -1,8 +1,8 @@
 """Qwen2 in Flax, with a fixed-shape key/value cache.
 
-Dimensions: B rows, T tokens, S cache positions, L layers, D hidden ("embed"), F mlp,
-H query heads, K key/value heads, C head dim, V vocabulary. *axis* is a logical or mesh
-axis, *dim* a dimension of an array.
+Dimensions: B rows, T tokens, R rows of the cache, S positions of one, L layers,
+D hidden ("embed"), F mlp, H query heads, K key/value heads, C head dim, V vocabulary.
+*axis* is a logical or mesh axis, *dim* a dimension of an array.
 
 The Flax API stays inside this file. Everybody else holds `params`, a nested dict of
 arrays whose layers are stacked on a leading dim L, and calls `forward` and `unembed`.
@@ -31,11 +31,12 @@ class KVCache(NamedTuple):
     """Keys and values of all layers.
 
     Rows are left-aligned: position p of a row lies at index p of dim S. Where a mesh has
-    more places for rows than there are rows, one is several here: attention.in_parts.
+    more places for rows than there are rows, one is several here, R = N * B, and else
+    R = B: see attention.sequence_shards.
     """
 
-    k: jax.Array  # [L, B, K, S, C]
-    v: jax.Array  # [L, B, K, S, C]
+    k: jax.Array  # [L, R, K, S, C]
+    v: jax.Array  # [L, R, K, S, C]
 
 
 CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
@@ -208,11 +209,11 @@ def forward(
     """Final hidden states, and the cache with the keys and values written.
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
-    every position up to their own (one token each, where rows lie in parts); without one, tokens see the earlier ones of the same
-    call, which `from_start` (`positions` begin at 0) asks for with a cache too.
-    `mesh` is where the arrays lie: on TPUs, attention then takes their kernels.
-    `whole` makes parameters usable that are shards, when and where they are needed; see
-    sharding.make_whole.
+    every position up to their own (one token each, where rows lie in shards); without
+    one, tokens see the earlier ones of the same call, which `from_start` (`positions`
+    begin at 0) asks for with a cache too. `mesh` is where the arrays lie: on TPUs,
+    attention then takes their kernels. `whole` makes parameters usable that are shards,
+    when and where they are needed; see sharding.make_whole.
 
     For the backward pass a layer keeps what is expensive (the heads, the result of
     attention, both products of the mlp), and computes norms, scores and the activation
@@ -224,14 +225,14 @@ def forward(
 
     visits, last, places = None, positions, positions
     if cache is not None:
-        parts, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
-        last, places = attention.in_parts(positions, parts, capacity)
+        shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
+        last, places = attention.sequence_shards(positions, shards, capacity)
         if tokens.shape[1] == 1 and attention.on_tpu(mesh):
             visits = attention.live_blocks(last, capacity, mesh)
             if attention.takes_heads(mesh, cache.k):
                 stacked = params["layers"]["attention"]
                 biases = [stacked[name]["bias"] for name in ("q", "k", "v")]
-                rope = attention.prepare_heads(rope, biases, parts)
+                rope = attention.prepare_heads(rope, biases, shards)
 
     def attend(q, k, v, cache, layer):
         if cache is None or from_start:
@@ -282,8 +283,8 @@ def write(
 ) -> KVCache:
     """The cache with keys and values of a layer written in place, at `places`, which
     are consecutive in a row. On a mesh, each device writes its own rows and heads."""
-    parts = cache.k.shape[1] // k.shape[0]
-    k, v = (jnp.tile(x, (parts, 1, 1, 1)) for x in (k, v))
+    shards = cache.k.shape[1] // k.shape[0]
+    k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
 
     def write_one(buffer, layer, new, places):
         new = new.astype(buffer.dtype)
@@ -296,7 +297,7 @@ def write(
             by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
                 heads,
                 unique_indices=True,
-                mode="promise_in_bounds" if parts == 1 else "drop",
+                mode="promise_in_bounds" if shards == 1 else "drop",
                 wrap_negative_indices=False,
             )
             return by_head.reshape(buffer.shape)

@@ -53,7 +53,15 @@ from e1jax.convert import LoadedModel, read_config, resolve
 from e1jax.sampling import TokenIds
 from e1jax.sharding import make_mesh, replicated, sharding
 from e1jax.tokenizer import read_json
-from e1jax.train import Batch, Learner, default_mesh, padded_lengths
+from e1jax.train import (
+    Batch,
+    Learner,
+    default_mesh,
+    least_room,
+    longest_lengths,
+    padded_lengths,
+    rollout_cache_len,
+)
 
 GIB = 2**30
 
@@ -497,17 +505,9 @@ def rollout_sampler(
 ) -> Sampler:
     """The engine of the rollouts, at its slots and lengths or those of the flags."""
     slots = engine.whole_slots(mesh, args.slots or config.rollout.slots)
-    cache_len = args.cache_len or rollout_cache_len(config)
+    needed = config.data.max_prompt_len + least_room(config)
+    cache_len = config.rollout.cache_len or needed
     return Sampler(sizes, mesh, _dtype(config), slots, cache_len)
-
-
-def rollout_cache_len(config: GRPOConfig) -> int:
-    """Positions of a slot in training, for prompts of the greatest length allowed."""
-    rollout = config.rollout
-    if rollout.cache_len is not None:
-        return rollout.cache_len
-    budgets = (rollout.thinking_budget or 0) + (rollout.solution_budget or 0)
-    return config.data.max_prompt_len + budgets + 1
 
 
 def prompt_programs(report: Report, sampler: Sampler, prompt_len: int) -> list[int]:

@@ -166,7 +166,9 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
 
     best = config.validation.best if validate else None
     checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
-    learner = Learner(config, loaded, longest_lengths(config, engine, examples))
+    lengths = [len(example.prompt_ids) for example in examples]
+    longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
+    learner = Learner(config, loaded, longest)
     step = saved = learner.restore(checkpoints, batches)
     log = (
         MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
@@ -268,17 +270,7 @@ def make_engine(
             f"mesh's data={data}; change one of them"
         )
     longest_prompt = max(len(example.prompt_ids) for example in examples)
-    budgets = (rollout.thinking_budget, rollout.solution_budget)
-    # An unlimited solution gets at least one token.
-    solution = 1 if budgets[1] is None else budgets[1]
-    needed = longest_prompt + (budgets[0] or 0) + 1 + solution
-    cache_len = needed if rollout.cache_len is None else rollout.cache_len
-    if cache_len < needed:
-        raise UserError(
-            f"rollout.cache_len={cache_len} is too short for a prompt of "
-            f"{longest_prompt} tokens, budgets of {budgets[0]} and {budgets[1]} and "
-            f"</think>; {needed} is enough"
-        )
+    cache_len = rollout_cache_len(config, longest_prompt)
     engine = Engine(
         *(loaded.config, None, loaded.tokenizer),
         local_mesh(loaded.config, loaded.mesh),
@@ -288,6 +280,31 @@ def make_engine(
     # Refuses, now, what the model cannot do.
     engine.stream([[0] * longest_prompt], rollout_request(config, 0), names=["rollout"])
     return engine
+
+
+def rollout_cache_len(config: GRPOConfig, longest_prompt: int) -> int:
+    """Positions of a slot: as the configuration says, else as many as are needed.
+
+    Raises UserError if they are too few for such a prompt and both budgets.
+    """
+    rollout = config.rollout
+    needed = longest_prompt + least_room(config)
+    if rollout.cache_len is None:
+        return needed
+    if rollout.cache_len < needed:
+        raise UserError(
+            f"rollout.cache_len={rollout.cache_len} is too short for a prompt of "
+            f"{longest_prompt} tokens, budgets of {rollout.thinking_budget} and "
+            f"{rollout.solution_budget} and </think>; {needed} is enough"
+        )
+    return rollout.cache_len
+
+
+def least_room(config: GRPOConfig) -> int:
+    """Positions that a slot has for the response at least: for both budgets and
+    `</think>`. An unlimited solution gets one token or more."""
+    thinking, solution = config.rollout.thinking_budget, config.rollout.solution_budget
+    return (thinking or 0) + 1 + (1 if solution is None else solution)
 
 
 def prepare(
@@ -324,15 +341,12 @@ def prepare(
 
 
 def longest_lengths(
-    config: GRPOConfig, engine: Engine, examples: Sequence[EncodedProblem]
+    config: GRPOConfig, cache_len: int, shortest_prompt: int, longest_prompt: int
 ) -> tuple[int, int]:
     """Tokens of the longest prompt, and of the longest response that can come."""
-    lengths = [len(example.prompt_ids) for example in examples]
-    response = engine.cache_len - min(lengths)
-    thinking, solution = config.rollout.thinking_budget, config.rollout.solution_budget
-    if thinking is not None and solution is not None:
-        response = thinking + 1 + solution
-    return max(lengths), response
+    if None in (config.rollout.thinking_budget, config.rollout.solution_budget):
+        return longest_prompt, cache_len - shortest_prompt
+    return longest_prompt, least_room(config)
 
 
 class Rollouts(NamedTuple):

@@ -112,30 +112,30 @@ def test_splash_attention(length):
     check(jax.jit(inside), given, exact, 2e-2)
 
 
-@pytest.mark.parametrize("parts, rows", [(3, 2), (8, 1)])
-def test_rows_that_lie_in_parts(parts, rows, monkeypatch):
+@pytest.mark.parametrize("shards, rows", [(3, 2), (8, 1)])
+def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
     """Where every position goes is stated here by a loop over positions. By the XLA
     version and by the kernel, whose blocks are others."""
     monkeypatch.setattr(attention, "BLOCK_LEN", 4)
     monkeypatch.setattr(attention, "TPU_BLOCK_LEN", 8)
-    rng = np.random.default_rng(parts)
+    rng = np.random.default_rng(shards)
     whole = rng.normal(size=(2, 2, rows, 2, 56, 8)).astype(np.float32)  # keys, values
     q = rng.normal(size=(rows, 6, 1, 8)).astype(np.float32)
-    capacity = 4 * -(-56 // (4 * parts))
+    capacity = 4 * -(-56 // (4 * shards))
     layer = jnp.int32(1)
-    cache = model.KVCache(*jnp.zeros((2, 2, parts * rows, 2, capacity, 8)))
+    cache = model.KVCache(*jnp.zeros((2, 2, shards * rows, 2, capacity, 8)))
     expected = np.zeros(cache.k.shape, np.float32), np.zeros(cache.k.shape, np.float32)
     for step in range(53):  # rows of different lengths, one step after the other
         at = np.maximum(0, step - 5 * np.arange(rows))[:, None].astype(np.int32)
         new = [side[1, np.arange(rows), :, at[:, 0], None] for side in whole]
         for row, position in enumerate(at[:, 0]):
-            part, index = (
-                position // 4 % parts,
-                position // 4 // parts * 4 + position % 4,
+            shard, index = (
+                position // 4 % shards,
+                position // 4 // shards * 4 + position % 4,
             )
             for side, rows_new in zip(expected, new, strict=True):
-                side[1, part * rows + row, :, index] = rows_new[row, :, 0]
-        last, places = attention.in_parts(jnp.asarray(at), parts, capacity)
+                side[1, shard * rows + row, :, index] = rows_new[row, :, 0]
+        last, places = attention.sequence_shards(jnp.asarray(at), shards, capacity)
         cache = model.write(cache, layer, *map(jnp.asarray, new), places)
         if step in (0, 3, 4, 11, 12, 13, 37, 52):
             found = attention.cached_attention(jnp.asarray(q), *cache, layer, last)

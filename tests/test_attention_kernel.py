@@ -83,7 +83,7 @@ def test_bfloat16_is_within_its_rounding():
 
 def of_step(positions, heads, kv_heads, capacity, head_dim, dtype, places=None):
     """Products, biases and caches of random numbers, angles, and places in the caches,
-    which are `positions` unless rows lie in parts."""
+    which are `positions` unless rows lie in shards."""
     places = positions if places is None else places
     rng = np.random.default_rng(11)
     sizes = [n * head_dim for n in (heads, kv_heads, kv_heads)]
@@ -241,10 +241,10 @@ def on_a_mesh(data: int, tensor: int):
         ours = decode(q, k, v, jnp.int32(1), at)
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
-    # Of the products of all rows, each device takes its own; with a row in parts, all
+    # Of the products of all rows, each device takes its own; with a row in shards, all
     # take it, and one writes.
-    parts = [40] * (data - 1) + [11]
-    for rows, places in ((positions, None), ([3], parts)):
+    shards = [40] * (data - 1) + [11]
+    for rows, places in ((positions, None), ([3], shards)):
         args = of_step(rows, 12, 4, 40, 128, jnp.bfloat16, places)
         with pltpu.force_tpu_interpret_mode(True):
             ours = kernel_heads(*args, jnp.int32(2), mesh=mesh)
