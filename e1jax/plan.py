@@ -168,6 +168,11 @@ def main() -> None:
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]
     config, _ = load_config(GRPOConfig, argv, "python -m e1jax.plan")
+    given = {"slots": args.slots, "cache_len": args.cache_len}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, **given)
+    )
     slice_ = describe(args.topology)
     sizes = model_sizes(config.model)
     parts = ("sample", "train") if args.part is None else (args.part,)
@@ -471,7 +476,7 @@ def plan_sampling(
 ) -> Report:
     """The engine's programs, at the slots and lengths of the rollouts or the flags."""
     mesh = slice_mesh(slice_, args.mesh, sizes)
-    sampler = rollout_sampler(config, sizes, mesh, args)
+    sampler = rollout_sampler(config, sizes, mesh)
     slots, cache_len = sampler.slots, sampler.cache_len
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = _report("sample", slice_, mesh)
@@ -500,11 +505,9 @@ def plan_sampling(
     return report
 
 
-def rollout_sampler(
-    config: GRPOConfig, sizes: ModelConfig, mesh: Mesh, args: argparse.Namespace
-) -> Sampler:
-    """The engine of the rollouts, at its slots and lengths or those of the flags."""
-    slots = engine.whole_slots(mesh, args.slots or config.rollout.slots)
+def rollout_sampler(config: GRPOConfig, sizes: ModelConfig, mesh: Mesh) -> Sampler:
+    """The engine of the rollouts; its cache has room for the longest prompt allowed."""
+    slots = engine.whole_slots(mesh, config.rollout.slots)
     needed = config.data.max_prompt_len + least_room(config)
     cache_len = config.rollout.cache_len or needed
     return Sampler(sizes, mesh, _dtype(config), slots, cache_len)
@@ -687,7 +690,7 @@ def plan_training(
         if program.text:
             _cost_of_training(report, name, program.text, learner, slice_.chip)
     phases = training_phases(learner, programs)
-    phases["rollouts"] = state + rollout_bytes(report, learner, slice_, args)
+    phases["rollouts"] = state + rollout_bytes(report, learner, slice_)
     report.settings["phases"] = phases
     report.hbm_bytes_per_chip = max(phases.values())
     report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
@@ -704,7 +707,8 @@ def abstract_learner(
 ) -> tuple[Learner, Batch]:
     """The learner, without parameters, and a step's batch of the longest responses.
 
-    Raises UserError if the mesh does not divide the rows of a micro-batch.
+    Raises UserError if the mesh does not divide the rows of a micro-batch, or the cache
+    is too short for both budgets.
     """
     data, update, rollout = mesh.shape["data"], config.update, config.rollout
     if update.microbatch % data:
@@ -712,15 +716,17 @@ def abstract_learner(
             f"update.microbatch={update.microbatch} is not a multiple of the mesh's "
             f"data={data}; change one of them, as by --update.microbatch"
         )
-    response_len = rollout_cache_len(config) - 1
-    if None not in (rollout.thinking_budget, rollout.solution_budget):
-        response_len = rollout_cache_len(config) - config.data.max_prompt_len
+    longest_prompt = config.data.max_prompt_len
+    if rollout.cache_len is not None:  # in which training takes no prompt without room
+        room = rollout.cache_len - least_room(config)
+        longest_prompt = max(1, min(longest_prompt, room))
+    cache_len = rollout_cache_len(config, longest_prompt)
+    longest = longest_lengths(config, cache_len, 1, longest_prompt)
     tokenizer: Any = None  # no text is made
     dtype = jnp.dtype(update.param_dtype)
     loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
-    longest = (config.data.max_prompt_len, response_len)
     learner = Learner(config, loaded, longest)
-    length, response_len = padded_lengths(*longest, response_len)
+    length, response_len = padded_lengths(*longest, longest[1])
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
     num_micro = rollout.prompts * rollout.samples // update.microbatch
 
@@ -777,11 +783,11 @@ def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str,
     }
 
 
-def host_sampler(learner: Learner, slice_: Slice, args: argparse.Namespace) -> Sampler:
+def host_sampler(learner: Learner, slice_: Slice) -> Sampler:
     """The engine of one of a slice's hosts, which samples on its own devices."""
     sizes = learner.loaded.config
     mesh = slice_mesh(host_slice(slice_), None, sizes)
-    return rollout_sampler(learner.config, sizes, mesh, args)
+    return rollout_sampler(learner.config, sizes, mesh)
 
 
 def host_slice(slice_: Slice) -> Slice:
@@ -798,15 +804,13 @@ def host_slice(slice_: Slice) -> Slice:
     )
 
 
-def rollout_bytes(
-    report: Report, learner: Learner, slice_: Slice, args: argparse.Namespace
-) -> int:
+def rollout_bytes(report: Report, learner: Learner, slice_: Slice) -> int:
     """Bytes on a device of `decode` while responses are sampled: the cache, and a copy
     of the parameters unless those in training are as sampling has them. Both are
     released before the update begins."""
     if slice_.hosts > 1:
         report.settings["rollouts_on"] = host_slice(slice_).topology
-    sampler, loaded = host_sampler(learner, slice_, args), learner.loaded
+    sampler, loaded = host_sampler(learner, slice_), learner.loaded
     decode = sampler.decode()
     _note(report, "decode", decode)
     same = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
@@ -908,7 +912,7 @@ def _fitting_learner(
         if microbatch := smaller_microbatch(report, learner):
             return f"--update.microbatch {microbatch} fits"
     elif most <= limit < rollouts:
-        sampler = host_sampler(learner, slice_, args)
+        sampler = host_sampler(learner, slice_)
         row = device_bytes(sampler.cache) / sampler.slots
         data = sampler.mesh.shape["data"]
         slots = int(sampler.slots - (rollouts - limit) / row) // data * data
@@ -955,7 +959,7 @@ def _larger_learner(
         text = f"data={new_data},tensor={tensor}"
         mesh = slice_mesh(larger, text, loaded.config)
         larger_learner, _ = abstract_learner(config, loaded.config, mesh)
-        sampler = host_sampler(larger_learner, larger, args)
+        sampler = host_sampler(larger_learner, larger)
         needed = sum(resident(larger_learner).values()) + max(
             temporaries * data / new_data,
             device_bytes((sampler.params, sampler.cache)),
@@ -1151,7 +1155,8 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-len",
         type=_size,
         metavar="TOKENS",
-        help="positions of a slot (default: as in training, for the longest prompt)",
+        help="positions of a slot (default: the configuration's, or as the longest "
+        "prompt needs)",
     )
     flag(
         "--live",

@@ -289,6 +289,33 @@ def test_useful_flops_of_an_update(config):
     assert plan.update_flops(learner) == useful
 
 
+@pytest.mark.parametrize(
+    ("budgets", "cache_len", "lengths"),
+    [  # T and R; the prompt has 40 tokens or, where that is all there is room for, 30
+        ((30, 29), None, (100, 60)),
+        ((30, 29), 4096, (100, 60)),
+        ((30, 29), 90, (90, 60)),
+        ((None, 29), 300, (339, 299)),  # after a prompt of one token
+        ((30, None), 300, (339, 299)),
+    ],
+)
+def test_lengths_of_training_are_those_that_train_has(budgets, cache_len, lengths):
+    rollout = plan.GRPOConfig("nano", 1).rollout
+    rollout = dataclasses.replace(
+        rollout,
+        thinking_budget=budgets[0],
+        solution_budget=budgets[1],
+        cache_len=cache_len,
+    )
+    config = plan.GRPOConfig("nano", 1, rollout=rollout)
+    data = dataclasses.replace(config.data, max_prompt_len=40)
+    config = dataclasses.replace(config, data=data)
+    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, batch = plan.abstract_learner(config, SIZES, mesh)
+    assert batch.tokens.shape[-1] == lengths[0]
+    assert batch.loss_mask.shape[-1] == learner.longest[1] == lengths[1]
+
+
 # Whole plans, with a compiler that only adds up what a program is given.
 
 
@@ -516,6 +543,7 @@ def test_a_host_samples_on_its_own_slice(monkeypatch):
         (["--slots", "none"], "not a whole number"),
         (["--slots", "0"], "1 or more"),
         (["--part", "serve"], "invalid choice"),
+        (["--cache-len", "60"], "cache_len=60 is too short .* 61 is enough"),
         (["--no-such-flag", "1"], "--no-such-flag"),
     ],
 )

@@ -675,6 +675,18 @@ def test_micro_batches_are_shared_out_evenly_over_the_mesh(workplace):
         train.make_engine(config, dataclasses.replace(loaded, mesh=three), examples)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "longest"),
+    [((8, 6), 15), ((8, None), 300 - 20), ((None, 6), 300 - 20), ((None, None), 280)],
+)
+def test_longest_lengths(workplace, budgets, longest):
+    """Of a cache that is larger than needed, only an unlimited budget takes more."""
+    flags = ["--rollout.thinking_budget", json.dumps(budgets[0])]
+    flags += ["--rollout.solution_budget", json.dumps(budgets[1])]
+    config = settings(workplace, *flags)
+    assert train.longest_lengths(config, 300, 20, 31) == (31, longest)
+
+
 # Rollouts.
 
 
