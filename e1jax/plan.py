@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,7 +140,7 @@ class Report:
     topology: str
     mesh: str
     fits: bool = True
-    hbm_bytes_per_chip: int | None = None
+    hbm_bytes_per_chip: int = 0
     hbm_limit_bytes: int = 0
     devices: int = 0
     hosts: int = 0
@@ -407,6 +407,7 @@ class Sampler(NamedTuple):
     dtype: Any
     slots: int
     cache_len: int
+    prompt_len: int  # of the longest prompt
 
     @property
     def params(self) -> Any:
@@ -447,22 +448,24 @@ class Sampler(NamedTuple):
             )
         )
 
-    def prefill(self, prompt_len: int) -> Program:
-        bucket = engine.prefill_len(prompt_len, self.cache_len)
-        tokens = self._whole(np.zeros((1, bucket), np.int32))
+    @property
+    def _bucket(self) -> int:
+        return engine.prefill_len(self.prompt_len, self.cache_len)
+
+    def prefill(self) -> Program:
+        tokens = self._whole(np.zeros((1, self._bucket), np.int32))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
             engine.prefill.trace(self.sizes, self.mesh, self.params, tokens, number)
         )
 
-    def admit(self, prompt_len: int) -> Program:
-        bucket = engine.prefill_len(prompt_len, self.cache_len)
+    def admit(self) -> Program:
         slots = self._whole(np.zeros(self.slots, np.int32))
         is_new = self._whole(np.zeros(self.slots, bool))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
             engine.admit.trace(
-                *(self.mesh, self.cache, self._cache(1, bucket), self._rows),
+                *(self.mesh, self.cache, self._cache(1, self._bucket), self._rows),
                 *(slots, number, (is_new, self._rows)),
             )
         )
@@ -481,16 +484,14 @@ def plan_sampling(
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = _report("sample", slice_, mesh)
     report.settings = {"slots": slots, "cache_len": cache_len, "live": live}
-    decode = sampler.decode()
-    _note(report, "decode", decode)
+    programs = sampling_programs(sampler)
+    _note(report, programs)
     weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
     report.memory = {"weights": weights, "cache": cache}
-    report.hbm_bytes_per_chip = decode.total
+    _set_most(report, sampling_phases(sampler, programs))
+    decode = programs["decode"]
     if decode.fits:
-        others = prompt_programs(report, sampler, config.data.max_prompt_len)
-        report.hbm_bytes_per_chip = max(decode.total, *others)
         report.memory["temporaries"] = decode.temporaries
-        report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
         _check_cache(report, decode, cache)
         rows, capacity = sampler.cache_sizes
         filled = live * cache * slots // (rows * capacity)
@@ -499,7 +500,7 @@ def plan_sampling(
             _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
     rest = report.hbm_bytes_per_chip - sum(report.memory.values())
     report.memory["other" if decode.fits else "temporaries"] = max(0, rest)
-    report.max_slots = largest_slots(report, sampler, decode)
+    report.max_slots = largest_slots(report, sampler, programs.get("prefill"))
     if not report.fits:
         report.fitting = _fitting_sampler(report, sampler, slice_)
     return report
@@ -510,41 +511,57 @@ def rollout_sampler(config: GRPOConfig, sizes: ModelConfig, mesh: Mesh) -> Sampl
     slots = engine.whole_slots(mesh, config.rollout.slots)
     needed = config.data.max_prompt_len + least_room(config)
     cache_len = config.rollout.cache_len or needed
-    return Sampler(sizes, mesh, _dtype(config), slots, cache_len)
+    prompt_len = min(config.data.max_prompt_len, cache_len)
+    return Sampler(sizes, mesh, _dtype(config), slots, cache_len, prompt_len)
 
 
-def prompt_programs(report: Report, sampler: Sampler, prompt_len: int) -> list[int]:
-    """Bytes in use on a device while a prompt goes through the model, and while it is
-    copied into slots; the cache lies there during the former, the weights the latter."""
-    prompt_len = min(prompt_len, sampler.cache_len)
-    prefill, admit = sampler.prefill(prompt_len), sampler.admit(prompt_len)
-    _note(report, "prefill", prefill)
-    _note(report, "admit", admit)
-    return [
-        prefill.total + device_bytes(sampler.cache),
-        admit.total + device_bytes(sampler.params),
-    ]
+def sampling_programs(
+    sampler: Sampler, prefill: Program | None = None
+) -> dict[str, Program]:
+    """`decode`, and if it fits what brings a prompt into slots; a `prefill` that was
+    compiled serves for any number of slots."""
+    programs = {"decode": sampler.decode()}
+    if programs["decode"].fits:
+        programs["prefill"] = prefill or sampler.prefill()
+        programs["admit"] = sampler.admit()
+    return programs
 
 
-def largest_slots(report: Report, sampler: Sampler, first: Program) -> int:
-    """The most slots, up to MOST_SLOTS, with which `decode` compiles; found by compiling.
+def sampling_phases(sampler: Sampler, programs: dict[str, Program]) -> dict[str, int]:
+    """Bytes on a device while each runs; what it is not given waits beside it."""
+    weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
+    waiting = {"decode": 0, "prefill": cache, "admit": weights}
+    return {name: program.total + waiting[name] for name, program in programs.items()}
+
+
+def sampler_fits(
+    report: Report, sampler: Sampler, prefill: Program | None = None
+) -> bool:
+    """Whether a step and the longest prompt fit, found by compiling."""
+    programs = sampling_programs(sampler, prefill)
+    _count_seconds(report, [p for p in programs.values() if p is not prefill])
+    return all_fit(report, programs, sampling_phases(sampler, programs))
+
+
+def largest_slots(report: Report, sampler: Sampler, prefill: Program | None) -> int:
+    """The most slots, up to MOST_SLOTS, that fit.
 
     Memory is nearly linear in the slots, so the first guess is mostly right or one off.
     """
-    unit = sampler.mesh.shape["data"]
-    row = device_bytes(sampler.cache) / sampler.slots
-    fixed = first.total - row * sampler.slots
-    # What the other programs need beside decode's arrays is needed then too.
-    fixed += max(0, (report.hbm_bytes_per_chip or 0) - first.total)
+    if prefill is None:  # as `decode` did not fit
+        prefill = sampler.prefill()
+        _count_seconds(report, [prefill])
+    unit, cache = sampler.mesh.shape["data"], device_bytes(sampler.cache)
+    fixed = max(report.hbm_bytes_per_chip - cache, prefill.total)
+    row = cache / sampler.slots
     known = {sampler.slots: report.fits}
 
     def fits(slots: int) -> bool:
         if slots > max(MOST_SLOTS, sampler.slots):
             return False
         if slots not in known:
-            start = time.perf_counter()
-            known[slots] = sampler._replace(slots=slots).decode().fits
-            report.compile_seconds += time.perf_counter() - start
+            trial = sampler._replace(slots=slots)
+            known[slots] = sampler_fits(report, trial, prefill)
         return known[slots]
 
     guess = int(min((report.hbm_limit_bytes - fixed) // row, MOST_SLOTS)) // unit
@@ -646,9 +663,7 @@ def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
         needed = device_bytes((candidate.params, candidate.cache))
         if needed > larger.chip.hbm_bytes:
             continue
-        program = candidate.decode()
-        report.compile_seconds += program.seconds
-        if program.fits:
+        if sampler_fits(report, candidate):
             return f"{larger.topology} fits ({slots} slots)"
     return "no larger slice of this chip fits; use another chip, or a shorter cache"
 
@@ -685,15 +700,14 @@ def plan_training(
         report.fitting = _larger_learner(learner, slice_, args, 0)
         return report
     programs = training_programs(learner, batch)
+    _note(report, programs)
     for name, program in programs.items():
-        _note(report, name, program)
         if program.text:
             _cost_of_training(report, name, program.text, learner, slice_.chip)
     phases = training_phases(learner, programs)
     phases["rollouts"] = state + rollout_bytes(report, learner, slice_)
     report.settings["phases"] = phases
-    report.hbm_bytes_per_chip = max(phases.values())
-    report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+    _set_most(report, phases)
     held["temporaries"] = programs["update"].temporaries
     rest = phases["update"] - sum(held.values())
     held["other" if programs["update"].fits else "temporaries"] = max(0, rest)
@@ -811,10 +825,11 @@ def rollout_bytes(report: Report, learner: Learner, slice_: Slice) -> int:
     if slice_.hosts > 1:
         report.settings["rollouts_on"] = host_slice(slice_).topology
     sampler, loaded = host_sampler(learner, slice_), learner.loaded
-    decode = sampler.decode()
-    _note(report, "decode", decode)
+    programs = sampling_programs(sampler)
+    _note(report, programs)
+    most = max(sampling_phases(sampler, programs).values())
     same = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
-    return decode.total - (device_bytes(sampler.params) if same else 0)
+    return most - (device_bytes(sampler.params) if same else 0)
 
 
 def _cost_of_training(
@@ -935,10 +950,8 @@ def smaller_microbatch(report: Report, learner: Learner) -> int | None:
         trial = dataclasses.replace(config, update=update)
         learner, batch = abstract_learner(trial, loaded.config, loaded.mesh)
         programs = training_programs(learner, batch)
-        report.compile_seconds += sum(program.seconds for program in programs.values())
-        most = max(training_phases(learner, programs).values())
-        each_fits = all(program.fits for program in programs.values())
-        if each_fits and most <= report.hbm_limit_bytes:
+        _count_seconds(report, programs.values())
+        if all_fit(report, programs, training_phases(learner, programs)):
             return rows * data
     return None
 
@@ -994,20 +1007,39 @@ def _report(part: str, slice_: Slice, mesh: Mesh) -> Report:
     )
 
 
-def _note(report: Report, name: str, program: Program) -> None:
-    report.compile_seconds += program.seconds
-    if program.text:
-        report.programs[name] = program.text
-    elif program.fits:
+def _note(report: Report, programs: dict[str, Program]) -> None:
+    _count_seconds(report, programs.values())
+    unprinted = [name for name, p in programs.items() if p.fits and not p.text]
+    if unprinted:
         report.warnings.append(
-            f"the compiler cannot print {name} for this chip: memory only"
+            f"the compiler cannot print {', '.join(unprinted)} for this chip: memory only"
         )
-    else:
-        report.fits = False
-        report.warnings.append(
-            f"{name} does not fit: {program.total / GIB:.2f} GiB of "
-            f"{report.hbm_limit_bytes / GIB:.2f} GiB"
-        )
+    for name, program in programs.items():
+        if program.text:
+            report.programs[name] = program.text
+        if not program.fits:
+            report.fits = False
+            report.warnings.append(
+                f"{name} does not fit: {program.total / GIB:.2f} GiB of "
+                f"{report.hbm_limit_bytes / GIB:.2f} GiB"
+            )
+
+
+def _count_seconds(report: Report, programs: Iterable[Program]) -> None:
+    report.compile_seconds += sum(program.seconds for program in programs)
+
+
+def _set_most(report: Report, phases: dict[str, int]) -> None:
+    report.hbm_bytes_per_chip = max(phases.values())
+    report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
+
+
+def all_fit(
+    report: Report, programs: dict[str, Program], phases: dict[str, int]
+) -> bool:
+    """Whether each does, alone and beside what waits meanwhile."""
+    each = all(program.fits for program in programs.values())
+    return each and max(phases.values()) <= report.hbm_limit_bytes
 
 
 def _collective_bytes(counted: hlo.Account) -> dict[str, int]:
@@ -1040,7 +1072,7 @@ def _table(report: Report) -> str:
     kinds = ", ".join(
         f"{name} {size / GIB:.2f}" for name, size in report.memory.items() if size
     )
-    used = report.hbm_bytes_per_chip or 0
+    used = report.hbm_bytes_per_chip
     verdict = "fits" if report.fits else "does not fit"
     rows = [
         (report.part, f"{report.topology}, {report.mesh}", verdict),

@@ -224,7 +224,7 @@ ENTRY %main (f: pred[], a: f32[2,64]) -> f32[2,64] {
 @pytest.mark.parametrize(("target", "blocks"), [("tpu_custom_call", 2), ("Other", 0)])
 def test_bytes_and_time_of_a_step(target, blocks):
     mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048)
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
     report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
     text = STEP.replace("TARGET", target)
     plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
@@ -241,7 +241,7 @@ def test_bytes_of_a_step_of_few_slots(config):
     """Positions of three slots lie over eight devices: of 40,000 none has more than
     40 of the 313 blocks of 128, for which a kernel reads ten of 512."""
     mesh = plan.make_mesh("data=8,tensor=1", SIZES, [Device(i) for i in range(8)])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536)
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536, 40)
     report = plan.Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
     text = STEP.replace("TARGET", "tpu_custom_call")
     plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=40_000)
@@ -253,7 +253,7 @@ def test_bytes_of_a_step_of_few_slots(config):
 def test_weights_that_are_sent_around_are_told_of(rows, warns):
     """In the loop over layers nothing is larger than five slots' float32 [5, 96]."""
     mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048)
+    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
     report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
     shape = f"f32[{rows},96]" + "{1,0:T(8,128)}"
     inner = f"""
@@ -322,10 +322,10 @@ def test_lengths_of_training_are_those_that_train_has(budgets, cache_len, length
 @pytest.fixture
 def fake(monkeypatch):
     """Plans for devices of which `limit` bytes can be used. A program takes its
-    arguments, as if they were whole on each, and `per_row` bytes for each row of a
-    micro-batch."""
+    arguments, as if they were whole on each, `per_row` bytes for each row of a
+    micro-batch, and what `more` says of its name."""
 
-    def set_limit(limit, per_row=0):
+    def set_limit(limit, per_row=0, **more_of):
         chip = dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
 
         def compiled(traced):
@@ -333,6 +333,7 @@ def fake(monkeypatch):
             size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in given)
             tokens = [a.shape for a in given if a.ndim == 3 and a.dtype == np.int32]
             more = per_row * sum(rows for _, rows, _ in tokens)
+            more += more_of.get(traced.fun_name, 0)
             fits, total = size + more <= limit, size + more
             return plan.Program(fits, total, 1.0, more * fits, size)
 
@@ -383,26 +384,48 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
     assert train["memory"]["parameters"] == 4 * PARAMETERS
     assert 8 * PARAMETERS <= train["memory"]["optimizer"] <= 8 * PARAMETERS + 16
     assert train["memory"]["reference"] == 2 * PARAMETERS
-    # While responses are sampled: all of that, the copy sampled from, and the cache.
+    # While responses are sampled: all of that, the copy sampled from, the cache, and
+    # while a prompt is copied into it 64 positions of that.
     phases = train["settings"]["phases"]
-    rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW
+    rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW + ROW // 2
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     assert 14 * PARAMETERS < phases["update"] < 14 * PARAMETERS + 10**4
-    # A compiler that cannot print its program is said to, once for each program.
-    assert sum("memory only" in text for text in train["warnings"]) == 3
+    # A compiler that cannot print its programs is said to.
+    unprinted = [text for text in train["warnings"] if "memory only" in text]
+    assert "print update, logprobs for" in unprinted[0]
+    assert "print decode, prefill, admit for" in unprinted[1]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 50])
 def test_the_most_slots_are_found(slots, fake, config, monkeypatch, capsys):
-    # Room for 20 rows and their state, which is some 200 bytes each, but not for 21.
-    fake(2 * PARAMETERS + 20 * ROW + ROW // 2)
+    # Room for 20 rows, their state, which is some 200 bytes each, and the prompt's own
+    # keys and values, half a row, while they are copied; but not for 21.
+    fake(2 * PARAMETERS + 20 * ROW + 3 * ROW // 4)
     argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
     code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
-    # The prompt's own keys and values need half a row while they are copied.
     assert report["max_slots"] == 20
     assert report["fits"] == (slots <= 20)
     assert code == (0 if slots <= 20 else 3)
     assert report["fitting"] == (None if slots <= 20 else "--slots 20 fits")
+
+
+@pytest.mark.parametrize(
+    ("more", "most"), [({}, 29), ({"prefill": 20 * ROW}, 10), ({"admit": 20 * ROW}, 9)]
+)
+@pytest.mark.parametrize("slots", [1, 12, 50])
+def test_slots_have_room_for_a_prompt(
+    more, most, slots, fake, config, monkeypatch, capsys
+):
+    """There is room for `decode` with 30 slots, but not for all that goes before it."""
+    fake(2 * PARAMETERS + 30 * ROW + ROW // 4, **more)
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
+    code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
+    assert report["max_slots"] == most
+    assert code == (0 if slots <= most else 3)
+    assert report["fitting"] == (None if slots <= most else f"--slots {most} fits")
+    if code:
+        code, _ = run(monkeypatch, capsys, *argv, "--slots", most)
+        assert code == 0
 
 
 def test_what_fits_nowhere_says_so(fake, config, monkeypatch, capsys):
@@ -434,7 +457,7 @@ def test_settings_can_be_changed_like_those_of_train(fake, config, monkeypatch, 
     assert report["memory"]["parameters"] == 2 * PARAMETERS
     assert report["memory"]["reference"] == 0
     # There is no copy to sample from.
-    rollouts = 6 * PARAMETERS + 6 * ROW
+    rollouts = 6 * PARAMETERS + 6 * ROW + ROW // 2
     phases = report["settings"]["phases"]
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     assert set(phases) == {"update", "logprobs", "rollouts"}
@@ -517,7 +540,7 @@ def test_a_larger_slice_is_estimated(flags, fake, config, monkeypatch, capsys):
 def test_fewer_slots_are_estimated(fake, config, monkeypatch, capsys):
     argv = ["--config", config, "--topology", "v5e:1x1", "--json", "--part", "train"]
     state = (4 + 8 + 2 + 2) * PARAMETERS
-    fake(state + 20 * ROW + ROW // 2)
+    fake(state + 20 * ROW + 3 * ROW // 4)
     code, (report,) = run(monkeypatch, capsys, *argv, "--rollout.slots", 50)
     assert code == 3
     assert report["fitting"] == "--rollout.slots 20 would fit by an estimate"
