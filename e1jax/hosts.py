@@ -186,23 +186,7 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
     The devices send each other what they lack; nothing goes through the host. Every
     process calls it at the same time.
     """
-    own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
-    # One local mesh after the other: what is replicated over `hosts` is, on each,
-    # divided as its own mesh says.
-    every = Mesh(
-        _by_process(mesh).reshape(-1, *own.devices.shape),
-        ("hosts", *own.axis_names),
-        axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
-    )
-    copy = jax.jit(
-        lambda params: jax.tree.map(
-            lambda x, like: x.astype(like.dtype), params, local
-        ),
-        out_shardings=jax.tree.map(
-            lambda x: NamedSharding(every, x.sharding.spec), local
-        ),
-        compiler_options=COMPILER_OPTIONS,
-    )
+    copy = make_copy_to_all(mesh, local)
 
     def own_part(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
         parts = [shard.data for shard in x.addressable_shards]
@@ -216,6 +200,28 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
         return jax.tree.map(own_part, copy(params), local)
 
     return to_local
+
+
+def make_copy_to_all(mesh: Mesh, local: Any):
+    """One jitted program, params -> the same on every host's local mesh, with the dtypes
+    that `local` (abstract) has and divided as it is."""
+    own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
+    # One local mesh after the other: what is replicated over `hosts` is, on each,
+    # divided as its own mesh says.
+    every = Mesh(
+        mesh.devices.reshape(-1, *own.devices.shape),
+        ("hosts", *own.axis_names),
+        axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
+    )
+    return jax.jit(
+        lambda params: jax.tree.map(
+            lambda x, like: x.astype(like.dtype), params, local
+        ),
+        out_shardings=jax.tree.map(
+            lambda x: NamedSharding(every, x.sharding.spec), local
+        ),
+        compiler_options=COMPILER_OPTIONS,
+    )
 
 
 def _by_process(mesh: Mesh) -> np.ndarray:

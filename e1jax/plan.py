@@ -50,6 +50,7 @@ from e1jax.config import (
     writing,
 )
 from e1jax.convert import LoadedModel, read_config, resolve
+from e1jax.hosts import make_copy_to_all
 from e1jax.sampling import TokenIds
 from e1jax.sharding import make_mesh, replicated, sharding
 from e1jax.tokenizer import read_json
@@ -705,7 +706,7 @@ def plan_training(
         if program.text:
             _cost_of_training(report, name, program.text, learner, slice_.chip)
     phases = training_phases(learner, programs)
-    phases["rollouts"] = state + rollout_bytes(report, learner, slice_)
+    phases |= rollout_phases(report, learner, slice_)
     report.settings["phases"] = phases
     _set_most(report, phases)
     held["temporaries"] = programs["update"].temporaries
@@ -818,18 +819,25 @@ def host_slice(slice_: Slice) -> Slice:
     )
 
 
-def rollout_bytes(report: Report, learner: Learner, slice_: Slice) -> int:
-    """Bytes on a device of `decode` while responses are sampled: the cache, and a copy
-    of the parameters unless those in training are as sampling has them. Both are
-    released before the update begins."""
+def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str, int]:
+    """Bytes on a device while the parameters are copied to where the engine samples, if
+    they do not lie there, and while it does. The copy is made once after each update;
+    it and the cache are released before the next."""
     if slice_.hosts > 1:
         report.settings["rollouts_on"] = host_slice(slice_).topology
     sampler, loaded = host_sampler(learner, slice_), learner.loaded
+    held, phases = resident(learner), {}
+    shared = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
+    if not shared:
+        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(learner.shapes)
+        copy = compile_for_tpu(traced)
+        _note(report, {"copy": copy})
+        phases["copy"] = copy.total + held["optimizer"] + held["reference"]
     programs = sampling_programs(sampler)
     _note(report, programs)
     most = max(sampling_phases(sampler, programs).values())
-    same = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
-    return most - (device_bytes(sampler.params) if same else 0)
+    own = device_bytes(sampler.params) if shared else 0
+    return phases | {"rollouts": sum(held.values()) - own + most}
 
 
 def _cost_of_training(
