@@ -213,10 +213,12 @@ def make_copy_to_all(mesh: Mesh, local: Any):
         ("hosts", *own.axis_names),
         axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
     )
+
+    def copy(params: Any) -> Any:
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, local)
+
     return jax.jit(
-        lambda params: jax.tree.map(
-            lambda x, like: x.astype(like.dtype), params, local
-        ),
+        copy,
         out_shardings=jax.tree.map(
             lambda x: NamedSharding(every, x.sharding.spec), local
         ),

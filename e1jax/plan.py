@@ -698,7 +698,7 @@ def plan_training(
             "does not fit: parameters, optimizer and reference alone take "
             f"{state / GIB:.2f} GiB; nothing was compiled"
         )
-        report.fitting = _larger_learner(learner, slice_, args, 0)
+        report.fitting = _larger_learner(learner, slice_, args, 0, 0)
         return report
     programs = training_programs(learner, batch)
     _note(report, programs)
@@ -826,18 +826,19 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     if slice_.hosts > 1:
         report.settings["rollouts_on"] = host_slice(slice_).topology
     sampler, loaded = host_sampler(learner, slice_), learner.loaded
-    held, phases = resident(learner), {}
-    shared = (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape)
-    if not shared:
+    copied, phases = {}, {}
+    beside = resident(learner)
+    if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
+        del beside["parameters"]  # the engine's are these
+    else:
         traced = make_copy_to_all(loaded.mesh, sampler.params).trace(learner.shapes)
-        copy = compile_for_tpu(traced)
-        _note(report, {"copy": copy})
-        phases["copy"] = copy.total + held["optimizer"] + held["reference"]
+        copied["copy"] = compile_for_tpu(traced)
+        waiting = beside["optimizer"] + beside["reference"]
+        phases["copy"] = copied["copy"].total + waiting
     programs = sampling_programs(sampler)
-    _note(report, programs)
+    _note(report, copied | programs)
     most = max(sampling_phases(sampler, programs).values())
-    own = device_bytes(sampler.params) if shared else 0
-    return phases | {"rollouts": sum(held.values()) - own + most}
+    return phases | {"rollouts": sum(beside.values()) + most}
 
 
 def _cost_of_training(
@@ -928,21 +929,23 @@ def _fitting_learner(
 ) -> str:
     """What would fit: a smaller micro-batch or fewer slots, else a larger slice."""
     limit, held = report.hbm_limit_bytes, resident(learner)
-    phases = dict(report.settings["phases"])
-    rollouts, most = phases.pop("rollouts"), max(phases.values())
+    state, phases = sum(held.values()), dict(report.settings["phases"])
+    rollouts, copied = phases.pop("rollouts"), phases.pop("copy", 0)
+    most = max(phases.values())
     gradients = held["parameters"] * 4 // learner.loaded.dtype.itemsize  # of float32
-    if rollouts <= limit and sum(held.values()) + gradients <= limit:
+    if max(rollouts, copied, state + gradients) <= limit:
         if microbatch := smaller_microbatch(report, learner):
             return f"--update.microbatch {microbatch} fits"
-    elif most <= limit < rollouts:
+    elif max(most, copied) <= limit < rollouts:
         sampler = host_sampler(learner, slice_)
         row = device_bytes(sampler.cache) / sampler.slots
         data = sampler.mesh.shape["data"]
         slots = int(sampler.slots - (rollouts - limit) / row) // data * data
         if slots > 0:
             return f"--rollout.slots {slots} would fit by an estimate"
-    temporaries = max(0, most - sum(held.values()))
-    return _larger_learner(learner, slice_, args, temporaries)
+    return _larger_learner(
+        *(learner, slice_, args), max(0, most - state), max(0, copied - state)
+    )
 
 
 def smaller_microbatch(report: Report, learner: Learner) -> int | None:
@@ -965,11 +968,15 @@ def smaller_microbatch(report: Report, learner: Learner) -> int | None:
 
 
 def _larger_learner(
-    learner: Learner, slice_: Slice, args: argparse.Namespace, temporaries: int
+    learner: Learner,
+    slice_: Slice,
+    args: argparse.Namespace,
+    temporaries: int,
+    copied: int,
 ) -> str:
     """The next larger slice by an estimate: state is divided among the devices,
-    temporaries go with the rows of a micro-batch on each, and responses are sampled
-    after the update."""
+    temporaries of the update go with the rows of a micro-batch on each, what the copy
+    to sample from takes stays, and all of that comes in turn."""
     config, loaded = learner.config, learner.loaded
     data, tensor = loaded.mesh.shape["data"], loaded.mesh.shape["tensor"]
     named = args.mesh or config.mesh
@@ -983,6 +990,7 @@ def _larger_learner(
         sampler = host_sampler(larger_learner, larger)
         needed = sum(resident(larger_learner).values()) + max(
             temporaries * data / new_data,
+            copied,
             device_bytes((sampler.params, sampler.cache)),
         )
         if needed <= larger.chip.hbm_bytes:

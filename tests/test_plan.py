@@ -322,15 +322,22 @@ def test_lengths_of_training_are_those_that_train_has(budgets, cache_len, length
 @pytest.fixture
 def fake(monkeypatch):
     """Plans for devices of which `limit` bytes can be used. A program takes its
-    arguments, as if they were whole on each, `per_row` bytes for each row of a
-    micro-batch, and what `more` says of its name."""
+    arguments and, unless it can write over these, its results, as if they were whole on
+    each; `per_row` bytes for each row of a micro-batch; what `more_of` says of its name."""
 
     def set_limit(limit, per_row=0, **more_of):
         chip = dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
 
+        def bytes_of(arrays):
+            return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
+
         def compiled(traced):
             given = jax.tree.leaves(traced.in_avals)
-            size = sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in given)
+            donated = [a for a in jax.tree.leaves(traced.args_info) if a.donated]
+            size = bytes_of(given)
+            size += max(
+                0, bytes_of(jax.tree.leaves(traced.out_info)) - bytes_of(donated)
+            )
             tokens = [a.shape for a in given if a.ndim == 3 and a.dtype == np.int32]
             more = per_row * sum(rows for _, rows, _ in tokens)
             more += more_of.get(traced.fun_name, 0)
@@ -339,7 +346,9 @@ def fake(monkeypatch):
 
         def describe(name):
             count = plan._chips(name.partition(":")[2])
-            return plan.Slice(name, chip, [Device(i) for i in range(count)])
+            on_host = 8 if name.endswith(":2x4") else 4
+            devices = [Device(i, i // on_host) for i in range(count)]
+            return plan.Slice(name, chip, devices)
 
         monkeypatch.setattr(plan, "compile_for_tpu", compiled)
         monkeypatch.setattr(plan, "describe", describe)
@@ -390,10 +399,11 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
     rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW + ROW // 2
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     assert 14 * PARAMETERS < phases["update"] < 14 * PARAMETERS + 10**4
+    assert phases["copy"] - 16 * PARAMETERS in range(17)  # two counters
     # A compiler that cannot print its programs is said to.
     unprinted = [text for text in train["warnings"] if "memory only" in text]
     assert "print update, logprobs for" in unprinted[0]
-    assert "print decode, prefill, admit for" in unprinted[1]
+    assert "print copy, decode, prefill, admit for" in unprinted[1]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 50])
@@ -410,13 +420,14 @@ def test_the_most_slots_are_found(slots, fake, config, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "most"), [({}, 29), ({"prefill": 20 * ROW}, 10), ({"admit": 20 * ROW}, 9)]
+    ("more", "most"), [({}, 29), ({"prefill": 20 * ROW}, 9), ({"admit": 20 * ROW}, 9)]
 )
 @pytest.mark.parametrize("slots", [1, 12, 50])
 def test_slots_have_room_for_a_prompt(
     more, most, slots, fake, config, monkeypatch, capsys
 ):
-    """There is room for `decode` with 30 slots, but not for all that goes before it."""
+    """There is room for `decode` with 30 slots, but not for all that goes before it: the
+    keys and values of a prompt alone are half a row."""
     fake(2 * PARAMETERS + 30 * ROW + ROW // 4, **more)
     argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
     code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
@@ -546,6 +557,50 @@ def test_fewer_slots_are_estimated(fake, config, monkeypatch, capsys):
     assert report["fitting"] == "--rollout.slots 20 would fit by an estimate"
     code, _ = run(monkeypatch, capsys, *argv, "--rollout.slots", 20)
     assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "is_copied"),
+    [
+        ("v5e:2x2", SUITED, False),
+        ("v5e:2x2", ON_DATA, True),
+        ("v5e:4x4", "data=8,tensor=2", True),
+    ],
+)
+def test_the_copy_to_sample_from(
+    topology, mesh, is_copied, fake, config, monkeypatch, capsys
+):
+    argv = ["--config", config, "--topology", topology, "--json", "--part", "train"]
+    argv += ["--mesh", mesh, "--update.param_dtype", "bfloat16"]
+    argv += ["--rollout.samples", 16, "--update.microbatch", 16, "--rollout.slots", 4]
+    fake(10**8, copy=10**6)
+    _, (report,) = run(monkeypatch, capsys, *argv)
+    phases, state = report["settings"]["phases"], sum(report["memory"].values())
+    state -= report["memory"]["other"]
+    assert ("copy" in phases) == is_copied
+    if is_copied:
+        # Both are whole on each device for this compiler.
+        copied = (2 + 2) * PARAMETERS + 10**6
+        assert phases["copy"] == state - report["memory"]["parameters"] + copied
+
+
+def test_what_the_copy_takes_no_smaller_microbatch_saves(
+    fake, config, monkeypatch, capsys
+):
+    argv = ["--config", config, "--topology", "v5e:1x1", "--json", "--part", "train"]
+    argv += ["--update.microbatch", 4]
+    fake(14 * 10**6, copy=12 * 10**6)
+    code, (report,) = run(monkeypatch, capsys, *argv)
+    assert code == 3
+    most, phases = report["hbm_bytes_per_chip"], report["settings"]["phases"]
+    assert most == phases["copy"] > report["hbm_limit_bytes"] > phases["rollouts"]
+    # A quarter of the state is less, but what the copy takes is as much there.
+    needed = 14 * PARAMETERS // 4 + 12 * 10**6 + 2 * PARAMETERS
+    assert needed < 14 * 10**6
+    assert report["fitting"].startswith("v5e:2x2 would fit (")
+    fake(needed - 10**4, copy=12 * 10**6)
+    code, (report,) = run(monkeypatch, capsys, *argv)
+    assert "v5e:2x2 " not in report["fitting"]
 
 
 def test_a_host_samples_on_its_own_slice(monkeypatch):
