@@ -485,6 +485,11 @@ def plan_sampling(
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = _report("sample", slice_, mesh)
     report.settings = {"slots": slots, "cache_len": cache_len, "live": live}
+    if slice_.hosts > 1:
+        report.warnings.append(
+            f"sampling uses one host, in training each by itself: of {slice_.topology}, "
+            f"plan for {host_slice(slice_).topology}"
+        )
     programs = sampling_programs(sampler)
     _note(report, programs)
     weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
@@ -654,10 +659,13 @@ def _check_cache(report: Report, decode: Program, cache: int) -> None:
 
 
 def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
-    """What would fit: fewer slots, else the next larger slice, found by compiling."""
+    """What would fit: fewer slots, else the next larger slice of one host, as sampling
+    uses no more; found by compiling."""
     if report.max_slots:
         return f"--slots {report.max_slots} fits"
     for larger in larger_slices(slice_):
+        if larger.hosts > 1:
+            break
         mesh = slice_mesh(larger, None, sampler.sizes)
         slots = engine.whole_slots(mesh, sampler.slots)
         candidate = sampler._replace(mesh=mesh, slots=slots)
@@ -666,7 +674,7 @@ def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
             continue
         if sampler_fits(report, candidate):
             return f"{larger.topology} fits ({slots} slots)"
-    return "no larger slice of this chip fits; use another chip, or a shorter cache"
+    return "no larger slice of one host fits; use another chip, or a shorter cache"
 
 
 def larger_slices(slice_: Slice) -> Iterator[Slice]:

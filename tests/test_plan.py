@@ -449,6 +449,41 @@ def test_what_fits_nowhere_says_so(fake, config, monkeypatch, capsys):
     assert all("does not fit" in report["warnings"][0] for report in reports)
 
 
+@pytest.mark.parametrize(
+    ("topology", "host"), [("v5e:2x2", None), ("v5e:2x4", None), ("v5e:4x4", "v5e:2x2")]
+)
+def test_sampling_uses_one_host(topology, host, fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ("--config", config, "--topology", topology, "--json", "--part", "sample")
+    _, (report,) = run(monkeypatch, capsys, *argv)
+    told = [text for text in report["warnings"] if "uses one host" in text]
+    assert len(told) == (host is not None)
+    assert not told or f"of {topology}, plan for {host}" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("devices", "fitting"),
+    [
+        (4, "v5e:2x2 fits (6 slots)"),
+        (8, "v5e:2x4 fits (8 slots)"),
+        (16, "no larger slice of one host fits"),
+    ],
+)
+def test_a_larger_slice_to_sample_on_is_one_host(
+    devices, fitting, fake, config, monkeypatch, capsys
+):
+    fake(2 * PARAMETERS)
+    monkeypatch.setattr(
+        plan,
+        "sampler_fits",
+        lambda report, sampler, _=None: sampler.mesh.size >= devices,
+    )
+    argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
+    code, (report,) = run(monkeypatch, capsys, *argv)
+    assert code == 3
+    assert report["fitting"].startswith(fitting)
+
+
 def test_the_table_for_people(fake, config, monkeypatch, capsys):
     fake(10**8)
     argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", "--live", "9"]
