@@ -691,9 +691,9 @@ def plan_training(
     config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
 ) -> Report:
     """The update, what goes before it, and all that lies in memory meanwhile."""
-    text = args.mesh or config.mesh or default_mesh(len(slice_.devices))
-    mesh = slice_mesh(slice_, text, sizes)
-    config = dataclasses.replace(config, dtype=_dtype(config).name)
+    named = args.mesh or config.mesh
+    config = dataclasses.replace(config, mesh=named, dtype=_dtype(config).name)
+    mesh = slice_mesh(slice_, named or default_mesh(len(slice_.devices)), sizes)
     learner, batch = abstract_learner(config, sizes, mesh)
     report = _report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
@@ -706,7 +706,7 @@ def plan_training(
             "does not fit: parameters, optimizer and reference alone take "
             f"{state / GIB:.2f} GiB; nothing was compiled"
         )
-        report.fitting = _larger_learner(learner, slice_, args, 0, 0)
+        report.fitting = _larger_learner(learner, slice_, 0, 0)
         return report
     programs = training_programs(learner, batch)
     _note(report, programs)
@@ -721,7 +721,7 @@ def plan_training(
     rest = phases["update"] - sum(held.values())
     held["other" if programs["update"].fits else "temporaries"] = max(0, rest)
     if not report.fits:
-        report.fitting = _fitting_learner(report, learner, slice_, args)
+        report.fitting = _fitting_learner(report, learner, slice_)
     return report
 
 
@@ -932,9 +932,7 @@ def _kernel_flops(counted: hlo.Account, learner: Learner) -> float:
     return count * product
 
 
-def _fitting_learner(
-    report: Report, learner: Learner, slice_: Slice, args: argparse.Namespace
-) -> str:
+def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
     """What would fit: a smaller micro-batch or fewer slots, else a larger slice."""
     limit, held = report.hbm_limit_bytes, resident(learner)
     state, phases = sum(held.values()), dict(report.settings["phases"])
@@ -951,9 +949,7 @@ def _fitting_learner(
         slots = int(sampler.slots - (rollouts - limit) / row) // data * data
         if slots > 0:
             return f"--rollout.slots {slots} would fit by an estimate"
-    return _larger_learner(
-        *(learner, slice_, args), max(0, most - state), max(0, copied - state)
-    )
+    return _larger_learner(learner, slice_, max(0, most - state), copied - state)
 
 
 def smaller_microbatch(report: Report, learner: Learner) -> int | None:
@@ -976,18 +972,13 @@ def smaller_microbatch(report: Report, learner: Learner) -> int | None:
 
 
 def _larger_learner(
-    learner: Learner,
-    slice_: Slice,
-    args: argparse.Namespace,
-    temporaries: int,
-    copied: int,
+    learner: Learner, slice_: Slice, temporaries: int, copied: int
 ) -> str:
     """The next larger slice by an estimate: state is divided among the devices,
     temporaries of the update go with the rows of a micro-batch on each, what the copy
     to sample from takes stays, and all of that comes in turn."""
     config, loaded = learner.config, learner.loaded
     data, tensor = loaded.mesh.shape["data"], loaded.mesh.shape["tensor"]
-    named = args.mesh or config.mesh
     for larger in larger_slices(slice_):
         new_data = len(larger.devices) // tensor
         if config.update.microbatch % new_data:
@@ -1002,7 +993,7 @@ def _larger_learner(
             device_bytes((sampler.params, sampler.cache)),
         )
         if needed <= larger.chip.hbm_bytes:
-            with_mesh = f" with --mesh {text}" if named else ""
+            with_mesh = f" with --mesh {text}" if config.mesh else ""
             what = "" if temporaries else ", temporaries of the update not counted"
             return (
                 f"{larger.topology}{with_mesh} would fit ({needed / GIB:.1f} GiB by an "
