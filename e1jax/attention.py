@@ -46,6 +46,10 @@ def on_tpu(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.devices.flat[0].platform == "tpu"
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
     """Inverse frequencies [C/2], float32, rounded as the Hugging Face code rounds.
 

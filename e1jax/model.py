@@ -19,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from e1jax import attention
-from e1jax.attention import keep
+from e1jax.attention import keep, on_cpu
 from e1jax.config import ModelConfig
 from e1jax.sharding import sharding
 
@@ -288,7 +288,8 @@ def write(
 
     def write_one(buffer, layer, new, places):
         new = new.astype(buffer.dtype)
-        if new.shape[2] == 1:
+        # XLA on a CPU copies the whole cache for a scatter.
+        if new.shape[2] == 1 and mesh is not None and not on_cpu(mesh):
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
             heads = new.reshape(-1, new.shape[3])
@@ -304,7 +305,11 @@ def write(
 
         def write_row(row, buffer):
             at = (layer, row, 0, places[row, 0], 0)
-            return jax.lax.dynamic_update_slice(buffer, new[row][None, None], at)
+            update = new[row][None, None]
+            if shards > 1:  # where the place is beyond the end, nothing changes
+                old = jax.lax.dynamic_slice(buffer, at, update.shape)
+                update = jnp.where(places[row, 0] < buffer.shape[3], update, old)
+            return jax.lax.dynamic_update_slice(buffer, update, at)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
 

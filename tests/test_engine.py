@@ -4,6 +4,7 @@ else."""
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -265,6 +266,19 @@ def test_cache_is_updated_in_place(make):
     small = lowered_decode(make(cache_len=1024, slots=4)).memory_analysis()
     assert memory.temp_size_in_bytes <= small.temp_size_in_bytes + 4096
     assert memory.temp_size_in_bytes < size / 10
+
+
+@pytest.mark.parametrize("slots", [1, 8, 32])
+def test_a_decode_step_on_a_cpu_copies_no_cache(make, slots):
+    """Else its time would go with the capacity, as it does where several rows are
+    written by one scatter."""
+    compiled = lowered_decode(make(cache_len=2048, slots=slots))
+    shape = re.escape(
+        f"[{CONFIG.num_layers},{slots},{CONFIG.num_kv_heads},2048,{CONFIG.head_dim}]"
+    )
+    made = re.findall(rf"= \w+{shape}\S* ([\w-]+)\(", compiled.as_text())
+    assert "dynamic-update-slice" in made or "fusion" in made
+    assert not {"copy", "scatter"} & set(made), made
 
 
 def test_attention_does_not_touch_blocks_beyond_the_live_ones(make, mixed_results):
