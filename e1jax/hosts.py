@@ -86,10 +86,13 @@ def _join(config: HostsConfig) -> bool:
             return False  # called by a program that uses JAX already
         reason = " ".join(str(error).split())
         if "RPC server" in reason:
-            raise UserError(
-                f"--coordinator {config.coordinator}: this process, the first one, cannot "
-                f"listen there ({reason}); give a port of this host that is free"
-            ) from None
+            print(
+                f"error: --coordinator {config.coordinator}: this process, the first one, "
+                f"cannot listen there ({reason}); give a port of this host that is free",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(2)  # what JAX has half made may crash an ordinary exit
         raise UserError(
             f"the other processes of the run are not found ({reason}); start all of "
             "them within five minutes, with the same --coordinator and --processes"
