@@ -11,6 +11,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -61,6 +62,8 @@ def joined(config: HostsConfig) -> Iterator[None]:
 
 
 def _join(config: HostsConfig) -> bool:
+    if config.coordinator and config.process == 0:
+        _check_port(config.coordinator)
     # JAX's would take SIGTERM, which is for `stop_signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -85,19 +88,24 @@ def _join(config: HostsConfig) -> bool:
         if config.coordinator is None and "before any JAX calls" in str(error):
             return False  # called by a program that uses JAX already
         reason = " ".join(str(error).split())
-        if "RPC server" in reason:
-            print(
-                f"error: --coordinator {config.coordinator}: this process, the first one, "
-                f"cannot listen there ({reason}); give a port of this host that is free",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(2)  # what JAX has half made may crash an ordinary exit
         raise UserError(
             f"the other processes of the run are not found ({reason}); start all of "
             "them within five minutes, with the same --coordinator and --processes"
         ) from None
     return True
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuses a port that is taken; JAX, which is to listen there, may crash on one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            raise UserError(
+                f"--coordinator {coordinator}: this process, the first one, cannot listen "
+                f"there ({error.strerror}); give a port of this host that is free"
+            ) from None
 
 
 def _check_even() -> None:
