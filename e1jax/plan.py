@@ -1091,7 +1091,11 @@ def _table(report: Report) -> str:
     verdict = "fits" if report.fits else "does not fit"
     rows = [
         (report.part, f"{report.topology}, {report.mesh}", verdict),
-        ("", f"{report.devices} devices", f"on {report.hosts} hosts"),
+        (
+            "",
+            _counted(report.devices, "device"),
+            f"on {_counted(report.hosts, 'host')}",
+        ),
         ("settings", *_settings(report)),
         ("HBM a device", f"{used / GIB:.2f} of {limit / GIB:.2f} GiB", kinds),
     ]
@@ -1122,6 +1126,10 @@ def _table(report: Report) -> str:
     if report.fitting:
         rows.append(("instead", "", report.fitting))
     return aligned(rows, left=True) + "\n"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _settings(report: Report) -> tuple[str, str]:
