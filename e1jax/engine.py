@@ -33,12 +33,7 @@ from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
 from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
-from e1jax.sharding import (
-    COMPILER_OPTIONS,
-    enough_memory,
-    replicated,
-    sharding,
-)
+from e1jax.sharding import COMPILER_OPTIONS, enough_memory, replicated, sharding
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
 DEFAULT_CACHE_LEN = 32768

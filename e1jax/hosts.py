@@ -187,7 +187,8 @@ def rows_of_all(rows: Any, group: int) -> Any:
 def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
     """The mesh to sample on: this process's devices out of `mesh`, which has those of
     all, as suits the model."""
-    return make_mesh(None, config, _by_process(mesh)[jax.process_index()])
+    by_process = mesh.devices.reshape(jax.process_count(), -1)
+    return make_mesh(None, config, by_process[jax.process_index()])
 
 
 def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
@@ -235,8 +236,3 @@ def make_copy_to_all(mesh: Mesh, local: Any):
         ),
         compiler_options=COMPILER_OPTIONS,
     )
-
-
-def _by_process(mesh: Mesh) -> np.ndarray:
-    """The devices of a mesh of all, [P, devices of a process]."""
-    return mesh.devices.reshape(jax.process_count(), -1)

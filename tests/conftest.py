@@ -1,6 +1,7 @@
 """Strict switches, and tiny real models to test with."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -74,6 +75,16 @@ def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device that nothing runs on."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU"
 
 
 def edit_json(path: Path, **changes) -> None:

@@ -1,6 +1,5 @@
 """Every file in configs/: what it sets, and the state that it trains, as shapes."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import Chip
 
 from e1jax.checkpoint import abstract_state
 from e1jax.config import GRPOConfig, ModelConfig, SFTConfig, load_config
@@ -42,16 +42,6 @@ MODELS = {
     "agentica-org/DeepCoder-14B-Preview": (QWEN_14B, 14_770_033_664),
     "nano": (read_config(resolve("nano")), 317_520),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a mesh asks of a device that nothing runs on."""
-
-    id: int
-    process_index: int = 0
-    platform: str = "tpu"
-    device_kind: str = "TPU"
 
 
 def load(path: Path) -> GRPOConfig:

@@ -7,13 +7,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
+from conftest import Chip
 
 from e1jax import hosts, train
 from e1jax.config import (
@@ -225,13 +225,20 @@ def test_flags_of_the_hosts_are_no_settings(place):
 
 
 def test_hosts_of_different_sizes_are_refused(monkeypatch):
-    class Chip(NamedTuple):
-        process_index: int
-
-    monkeypatch.setattr(jax, "devices", lambda: [Chip(0), Chip(0), Chip(1)])
+    monkeypatch.setattr(jax, "devices", lambda: [Chip(0, 0), Chip(1, 0), Chip(2, 1)])
     with pytest.raises(UserError, match="2 in process 0, 1 in process 1"):
         hosts._check_even()
-    monkeypatch.setattr(jax, "devices", lambda: [Chip(1), Chip(0)])
+
+    def leave(message, code):
+        assert message.startswith("error: the processes of the run have different")
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hosts, "_join", lambda config: True)
+    monkeypatch.setattr(hosts, "_explain_abort", lambda: None)
+    monkeypatch.setattr(hosts, "_leave", leave)
+    with pytest.raises(SystemExit, match="2"), hosts.joined(HostsConfig()):
+        raise AssertionError("the run began")
+    monkeypatch.setattr(jax, "devices", lambda: [Chip(0, 1), Chip(1, 0)])
     hosts._check_even()
 
 

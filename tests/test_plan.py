@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from conftest import Chip
 
 from e1jax import plan
 from e1jax.checkpoint import named_shapes
@@ -29,16 +30,6 @@ SIZES = ModelConfig(
     max_position_embeddings=4096,
     rope_theta=1e4,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a mesh asks of a device that nothing runs on."""
-
-    id: int
-    process_index: int = 0
-    platform: str = "tpu"
-    device_kind: str = "TPU"
 
 
 @pytest.fixture
@@ -240,7 +231,7 @@ def test_bytes_and_time_of_a_step(target, blocks):
 def test_bytes_of_a_step_of_few_slots(config):
     """Positions of three slots lie over eight devices: of 40,000 none has more than
     40 of the 313 blocks of 128, for which a kernel reads ten of 512."""
-    mesh = plan.make_mesh("data=8,tensor=1", SIZES, [Device(i) for i in range(8)])
+    mesh = plan.make_mesh("data=8,tensor=1", SIZES, [Chip(i) for i in range(8)])
     sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536, 40)
     report = plan.Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
     text = STEP.replace("TARGET", "tpu_custom_call")
@@ -347,7 +338,7 @@ def fake(monkeypatch):
         def describe(name):
             count = plan._chips(name.partition(":")[2])
             on_host = 8 if name.endswith(":2x4") else 4
-            devices = [Device(i, i // on_host) for i in range(count)]
+            devices = [Chip(i, i // on_host) for i in range(count)]
             return plan.Slice(name, chip, devices)
 
         monkeypatch.setattr(plan, "compile_for_tpu", compiled)
@@ -639,12 +630,12 @@ def test_what_the_copy_takes_no_smaller_microbatch_saves(
 
 
 def test_a_host_samples_on_its_own_slice(monkeypatch):
-    devices = [Device(i, i // 4) for i in range(16)]
+    devices = [Chip(i, i // 4) for i in range(16)]
     monkeypatch.setattr(plan, "describe", lambda name: name)
     slice_ = plan.Slice("v5e:4x4", plan.CHIPS["v5e"], devices)
     assert plan.host_slice(slice_) == "v5e:2x2"
     # A chip of tpu7x is two devices.
-    devices = [Device(i, i // 8) for i in range(16)]
+    devices = [Chip(i, i // 8) for i in range(16)]
     slice_ = plan.Slice("tpu7x:2x2x2", plan.CHIPS["tpu7x"], devices)
     assert plan.host_slice(slice_) == "tpu7x:2x2x1"
 

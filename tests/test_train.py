@@ -340,6 +340,22 @@ def test_two_devices_compute_what_one_does(workplace, unbroken):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("flags", "mesh"),
+    [([], "data=6,tensor=1"), (["--mesh", "data=2,tensor=3"], "data=2,tensor=3")],
+)
+def test_devices_are_on_data_unless_a_mesh_is_given(
+    flags, mesh, workplace, monkeypatch
+):
+    def load(model, mesh_text, dtype):
+        raise UserError(mesh_text)
+
+    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    monkeypatch.setattr(train, "load_model", load)
+    with pytest.raises(UserError, match=f"^{mesh}$"):
+        train.train(settings(workplace, *flags), workplace / "nowhere")
+
+
 def test_the_policy_is_laid_out_for_sampling_once_after_each_update(
     workplace, monkeypatch
 ):
