@@ -19,9 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from e1jax.sharding import sharding
+from e1jax.quantize import widen
+from e1jax.sharding import on_tpu, sharding
 
 BLOCK_LEN = 128  # cache positions that are visited at a time
 # The same on TPUs. Longer blocks cost fewer steps (some 0.35 us each), and read more
@@ -39,15 +40,6 @@ KEPT = "kept"  # name of what a layer keeps for its backward pass
 def keep(x: jax.Array) -> jax.Array:
     """Marks an array to be kept for the backward pass; see model.forward."""
     return checkpoint_name(x, KEPT)
-
-
-def on_tpu(mesh: Mesh | None) -> bool:
-    """Whether arrays lie on TPUs, of this machine or of a topology to compile for."""
-    return mesh is not None and mesh.devices.flat[0].platform == "tpu"
-
-
-def on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
@@ -242,10 +234,12 @@ def sequence_shards(
 
 def cached_attention(
     q: Float[Array, "B H T C"],
-    k_cache: Float[Array, "L R K S C"],
-    v_cache: Float[Array, "L R K S C"],
+    k_cache: Num[Array, "L R K S C"],
+    v_cache: Num[Array, "L R K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "R T"],
+    *,
+    scales: tuple[Float[Array, "L R K S"], Float[Array, "L R K S"]] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -254,7 +248,8 @@ def cached_attention(
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
-    of it: see `sequence_shards`.
+    of it: see `sequence_shards`. `scales` are those of an int8 cache, which may also hold
+    bits of bfloat16: see quantize.narrow.
     """
     _, rows, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
@@ -270,15 +265,23 @@ def cached_attention(
         start = block * block_len
         at = (layer, 0, 0, start, 0)
         size = (1, rows, kv_heads, block_len, head_dim)
-        k = jax.lax.dynamic_slice(k_cache, at, size)[0]
-        v = jax.lax.dynamic_slice(v_cache, at, size)[0]
+
+        def block_of(buffer):
+            dims = buffer.ndim
+            return jax.lax.dynamic_slice(buffer, at[:dims], size[:dims])[0]
+
+        k, v = (widen(block_of(cache), q.dtype) for cache in (k_cache, v_cache))
         scores = _product("bkqc,bksc->bkqs", folded, k)
+        if scales is not None:
+            scores *= block_of(scales[0])[:, :, None]
         key_positions = start + jnp.arange(block_len)[None, None, None]
         scores = jnp.where(key_positions <= query_positions, scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - new_peak)
         shrink = jnp.exp(peak - new_peak)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        if scales is not None:
+            weights *= block_of(scales[1])[:, :, None]
         product = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v)
         return new_peak, total, sums * shrink + product
 
@@ -315,9 +318,10 @@ class Heads(NamedTuple):
 
 def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
     """Whether a decode step takes `decode_heads`, which is for heads of whole registers
-    and a cache [L, B, K, S, C] of whole tiles."""
+    and a cache [L, B, K, S, C] of whole tiles, not of int8."""
     capacity, head_dim = k_cache.shape[3:]
-    return on_tpu(mesh) and head_dim % BLOCK_LEN == 0 and capacity % SUBLANES == 0
+    whole = head_dim % BLOCK_LEN == 0 and capacity % SUBLANES == 0
+    return on_tpu(mesh) and whole and k_cache.dtype != jnp.int8
 
 
 def prepare_heads(
@@ -509,12 +513,14 @@ def live_blocks(
 
 def decode_attention(
     q: Float[Array, "B H 1 C"],
-    k_cache: Float[Array, "L R K S C"],
-    v_cache: Float[Array, "L R K S C"],
+    k_cache: Num[Array, "L R K S C"],
+    v_cache: Num[Array, "L R K S C"],
     layer: Int[Array, ""],
     positions: Int[Array, "R 1"],
     visits: Visits,
     mesh: Mesh | None = None,
+    *,
+    scales: tuple[Float[Array, "L R K S"], Float[Array, "L R K S"]] | None = None,
 ) -> Float[Array, "B H 1 C"]:
     """`cached_attention` of one query a row, as a kernel for TPUs (Pallas).
 
@@ -524,25 +530,26 @@ def decode_attention(
     """
     shards = k_cache.shape[1] // q.shape[0]
     q = jnp.tile(q, (shards, 1, 1, 1))
-    args = (q, k_cache, v_cache, layer[None], positions[:, 0], *visits)
+    caches = (k_cache, v_cache, *(scales or ()))
+    args = (q, caches, layer[None], positions[:, 0], *visits)
     if mesh is None:
         return _merge_shards(*_decode_local(*args), shards)
     heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
     axes = ("layers", "rows", "kv_heads", None, None)
-    cache = sharding(mesh, axes, k_cache.shape).spec
+    of_caches = tuple(sharding(mesh, axes[: x.ndim], x.shape).spec for x in caches)
     of_rows = PartitionSpec(heads[0])
-    specs = (heads, cache, cache, PartitionSpec(), *[of_rows] * 4)
+    specs = (heads, of_caches, PartitionSpec(), *[of_rows] * 4)
     local = jax.shard_map(
         _decode_local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False
     )
     return _merge_shards(*local(*args), shards)
 
 
-def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
-    """`decode_attention` of one device, and the logarithm of each result's mass; `layer`
-    [1], `positions` [R]. The grid is the list of visits, so that no step goes to a block
-    that is not live."""
-    _, _, kv_heads, capacity, head_dim = k_cache.shape
+def _decode_local(q, caches, layer, positions, count, rows, blocks):
+    """`decode_attention` of one device, and the logarithm of each result's mass; `caches`
+    are keys, values and, of int8, the scales of both, `layer` [1], `positions` [R]. The
+    grid is the list of visits, so that no step goes to a block that is not live."""
+    _, _, kv_heads, capacity, head_dim = caches[0].shape
     block_len = min(TPU_BLOCK_LEN, capacity)
     folded = _fold(q, kv_heads)
     group = folded.shape[2]
@@ -553,13 +560,17 @@ def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
     def block_at(step, layer, positions, rows, blocks):
         return layer[0], rows[step], 0, blocks[step], 0
 
+    def scales_at(step, layer, positions, rows, blocks):
+        return layer[0], rows[step], 0, blocks[step]
+
     of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
     mass_of_row = pl.BlockSpec((None, kv_heads, group, 1), row_at)
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
+    of_scales = pl.BlockSpec((None, None, kv_heads, block_len), scales_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(count[0],),
-        in_specs=[of_row, of_cache, of_cache],
+        in_specs=[of_row, of_cache, of_cache, *[of_scales] * (len(caches) - 2)],
         out_specs=(of_row, mass_of_row),
         scratch_shapes=[
             pltpu.VMEM((kv_heads, group, 1), jnp.float32),
@@ -575,13 +586,13 @@ def _decode_local(q, k_cache, v_cache, layer, positions, count, rows, blocks):
         _visit_block, grid_spec=grid, out_shape=shapes, name="decode_attention"
     )
     scalars = layer, positions, rows, blocks
-    out, log_mass = kernel(*scalars, folded, k_cache, v_cache)
+    out, log_mass = kernel(*scalars, folded, *caches)
     return out.reshape(q.shape), log_mass.reshape(*q.shape[:3], 1)
 
 
 def _visit_block(layer, positions, rows, blocks, *refs):
     """Merges one block into a row's peak and total [K, G, 1] and sums [K, G, C]."""
-    q_ref, k_ref, v_ref, out_ref, log_mass_ref, peak, total, sums = refs
+    q_ref, k_ref, v_ref, *scales, out_ref, log_mass_ref, peak, total, sums = refs
     step = pl.program_id(0)
     position, block = positions[rows[step]], blocks[step]
     block_len = k_ref.shape[1]
@@ -596,15 +607,21 @@ def _visit_block(layer, positions, rows, blocks, *refs):
         index = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
         return block * block_len + index <= position
 
-    scores = _product("kgc,ksc->kgs", _scaled(q_ref[...]), k_ref[...])
+    k, v = (widen(ref[...], q_ref.dtype) for ref in (k_ref, v_ref))
+    scores = _product("kgc,ksc->kgs", _scaled(q_ref[...]), k)
+    if scales:
+        scores *= scales[0][...][:, None]
     scores = jnp.where(is_live(scores.shape, 2), scores, MASKED)
     new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_peak)
     shrink = jnp.exp(peak[...] - new_peak)
     # What lies beyond the row's end may be anything, and 0 times NaN is NaN.
-    v = jnp.where(is_live(v_ref.shape, 1), v_ref[...], jnp.zeros((), v_ref.dtype))
+    v = jnp.where(is_live(v_ref.shape, 1), v, jnp.zeros((), v.dtype))
     peak[...] = new_peak
     total[...] = total[...] * shrink + weights.sum(axis=-1, keepdims=True)
+    if scales:
+        v_scale = scales[1][...][:, None]
+        weights *= jnp.where(is_live(v_scale.shape, 2), v_scale, 0.0)
     sums[...] = sums[...] * shrink + _product(
         "kgs,ksc->kgc", weights.astype(v.dtype), v
     )

@@ -96,8 +96,8 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Para
 
     Raises UserError if the checkpoint is not whole or is that of another model.
     """
-    check_saved(path, config)
-    return _restore(path, _restore_args(abstract_params(config, mesh, dtype)))
+    form = quantized(check_saved(path, config))
+    return _restore(path, _restore_args(abstract_params(config, mesh, dtype, form)))
 
 
 def load_array(path: Path, name: str) -> np.ndarray:
@@ -127,19 +127,26 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
         raise UserError(f"{_broken(path)}: its metadata is missing")
     saved = named_leaves(metadata.tree)
     shapes = {name: array.shape for name, array in saved.items()}
-    check_same(shapes, named_shapes(config), str(path))
+    check_same(shapes, named_shapes(config, quantized(saved)), str(path))
     return saved
 
 
-def abstract_on_one(config: ModelConfig) -> Params:
+def quantized(saved: Mapping[str, Any]) -> str | None:
+    """The form of the weights that `check_saved` found; see quantize."""
+    return "int8" if "embedding/values" in saved else None
+
+
+def abstract_on_one(config: ModelConfig, form: str | None = None) -> Params:
     """Shapes of a model's parameters, for who needs no mesh."""
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
-    return abstract_params(config, mesh, np.float32)
+    return abstract_params(config, mesh, np.float32, form)
 
 
-def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def named_shapes(
+    config: ModelConfig, form: str | None = None
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of a model, in the order of the tree."""
-    leaves = named_leaves(abstract_on_one(config))
+    leaves = named_leaves(abstract_on_one(config, form))
     return {name: array.shape for name, array in leaves.items()}
 
 

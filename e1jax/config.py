@@ -24,6 +24,8 @@ import jsonargparse
 import yaml
 
 UNLIMITED = 2**31 - 1
+QUANTIZED = ("int8",)  # forms of weights; see e1jax.quantize
+KV_DTYPES = ("float32", "bfloat16", "int8")  # of cached keys and values
 
 
 class UserError(ValueError):
@@ -58,6 +60,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def quantize_flags(flag: Callable[..., Any]) -> None:
+    """Adds the flags of every command that samples; `flag` is a parser's add_argument."""
+    flag(
+        "--quantize",
+        choices=QUANTIZED,
+        help="of the weights, with a scale per output channel: half the memory of "
+        "bfloat16 (default: as they are stored)",
+    )
+    flag(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="of the cached keys and values; int8 has a scale per token and head "
+        "(default: that of --dtype)",
+    )
 
 
 def parse_budget(text: str) -> int | None:

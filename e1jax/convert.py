@@ -10,6 +10,7 @@ very end, so that an interrupted conversion leaves nothing at DST.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -40,10 +41,20 @@ from e1jax.checkpoint import (
     load_array,
     load_params,
     named_shapes,
+    quantized,
     save_params,
 )
-from e1jax.config import ModelConfig, Parser, UserError, run_command, stop_signals
+from e1jax.config import (
+    QUANTIZED,
+    ModelConfig,
+    Parser,
+    UserError,
+    check_choice,
+    run_command,
+    stop_signals,
+)
 from e1jax.model import Params, abstract_params
+from e1jax.quantize import KERNELS, rows_to_int8
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import FILES, Tokenizer, read_json
 
@@ -89,26 +100,37 @@ class LoadedModel:
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
+    quantize: str | None = None  # form of kernels and embedding, see quantize
 
     @property
     def params(self) -> Params:
         """The parameters on the mesh, each device reading its own part. They are not
         kept here: whoever trains them would have them in memory twice."""
-        if saved := find_params(self.path):
+        saved = find_params(self.path)
+        stored = quantized(check_saved(saved[0], self.config)) if saved else None
+        if self.quantize != stored:
+            return _load_int8(self)
+        if saved:
             return load_params(saved[0], self.config, self.mesh, self.dtype)
         return _load_hf(self.path, self.config, self.mesh, self.dtype)
 
 
 def load_model(
-    model: str, mesh_text: str | None = None, dtype: str | None = None
+    model: str,
+    mesh_text: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
+    `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
     Raises UserError for whatever is missing, broken, or of another model.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if dtype is not None:
+        check_choice("dtype", dtype, ("float32", "bfloat16"))
+    if quantize is not None:
+        check_choice("quantize", quantize, QUANTIZED)
     path = resolve(model)
     saved = find_params(path)
     files = saved[1] if saved else path
@@ -119,10 +141,10 @@ def load_model(
     # Names, shapes and sizes are checked now; the weights themselves can wait.
     if saved:
         read_manifest(files)
-        check_saved(saved[0], config)
+        quantize = quantized(check_saved(saved[0], config)) or quantize
     else:
         hf_tensors(path, config)
-    return LoadedModel(model, path, config, tokenizer, mesh, jnp.dtype(dtype))
+    return LoadedModel(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize)
 
 
 def resolve(model: str) -> Path:
@@ -338,6 +360,69 @@ def _read_part(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(read, range(sizes[0]), sources[index[0]]))
     return part if stacked else part[0]
+
+
+def _load_int8(loaded: LoadedModel) -> Params:
+    """Parameters with kernels and embedding as int8, one at a time in host memory as it
+    is stored, the largest first."""
+    tensors, saved = {}, find_params(loaded.path)
+    if not saved:
+        tensors = hf_tensors(loaded.path, loaded.config)
+    shapes = named_shapes(loaded.config)
+
+    def channels(name: str) -> Callable[[int], np.ndarray]:
+        if saved:
+            array = load_array(saved[0], name)
+            array = array if "{}" in TABLE[name][0] else array[None]
+            return lambda layer: array[layer].T if TABLE[name][1] else array[layer]
+        names = hf_names(loaded.config, name)
+        return lambda layer: tensors[names[layer]].read()
+
+    def put(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        make = jax.make_array_from_callback
+        wide = array.astype(abstract.dtype, copy=False)
+        return make(array.shape, abstract.sharding, lambda index: wide[index])
+
+    abstract = abstract_params(loaded.config, loaded.mesh, loaded.dtype, "int8")
+    loads: dict[str, Any] = {}
+    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+        parts = _as_int8(name, shapes[name], channels(name))
+        place = functools.reduce(dict.__getitem__, name.split("/"), abstract)
+        loads[name] = jax.block_until_ready(jax.tree.map(put, parts, place))
+    return jax.tree.map_with_path(
+        lambda keys, _: loads[jax.tree_util.keystr(keys, simple=True, separator="/")],
+        abstract_on_one(loaded.config),
+    )
+
+
+def _as_int8(
+    name: str, shape: tuple[int, ...], channels: Callable[[int], np.ndarray]
+) -> Any:
+    """Our parameter `name` as int8, in host memory; the array itself if it is neither a
+    kernel nor the embedding. `channels(layer)` gives [O, I], as a torch Linear has it."""
+    pattern, turned = TABLE[name]
+    layers = shape[0] if "{}" in pattern else 1
+    if name.rpartition("/")[2] not in KERNELS:
+        array = np.stack([channels(layer) for layer in range(layers)])
+        return array.reshape(shape)
+    values = np.empty((layers, *shape[-2:]), np.int8)
+    scale = np.empty((layers, shape[-1] if turned else shape[-2]), np.float32)
+
+    def fill(layer: int) -> None:
+        rows = channels(layer)
+        for start in range(0, len(rows), 64):  # which stay in the processor's cache
+            part = slice(start, start + 64)
+            small, scale[layer, part] = rows_to_int8(rows[part])
+            if turned:
+                values[layer, :, part] = small.T
+            else:
+                values[layer, part] = small
+
+    with ThreadPoolExecutor(2) as pool:  # NumPy leaves Python's lock alone
+        list(pool.map(fill, range(layers)))
+    if "{}" not in pattern:
+        values, scale = values[0], scale[0]
+    return {"values": values, "scale": scale}
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:

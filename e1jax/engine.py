@@ -28,12 +28,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from e1jax import attention, model, sampling
-from e1jax.config import ModelConfig, SamplingParams, UserError, check_integer
+from e1jax import attention, model, quantize, sampling
+from e1jax.config import (
+    KV_DTYPES,
+    ModelConfig,
+    SamplingParams,
+    UserError,
+    check_choice,
+    check_integer,
+)
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
 from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
-from e1jax.sharding import COMPILER_OPTIONS, enough_memory, replicated, sharding
+from e1jax.sharding import (
+    COMPILER_OPTIONS,
+    enough_memory,
+    on_cpu,
+    replicated,
+    sharding,
+)
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
 DEFAULT_CACHE_LEN = 32768
@@ -137,13 +150,16 @@ class Engine:
         *,
         cache_len: int | None = None,
         slots: int = 16,
+        kv_dtype: str | None = None,
     ):
         """Takes sizes and weights; the latter may be None until completions are drawn.
 
         `cache_len`: positions of a slot, prompt and response together; None is 32,768
         or the model's max_position_embeddings if smaller. `slots`: rows sampled at a
         time, rounded up to a multiple of the mesh axis `data`; if there are fewer, each
-        row's positions lie over `data` instead. Raises UserError for sizes below 1.
+        row's positions lie over `data` instead. `kv_dtype`: of the cached keys and
+        values, "float32", "bfloat16" or "int8" with a scale per token and head; None is
+        that of the weights, or of the rest of them if they are int8. Raises UserError for sizes below 1.
         """
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
         self.cache_len = default if cache_len is None else cache_len
@@ -152,6 +168,9 @@ class Engine:
         self.config, self.params = config, params
         self.tokenizer, self.mesh = tokenizer, mesh
         self.slots = whole_slots(mesh, slots)
+        if kv_dtype is not None:
+            check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+        self.kv_dtype = kv_dtype
         self.stats = Stats()
         self._cache: KVCache | None = None
 
@@ -164,14 +183,17 @@ class Engine:
         cache_len: int | None = None,
         slots: int = 16,
         dtype: str | None = None,
+        quantize: str | None = None,
+        kv_dtype: str | None = None,
     ) -> "Engine":
         """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
 
         `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or
-        "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere). Raises UserError, a
-        ValueError, for anything wrong with them.
+        "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere), `quantize` "int8" for
+        weights of half the size of bfloat16, `kv_dtype` as in the constructor. Raises
+        UserError, a ValueError, for anything wrong with them.
         """
-        loaded = load_model(name, mesh, dtype)
+        loaded = load_model(name, mesh, dtype, quantize)
         return cls(
             loaded.config,
             loaded.params,
@@ -179,6 +201,7 @@ class Engine:
             loaded.mesh,
             cache_len=cache_len,
             slots=slots,
+            kv_dtype=kv_dtype,
         )
 
     def generate(
@@ -309,8 +332,10 @@ class Engine:
     def _run(
         self, requests: list[_Request], progress: Callable[[int], None]
     ) -> Iterator[Completion]:
-        weights = self.params
-        assert weights is not None, "assign Engine.params before drawing completions"
+        assert self.params is not None, (
+            "assign Engine.params before drawing completions"
+        )
+        weights, kv_dtype = prepare(self.params, self.kv_dtype, self.mesh)
         self.stats = Stats()
         queue = [request for request in requests if request.waiting][::-1]
         active: list[_Active | None] = [None] * self.slots
@@ -327,7 +352,7 @@ class Engine:
         with enough_memory(sizes, advice):
             # Kept for the next call only if all ends well: one key that is not finite
             # would spoil every later row of its slot.
-            cache, self._cache = self._cache or self._new_cache(weights), None
+            cache, self._cache = self._cache or self._new_cache(kv_dtype), None
             # Slots are refilled a few at a time, at a step that the rows decide and not
             # the clock: the same requests meet in the same slots whenever they run.
             few = max(1, self.slots // 16)
@@ -383,7 +408,8 @@ class Engine:
     ) -> tuple[KVCache, Rows]:
         """Starts as many samples of the request as there are free slots."""
         if request.prefix is None:
-            request.prefix = self._prefill(weights, request.prompt_ids)
+            kv_dtype = cache.k.dtype
+            request.prefix = self._prefill(weights, request.prompt_ids, kv_dtype)
         free = [slot for slot, item in enumerate(active) if item is None]
         count = min(len(free), len(request.waiting))
         free, samples = free[:count], request.waiting[:count]
@@ -397,16 +423,18 @@ class Engine:
             request.prefix = None
         return cache, rows
 
-    def _prefill(self, weights: Params, prompt_ids: list[int]) -> KVCache:
+    def _prefill(
+        self, weights: Params, prompt_ids: list[int], kv_dtype: Any
+    ) -> KVCache:
         length = len(prompt_ids) - 1  # the last one starts the decoding
         tokens = np.zeros((1, prefill_len(length, self.cache_len)), np.int32)
         tokens[0, :length] = prompt_ids[:-1]
         self.stats.prefills += 1
-        return prefill(self.config, self.mesh, weights, tokens, length)
+        return prefill(self.config, self.mesh, weights, tokens, length, kv_dtype)
 
-    def _new_cache(self, weights: Params) -> KVCache:
-        dtype = weights["embedding"].dtype
-        cache = new_cache(self.config, self.mesh, self.slots, self.cache_len, dtype)
+    def _new_cache(self, kv_dtype: Any) -> KVCache:
+        sizes = self.slots, self.cache_len
+        cache = new_cache(self.config, self.mesh, *sizes, kv_dtype)
         return jax.block_until_ready(cache)
 
     def _collect(
@@ -465,26 +493,38 @@ class Engine:
         return thinking, solution, thinking + THINK_END + solution
 
 
+def prepare(params: Params, kv_dtype: str | None, mesh: Mesh) -> tuple[Params, Any]:
+    """Parameters as decoding takes them, and the dtype of the cache; see quantize."""
+    dtype = jnp.dtype(kv_dtype or model.compute_dtype(params))
+    if not on_cpu(mesh):
+        return params, dtype
+    if model.compute_dtype(params) == jnp.bfloat16:
+        params = quantize.as_bits(params)
+    return params, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
+
+
 _jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
-@functools.partial(_jit, static_argnums=(0, 1))
+@functools.partial(_jit, static_argnums=(0, 1, 5))
 def prefill(
     config: ModelConfig,
     mesh: Mesh,
     params: Params,
     tokens: jax.Array,
     length: jax.Array,
+    kv_dtype: Any = None,
 ) -> KVCache:
     """Keys and values of the first `length` of `tokens` [1, P], in a cache of P
-    positions.
+    positions and of `kv_dtype`, as `prepare` gives it (None: as it is computed).
 
     The prompt goes through the model in pieces, as many as it fills, or at once where
     a kernel spares the memory for its scores; no logits are made.
     """
     bucket = tokens.shape[1]
-    dtype = params["embedding"].dtype
-    cache = _cache_on_mesh(mesh, model.init_cache(config, 1, bucket, dtype))
+    dtype = model.compute_dtype(params)
+    empty = model.init_cache(config, 1, bucket, kv_dtype or dtype)
+    cache = _cache_on_mesh(mesh, empty)
     at_once = attention.takes_splash(mesh, dtype, config.head_dim)
     piece = bucket if at_once else math.gcd(bucket, _PREFILL_LEN)
 
@@ -516,17 +556,15 @@ def admit(
     `new` is (which rows are new [B] bool, their contents).
     """
     shards = cache.k.shape[1] // len(slots)
-    prefix = KVCache(*(_sequence_shards(x, shards) for x in prefix))
+    prefix = jax.tree.map(lambda x: _sequence_shards(x, shards), prefix)
 
     def put(buffer, prompt, slot):
         by_shard = buffer.reshape(buffer.shape[0], shards, -1, *buffer.shape[2:])
-        at = (0, 0, slot, 0, 0, 0)
+        at = (0, 0, slot, 0, 0, 0)[: by_shard.ndim]
         return jax.lax.dynamic_update_slice(by_shard, prompt, at).reshape(buffer.shape)
 
     def copy(i, cache):
-        return KVCache(
-            *(put(*pair, slots[i]) for pair in zip(cache, prefix, strict=True))
-        )
+        return jax.tree.map(lambda *pair: put(*pair, slots[i]), cache, prefix)
 
     is_new, fresh = new
 
@@ -569,7 +607,7 @@ def decode(
         hidden, cache = model.forward(
             config, params, rows.token[:, None], position, cache, mesh=mesh
         )
-        logits = model.unembed(config, params, hidden[:, 0])
+        logits = model.unembed(config, params, hidden[:, 0], mesh)
         # As the weights lie: were the logits divided by rows, weights would be gathered.
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
@@ -626,17 +664,18 @@ def _sequence_shards(x: jax.Array, shards: int) -> jax.Array:
     [L, N, 1, K, P', C]."""
     if shards == 1:
         return x[:, None]
-    layers, _, kv_heads, length, size = x.shape
+    layers, _, kv_heads, length, *size = x.shape  # scales of int8 have no C
     block = attention.BLOCK_LEN
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (shards * block)), (0, 0)))
-    x = x.reshape(layers, kv_heads, -1, shards, block, size)
-    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, shards, 1, kv_heads, -1, size)
+    padding = -length % (shards * block)
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, padding),) + ((0, 0),) * len(size))
+    x = jnp.moveaxis(x.reshape(layers, kv_heads, -1, shards, block, *size), 3, 1)
+    return x.reshape(layers, shards, 1, kv_heads, -1, *size)
 
 
 def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
     assert cache is not None  # forward gives back the cache that it was given
-    place = sharding(mesh, model.CACHE_AXES, cache.k.shape)
-    return jax.lax.with_sharding_constraint(cache, place)
+    places = jax.tree.map(lambda x: model.cache_sharding(mesh, x), cache)
+    return jax.lax.with_sharding_constraint(cache, places)
 
 
 def _rows_on_mesh(mesh: Mesh, rows: Rows) -> Rows:

@@ -39,6 +39,7 @@ from e1jax.config import (
     UserError,
     aligned,
     parse_budget,
+    quantize_flags,
     run_command,
 )
 from e1jax.convert import LoadedModel, load_model
@@ -102,12 +103,13 @@ def evaluate(argv: Sequence[str]) -> None:
     requests = [(i, b) for b in reversed(args.budgets) for i in range(len(problems))]
     keys = [[(problems[i].id, j, b) for j in range(args.n)] for i, b in requests]
     left = sum(key not in outcomes for samples in keys for key in samples)
-    loaded = load_model(args.model, args.mesh, args.dtype)
+    loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine(
         *(loaded.config, None, loaded.tokenizer, loaded.mesh),
         cache_len=args.cache_len,
         slots=min(_SLOTS, max(left, 1)) if args.slots is None else args.slots,
+        kv_dtype=args.kv_dtype,
     )
     if args.instruction is None:
         args.instruction = data.default_instruction(loaded.tokenizer)
@@ -238,6 +240,8 @@ def _settings(
         "model": str(path.resolve()) if local else loaded.name,
         "dataset": str(dataset.resolve()) if dataset.exists() else args.dataset,
         "dtype": str(loaded.dtype),
+        "quantize": loaded.quantize,
+        "kv_dtype": engine.kv_dtype,
         "cache_len": engine.cache_len,
         "instruction": args.instruction,
         **{name: getattr(args, name) for name in _PARAMS if name != "n"},
@@ -627,6 +631,7 @@ def _evaluate_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16"],
         help="of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
     )
+    quantize_flags(flag)
     flag(
         "--mesh",
         metavar="data=1,tensor=4",

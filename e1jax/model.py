@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from e1jax import attention
-from e1jax.attention import keep, on_cpu
+from e1jax import attention, quantize
+from e1jax.attention import keep
 from e1jax.config import ModelConfig
-from e1jax.sharding import sharding
+from e1jax.sharding import on_cpu, on_tpu, sharding
 
 Params = dict[str, Any]
 Whole = Callable[[Any, str], Any]
@@ -32,11 +32,14 @@ class KVCache(NamedTuple):
 
     Rows are left-aligned: position p of a row lies at index p of dim S. Where a mesh has
     more places for rows than there are rows, one is several here, R = N * B, and else
-    R = B: see attention.sequence_shards.
+    R = B: see attention.sequence_shards. As int8, each vector has a scale; as uint16, the
+    bits are those of bfloat16: see quantize.
     """
 
     k: jax.Array  # [L, R, K, S, C]
     v: jax.Array  # [L, R, K, S, C]
+    k_scale: jax.Array | None = None  # [L, R, K, S] float32, of int8 only
+    v_scale: jax.Array | None = None
 
 
 CACHE_AXES = ("layers", "rows", "kv_heads", None, None)
@@ -75,7 +78,7 @@ class Linear(nnx.Module):
         of the result into heads asks for."""
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
-        y = x.reshape(-1, x.shape[-1]) @ self.kernel[...]
+        y = quantize.matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value())
         y = jax.lax.optimization_barrier(y) if apart else y
         return y.reshape(*x.shape[:-1], -1)
 
@@ -124,7 +127,7 @@ class Attention(nnx.Module):
         if cache is not None and isinstance(rope, attention.Heads):
             products = [linear.product(x[:, 0], apart) for linear in linears]
             q, caches = attention.decode_heads(
-                products, cache, layer, places, rope, mesh
+                products, (cache.k, cache.v), layer, places, rope, mesh
             )
             k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
         else:
@@ -227,7 +230,7 @@ def forward(
     if cache is not None:
         shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
         last, places = attention.sequence_shards(positions, shards, capacity)
-        if tokens.shape[1] == 1 and attention.on_tpu(mesh):
+        if tokens.shape[1] == 1 and on_tpu(mesh):
             visits = attention.live_blocks(last, capacity, mesh)
             if attention.takes_heads(mesh, cache.k):
                 stacked = params["layers"]["attention"]
@@ -238,39 +241,51 @@ def forward(
         if cache is None or from_start:
             return attention.causal_attention(q, k, v, mesh)
         args = (q, cache.k, cache.v, layer, last)
+        scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
         if visits is not None:
-            return attention.decode_attention(*args, visits, mesh)
-        return attention.cached_attention(*args)
+            return attention.decode_attention(*args, visits, mesh, scales=scales)
+        return attention.cached_attention(*args, scales=scales)
+
+    layers, packed = quantize.split(params["layers"])
 
     def layer_step(carry, weights):
         x, cache, layer = carry
-        block = _module(config, "layers", whole(weights, "layers"))
+        weights = quantize.join(whole(weights, "layers"), packed, layer, mesh)
+        block = _module(config, "layers", weights)
         x, cache = block(x, rope, cache, layer, places, mesh, attend)
         return (x, cache, layer + 1), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-    x = whole(params["embedding"], "embedding")[tokens]
+    embedding = whole(params["embedding"], "embedding")
+    x = quantize.take_rows(embedding, tokens, compute_dtype(params))
     start = (x, cache, jnp.int32(0))
     with _matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
         # it would be copied layer by layer, in and out, at every step.
-        (x, cache, _), _ = jax.lax.scan(step, start, params["layers"])
+        (x, cache, _), _ = jax.lax.scan(step, start, layers)
     return _module(config, "norm", whole(params["norm"], "norm"))(x), cache
 
 
 def unembed(
-    config: ModelConfig, params: Params, hidden: Float[Array, "... D"]
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "... D"],
+    mesh: Mesh | None = None,
 ) -> Float[Array, "... V"]:
-    """Logits, float32."""
-    kernel = (
-        params["embedding"].T
-        if config.tie_word_embeddings
-        else params["lm_head"]["kernel"]
-    )
-    with _matmul_precision(kernel.dtype):
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    """Logits, float32; of packed parameters, for hidden states [B, D] only."""
+    with _matmul_precision(hidden.dtype):
+        if config.tie_word_embeddings:
+            embedding = quantize.pack(params["embedding"], mesh)
+            return quantize.matmul_transposed(hidden, embedding, jnp.float32)
+        kernel = quantize.pack(params["lm_head"]["kernel"], mesh)
+        return quantize.matmul(hidden, kernel, jnp.float32)
+
+
+def compute_dtype(params: Params) -> Any:
+    """The dtype of hidden states, which packed kernels do not tell."""
+    return params["norm"]["scale"].dtype
 
 
 def write(
@@ -285,14 +300,14 @@ def write(
     are consecutive in a row. On a mesh, each device writes its own rows and heads."""
     shards = cache.k.shape[1] // k.shape[0]
     k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
+    (k, k_scale), (v, v_scale) = (quantize.narrow(x, cache.k.dtype) for x in (k, v))
 
     def write_one(buffer, layer, new, places):
-        new = new.astype(buffer.dtype)
         # XLA on a CPU copies the whole cache for a scatter.
         if new.shape[2] == 1 and mesh is not None and not on_cpu(mesh):
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
-            heads = new.reshape(-1, new.shape[3])
+            heads = new.reshape(-1, *new.shape[3:])
             by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
             at = jnp.repeat(places[:, 0], new.shape[1])
             by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
@@ -304,7 +319,7 @@ def write(
             return by_head.reshape(buffer.shape)
 
         def write_row(row, buffer):
-            at = (layer, row, 0, places[row, 0], 0)
+            at = (layer, row, 0, places[row, 0], 0)[: buffer.ndim]
             update = new[row][None, None]
             if shards > 1:  # where the place is beyond the end, nothing changes
                 old = jax.lax.dynamic_slice(buffer, at, update.shape)
@@ -313,16 +328,23 @@ def write(
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
 
-    if mesh is not None:
-        buffer = sharding(mesh, CACHE_AXES, cache.k.shape).spec
-        new = PartitionSpec(*buffer[1:])
-        specs = (buffer, PartitionSpec(), new, PartitionSpec(buffer[1]))
-        write_one = jax.shard_map(
-            write_one, mesh=mesh, in_specs=specs, out_specs=buffer, check_vma=False
+    def write_own(buffer, new):
+        if mesh is None:
+            return write_one(buffer, layer, new, places)
+        place = cache_sharding(mesh, buffer).spec
+        of_new, rows = PartitionSpec(*place[1:]), PartitionSpec(place[1])
+        specs = (place, PartitionSpec(), of_new, rows)
+        on_own = jax.shard_map(
+            write_one, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False
         )
-    return KVCache(
-        write_one(cache.k, layer, k, places), write_one(cache.v, layer, v, places)
-    )
+        return on_own(buffer, layer, new, places)
+
+    return jax.tree.map(write_own, cache, KVCache(k, v, k_scale, v_scale))
+
+
+def cache_sharding(mesh: Mesh, buffer: Any) -> NamedSharding:
+    """Where keys, values or their scales lie."""
+    return sharding(mesh, CACHE_AXES[: buffer.ndim], buffer.shape)
 
 
 def _of_all_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
@@ -334,8 +356,11 @@ def _of_all_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, place)
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
-    """Shape, dtype and sharding of every parameter; no memory is used."""
+def abstract_params(
+    config: ModelConfig, mesh: Mesh, dtype: Any, quantized: str | None = None
+) -> Params:
+    """Shape, dtype and sharding of every parameter; no memory is used. `quantized` is
+    "int8" for kernels and embedding in that form."""
 
     def leaf(variable: nnx.Variable):
         axes = variable.get_metadata()["axes"]
@@ -344,10 +369,22 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
             variable.shape, dtype, sharding=sharding(mesh, axes, variable.shape)
         )
 
+    def as_int8(array: jax.ShapeDtypeStruct, axis: int):
+        sizes, place = list(array.shape), [*array.sharding.spec]
+        del sizes[axis], place[axis]
+        place = NamedSharding(mesh, PartitionSpec(*place))
+        return {
+            "values": jax.ShapeDtypeStruct(
+                array.shape, jnp.int8, sharding=array.sharding
+            ),
+            "scale": jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place),
+        }
+
     _, state = _structure(config)
-    return nnx.to_pure_dict(
+    params = nnx.to_pure_dict(
         jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     )
+    return quantize.map_kernels(as_int8, params) if quantized else params
 
 
 def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
@@ -364,7 +401,8 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: Any) -> KVCache:
     """An empty cache; `capacity` positions a row, see `attention.cached_attention`."""
     shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else (None, None)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
 
 
 def _module(config: ModelConfig, name: str, params: Params) -> Any:

@@ -24,6 +24,7 @@ from e1jax.config import (
     UserError,
     check_known,
     parse_budget,
+    quantize_flags,
     run_command,
 )
 from e1jax.convert import LoadedModel, load_model
@@ -89,12 +90,13 @@ def main() -> None:
     done = output.done if output else {}
     keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
-    loaded = load_model(args.model, args.mesh, args.dtype)
+    loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine(
         *(loaded.config, None, loaded.tokenizer, loaded.mesh),
         cache_len=args.cache_len,
         slots=min(16, max(left, 1)) if args.slots is None else args.slots,
+        kv_dtype=args.kv_dtype,
     )
     if output:
         output.compare(_settings(args, loaded, engine, defaults))
@@ -299,6 +301,8 @@ def _settings(
     return {
         "model": str(loaded.path.resolve()) if local else loaded.name,
         "dtype": str(loaded.dtype),
+        "quantize": loaded.quantize,
+        "kv_dtype": engine.kv_dtype,
         "cache_len": engine.cache_len,
         "raw": args.raw,
         **params,
@@ -403,6 +407,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16"],
         help="of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
     )
+    quantize_flags(flag)
     flag(
         "--output",
         metavar="OUT.jsonl",

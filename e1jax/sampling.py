@@ -22,9 +22,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from e1jax.attention import on_tpu
 from e1jax.config import UNLIMITED, SamplingParams, UserError
-from e1jax.sharding import sharding
+from e1jax.sharding import on_tpu, sharding
 
 THINK, FORCE, SOLVE, DONE = range(4)
 

@@ -82,6 +82,15 @@ def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
             )
 
 
+def on_tpu(mesh: Mesh | None) -> bool:
+    """Whether arrays lie on TPUs, of this machine or of a topology to compile for."""
+    return mesh is not None and mesh.devices.flat[0].platform == "tpu"
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def sharding(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:

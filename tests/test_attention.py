@@ -138,7 +138,9 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
         last, places = attention.sequence_shards(jnp.asarray(at), shards, capacity)
         cache = model.write(cache, layer, *map(jnp.asarray, new), places)
         if step in (0, 3, 4, 11, 12, 13, 37, 52):
-            found = attention.cached_attention(jnp.asarray(q), *cache, layer, last)
+            found = attention.cached_attention(
+                jnp.asarray(q), cache.k, cache.v, layer, last
+            )
             wanted = attention.cached_attention(
                 *map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at)
             )
@@ -146,7 +148,7 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
             visits = attention.live_blocks(last, capacity)
             with pltpu.force_tpu_interpret_mode(True):
                 found = attention.decode_attention(
-                    jnp.asarray(q), *cache, layer, last, visits
+                    jnp.asarray(q), cache.k, cache.v, layer, last, visits
                 )
             np.testing.assert_allclose(found, wanted, atol=1e-6)
     np.testing.assert_array_equal(cache.k, expected[0])

@@ -38,14 +38,14 @@ def scripted(tmp_path_factory):
     def forward(config, params, tokens, positions, cache=None, **options):
         return params["script"][positions + 1][..., None].astype(jnp.float32), cache
 
-    def unembed(config, params, hidden):
+    def unembed(config, params, hidden, mesh):
         return 50.0 * jax.nn.one_hot(hidden[..., 0].astype(int), config.vocab_size)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(model, "forward", forward)
     patch.setattr(model, "unembed", unembed)
     params = {
-        "embedding": jnp.zeros((1, 1)),
+        "norm": {"scale": jnp.zeros(1)},
         "script": jnp.zeros(CACHE_LEN + 2, jnp.int32),
     }
     mesh = make_mesh(None, CONFIG)

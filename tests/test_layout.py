@@ -13,6 +13,7 @@ LEAF_TO_ROOT = [
     "hlo",
     "sharding",
     "hosts",
+    "quantize",
     "attention",
     "model",
     "tokenizer",

@@ -1051,7 +1051,9 @@ def test_the_shipped_recipe_learns_to_answer_within_the_budget(
     )
     # 640 responses each: a standard error of 0.02 at most.
     assert last > first + 0.15
-    assert max(line["kl"] for line in lines) < 1
+    # Not their largest: a single token that the policy hardly gives any more makes k3,
+    # whose tail is that of exp(ref - logp), some units large for one step.
+    assert 0.01 < np.median([line["kl"] for line in lines[-8:]]) < 0.2
 
 
 # Metrics.
