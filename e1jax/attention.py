@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
-from e1jax.quantize import widen
+from e1jax.quantize import LANES, widen
 from e1jax.sharding import on_tpu, sharding
 
 BLOCK_LEN = 128  # cache positions that are visited at a time
@@ -239,7 +239,8 @@ def cached_attention(
     layer: Int[Array, ""],
     positions: Int[Array, "R T"],
     *,
-    scales: tuple[Float[Array, "L R K S"], Float[Array, "L R K S"]] | None = None,
+    scales: tuple[Float[Array, "L R K _N _C"], Float[Array, "L R K _N _C"]]
+    | None = None,
 ) -> Float[Array, "B H T C"]:
     """Attention of queries over the cached keys at positions up to their own.
 
@@ -266,14 +267,18 @@ def cached_attention(
         at = (layer, 0, 0, start, 0)
         size = (1, rows, kv_heads, block_len, head_dim)
 
-        def block_of(buffer):
-            dims = buffer.ndim
-            return jax.lax.dynamic_slice(buffer, at[:dims], size[:dims])[0]
+        def block_of(cache):
+            return widen(jax.lax.dynamic_slice(cache, at, size)[0], q.dtype)
 
-        k, v = (widen(block_of(cache), q.dtype) for cache in (k_cache, v_cache))
+        def scales_of(scales):  # [R, K, 1, block_len]
+            at = (layer, 0, 0, start // LANES, start % LANES)
+            size = (1, rows, kv_heads, 1, block_len)
+            return jax.lax.dynamic_slice(scales, at, size)[0]
+
+        k, v = block_of(k_cache), block_of(v_cache)
         scores = _product("bkqc,bksc->bkqs", folded, k)
         if scales is not None:
-            scores *= block_of(scales[0])[:, :, None]
+            scores *= scales_of(scales[0])
         key_positions = start + jnp.arange(block_len)[None, None, None]
         scores = jnp.where(key_positions <= query_positions, scores, MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
@@ -281,7 +286,7 @@ def cached_attention(
         shrink = jnp.exp(peak - new_peak)
         total = total * shrink + weights.sum(axis=-1, keepdims=True)
         if scales is not None:
-            weights *= block_of(scales[1])[:, :, None]
+            weights *= scales_of(scales[1])
         product = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v)
         return new_peak, total, sums * shrink + product
 
@@ -488,11 +493,20 @@ class Visits(NamedTuple):
     blocks: jax.Array  # [N * most] int32
 
 
+def tpu_block_len(dtype: Any) -> int:
+    """Of a cache; int8 takes twice as many positions, which are half as wide."""
+    return 2 * TPU_BLOCK_LEN if dtype == jnp.int8 else TPU_BLOCK_LEN
+
+
 def live_blocks(
-    positions: Int[Array, "R 1"], capacity: int, mesh: Mesh | None = None
+    positions: Int[Array, "R 1"],
+    capacity: int,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> Visits:
-    """What `decode_attention` visits of a cache of `capacity` positions a row."""
-    block_len = min(TPU_BLOCK_LEN, capacity)
+    """What `decode_attention` visits of a cache of `dtype` and of `capacity` positions a
+    row."""
+    block_len = min(tpu_block_len(dtype), capacity)
 
     def local(positions):
         # One for a part that has nothing yet, too: its result has to be something.
@@ -520,7 +534,8 @@ def decode_attention(
     visits: Visits,
     mesh: Mesh | None = None,
     *,
-    scales: tuple[Float[Array, "L R K S"], Float[Array, "L R K S"]] | None = None,
+    scales: tuple[Float[Array, "L R K _N _C"], Float[Array, "L R K _N _C"]]
+    | None = None,
 ) -> Float[Array, "B H 1 C"]:
     """`cached_attention` of one query a row, as a kernel for TPUs (Pallas).
 
@@ -536,7 +551,7 @@ def decode_attention(
         return _merge_shards(*_decode_local(*args), shards)
     heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
     axes = ("layers", "rows", "kv_heads", None, None)
-    of_caches = tuple(sharding(mesh, axes[: x.ndim], x.shape).spec for x in caches)
+    of_caches = tuple(sharding(mesh, axes, x.shape).spec for x in caches)
     of_rows = PartitionSpec(heads[0])
     specs = (heads, of_caches, PartitionSpec(), *[of_rows] * 4)
     local = jax.shard_map(
@@ -550,7 +565,7 @@ def _decode_local(q, caches, layer, positions, count, rows, blocks):
     are keys, values and, of int8, the scales of both, `layer` [1], `positions` [R]. The
     grid is the list of visits, so that no step goes to a block that is not live."""
     _, _, kv_heads, capacity, head_dim = caches[0].shape
-    block_len = min(TPU_BLOCK_LEN, capacity)
+    block_len = min(tpu_block_len(caches[0].dtype), capacity)
     folded = _fold(q, kv_heads)
     group = folded.shape[2]
 
@@ -560,13 +575,11 @@ def _decode_local(q, caches, layer, positions, count, rows, blocks):
     def block_at(step, layer, positions, rows, blocks):
         return layer[0], rows[step], 0, blocks[step], 0
 
-    def scales_at(step, layer, positions, rows, blocks):
-        return layer[0], rows[step], 0, blocks[step]
-
     of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
     mass_of_row = pl.BlockSpec((None, kv_heads, group, 1), row_at)
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
-    of_scales = pl.BlockSpec((None, None, kv_heads, block_len), scales_at)
+    scale_rows = min(block_len // LANES, caches[-1].shape[3]) or 1
+    of_scales = pl.BlockSpec((None, None, kv_heads, scale_rows, LANES), block_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=(count[0],),
@@ -610,7 +623,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
     k, v = (widen(ref[...], q_ref.dtype) for ref in (k_ref, v_ref))
     scores = _product("kgc,ksc->kgs", _scaled(q_ref[...]), k)
     if scales:
-        scores *= scales[0][...][:, None]
+        scores *= _scale_row(scales[0], block_len)
     scores = jnp.where(is_live(scores.shape, 2), scores, MASKED)
     new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_peak)
@@ -620,7 +633,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
     peak[...] = new_peak
     total[...] = total[...] * shrink + weights.sum(axis=-1, keepdims=True)
     if scales:
-        v_scale = scales[1][...][:, None]
+        v_scale = _scale_row(scales[1], block_len)
         weights *= jnp.where(is_live(v_scale.shape, 2), v_scale, 0.0)
     sums[...] = sums[...] * shrink + _product(
         "kgs,ksc->kgc", weights.astype(v.dtype), v
@@ -630,6 +643,12 @@ def _visit_block(layer, positions, rows, blocks, *refs):
     def finish():
         out_ref[...] = (sums[...] / total[...]).astype(out_ref.dtype)
         log_mass_ref[...] = peak[...] + jnp.log(total[...])
+
+
+def _scale_row(scales, block_len: int) -> jax.Array:
+    """[K, N, LANES] of a reference as [K, 1, block_len]."""
+    rows = [scales[:, row : row + 1] for row in range(scales.shape[1])]
+    return jnp.concatenate(rows, axis=2)[..., :block_len]
 
 
 def _scaled(q: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ from e1jax.config import (
 )
 from e1jax.convert import load_model
 from e1jax.model import KVCache, Params
+from e1jax.quantize import LANES
 from e1jax.sampling import Budget, BudgetState, Sampling, TokenIds
 from e1jax.sharding import (
     COMPILER_OPTIONS,
@@ -556,15 +557,21 @@ def admit(
     `new` is (which rows are new [B] bool, their contents).
     """
     shards = cache.k.shape[1] // len(slots)
-    prefix = jax.tree.map(lambda x: _sequence_shards(x, shards), prefix)
+    blocks = KVCache(*[attention.BLOCK_LEN] * 2, *[attention.BLOCK_LEN // LANES] * 2)
+    prefix = KVCache(
+        *(
+            x if x is None else _sequence_shards(x, shards, block)
+            for x, block in zip(prefix, blocks, strict=True)
+        )
+    )
 
     def put(buffer, prompt, slot):
         by_shard = buffer.reshape(buffer.shape[0], shards, -1, *buffer.shape[2:])
-        at = (0, 0, slot, 0, 0, 0)[: by_shard.ndim]
+        at = (0, 0, slot, 0, 0, 0)
         return jax.lax.dynamic_update_slice(by_shard, prompt, at).reshape(buffer.shape)
 
     def copy(i, cache):
-        return jax.tree.map(lambda *pair: put(*pair, slots[i]), cache, prefix)
+        return jax.tree.map(lambda old, new: put(old, new, slots[i]), cache, prefix)
 
     is_new, fresh = new
 
@@ -659,22 +666,20 @@ def cache_sizes(mesh: Mesh, slots: int, cache_len: int) -> tuple[int, int]:
     return slots * shards, capacity(-(-cache_len // shards))
 
 
-def _sequence_shards(x: jax.Array, shards: int) -> jax.Array:
-    """A prompt's keys or values [L, 1, K, P, C] as the N shards of a row,
-    [L, N, 1, K, P', C]."""
+def _sequence_shards(x: jax.Array, shards: int, block: int) -> jax.Array:
+    """A prompt's keys, values or scales [L, 1, K, P, C] as the N shards of a row,
+    [L, N, 1, K, P', C]; `block` of P go to one."""
     if shards == 1:
         return x[:, None]
-    layers, _, kv_heads, length, *size = x.shape  # scales of int8 have no C
-    block = attention.BLOCK_LEN
-    padding = -length % (shards * block)
-    x = jnp.pad(x, ((0, 0),) * 3 + ((0, padding),) + ((0, 0),) * len(size))
-    x = jnp.moveaxis(x.reshape(layers, kv_heads, -1, shards, block, *size), 3, 1)
-    return x.reshape(layers, shards, 1, kv_heads, -1, *size)
+    layers, _, kv_heads, length, size = x.shape
+    x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (shards * block)), (0, 0)))
+    x = x.reshape(layers, kv_heads, -1, shards, block, size)
+    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, shards, 1, kv_heads, -1, size)
 
 
 def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
     assert cache is not None  # forward gives back the cache that it was given
-    places = jax.tree.map(lambda x: model.cache_sharding(mesh, x), cache)
+    places = jax.tree.map(lambda x: sharding(mesh, model.CACHE_AXES, x.shape), cache)
     return jax.lax.with_sharding_constraint(cache, places)
 
 

@@ -38,7 +38,9 @@ class KVCache(NamedTuple):
 
     k: jax.Array  # [L, R, K, S, C]
     v: jax.Array  # [L, R, K, S, C]
-    k_scale: jax.Array | None = None  # [L, R, K, S] float32, of int8 only
+    k_scale: jax.Array | None = (
+        None  # [L, R, K, S / LANES, LANES] float32, of int8 only
+    )
     v_scale: jax.Array | None = None
 
 
@@ -231,7 +233,7 @@ def forward(
         shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
         last, places = attention.sequence_shards(positions, shards, capacity)
         if tokens.shape[1] == 1 and on_tpu(mesh):
-            visits = attention.live_blocks(last, capacity, mesh)
+            visits = attention.live_blocks(last, capacity, mesh, cache.k.dtype)
             if attention.takes_heads(mesh, cache.k):
                 stacked = params["layers"]["attention"]
                 biases = [stacked[name]["bias"] for name in ("q", "k", "v")]
@@ -302,12 +304,26 @@ def write(
     k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
     (k, k_scale), (v, v_scale) = (quantize.narrow(x, cache.k.dtype) for x in (k, v))
 
+    def write_scales(buffer, layer, new, places):
+        if new.shape[2] > 1:  # a prompt's, of which there is one at a time
+            flat = buffer.reshape(*buffer.shape[:3], -1, 1)
+            flat = write_one(flat, layer, new[..., None], places)
+            return flat.reshape(buffer.shape)
+        lanes = jnp.arange(quantize.LANES)[None, None, None]
+        is_new = lanes == places[:, :, None, None] % quantize.LANES
+        at = places // quantize.LANES
+        rows = jnp.arange(len(new))[:, None]
+        heads = jnp.arange(new.shape[1])[None]
+        old = buffer.at[layer, rows, heads, at].get(mode="clip")
+        new = jnp.where(is_new, new[..., None], old[:, :, None])
+        return write_one(buffer, layer, new, at)
+
     def write_one(buffer, layer, new, places):
         # XLA on a CPU copies the whole cache for a scatter.
         if new.shape[2] == 1 and mesh is not None and not on_cpu(mesh):
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
-            heads = new.reshape(-1, *new.shape[3:])
+            heads = new.reshape(-1, new.shape[3])
             by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
             at = jnp.repeat(places[:, 0], new.shape[1])
             by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
@@ -319,7 +335,7 @@ def write(
             return by_head.reshape(buffer.shape)
 
         def write_row(row, buffer):
-            at = (layer, row, 0, places[row, 0], 0)[: buffer.ndim]
+            at = (layer, row, 0, places[row, 0], 0)
             update = new[row][None, None]
             if shards > 1:  # where the place is beyond the end, nothing changes
                 old = jax.lax.dynamic_slice(buffer, at, update.shape)
@@ -329,22 +345,18 @@ def write(
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
 
     def write_own(buffer, new):
+        write = write_one if new.ndim == 4 else write_scales
         if mesh is None:
-            return write_one(buffer, layer, new, places)
-        place = cache_sharding(mesh, buffer).spec
-        of_new, rows = PartitionSpec(*place[1:]), PartitionSpec(place[1])
+            return write(buffer, layer, new, places)
+        place = sharding(mesh, CACHE_AXES, buffer.shape).spec
+        of_new, rows = PartitionSpec(*place[1 : new.ndim + 1]), PartitionSpec(place[1])
         specs = (place, PartitionSpec(), of_new, rows)
         on_own = jax.shard_map(
-            write_one, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False
+            write, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False
         )
         return on_own(buffer, layer, new, places)
 
     return jax.tree.map(write_own, cache, KVCache(k, v, k_scale, v_scale))
-
-
-def cache_sharding(mesh: Mesh, buffer: Any) -> NamedSharding:
-    """Where keys, values or their scales lie."""
-    return sharding(mesh, CACHE_AXES[: buffer.ndim], buffer.shape)
 
 
 def _of_all_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
@@ -401,8 +413,11 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
 def init_cache(config: ModelConfig, rows: int, capacity: int, dtype: Any) -> KVCache:
     """An empty cache; `capacity` positions a row, see `attention.cached_attention`."""
     shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-    scales = jnp.zeros((2, *shape[:-1])) if dtype == jnp.int8 else (None, None)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales)
+    cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    if dtype != jnp.int8:
+        return cache
+    shape = (*shape[:3], -(-capacity // quantize.LANES), quantize.LANES)
+    return cache._replace(k_scale=jnp.zeros(shape), v_scale=jnp.zeros(shape))
 
 
 def _module(config: ModelConfig, name: str, params: Params) -> Any:

@@ -46,6 +46,7 @@ from e1jax.config import (
     UserError,
     aligned,
     load_config,
+    quantize_flags,
     run_command,
     writing,
 )
@@ -409,10 +410,17 @@ class Sampler(NamedTuple):
     slots: int
     cache_len: int
     prompt_len: int  # of the longest prompt
+    quantize: str | None = None
+    kv_dtype: str | None = None
 
     @property
     def params(self) -> Any:
-        return model.abstract_params(self.sizes, self.mesh, self.dtype)
+        sizes, mesh = self.sizes, self.mesh
+        return model.abstract_params(sizes, mesh, self.dtype, self.quantize)
+
+    @property
+    def _cache_dtype(self) -> Any:
+        return jnp.dtype(self.kv_dtype or self.dtype)
 
     @property
     def cache_sizes(self) -> tuple[int, int]:
@@ -426,12 +434,14 @@ class Sampler(NamedTuple):
     def _cache(self, rows: int, capacity: int) -> model.KVCache:
         init = model.init_cache
         shapes = jax.eval_shape(
-            lambda: init(self.sizes, rows, capacity, self.dtype),
+            lambda: init(self.sizes, rows, capacity, self._cache_dtype)
         )
-        place = sharding(self.mesh, model.CACHE_AXES, shapes.k.shape)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
-        )
+
+        def placed(x):
+            place = sharding(self.mesh, model.CACHE_AXES, x.shape)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(placed, shapes)
 
     def _whole(self, tree: Any) -> Any:
         return on_mesh(self.mesh, tree)
@@ -457,7 +467,10 @@ class Sampler(NamedTuple):
         tokens = self._whole(np.zeros((1, self._bucket), np.int32))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
-            engine.prefill.trace(self.sizes, self.mesh, self.params, tokens, number)
+            engine.prefill.trace(
+                *(self.sizes, self.mesh, self.params, tokens, number),
+                self._cache_dtype,
+            )
         )
 
     def admit(self) -> Program:
@@ -481,6 +494,7 @@ def plan_sampling(
     """The engine's programs, at the slots and lengths of the rollouts or the flags."""
     mesh = slice_mesh(slice_, args.mesh, sizes)
     sampler = rollout_sampler(config, sizes, mesh)
+    sampler = sampler._replace(quantize=args.quantize, kv_dtype=args.kv_dtype)
     slots, cache_len = sampler.slots, sampler.cache_len
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = _report("sample", slice_, mesh)
@@ -609,7 +623,7 @@ def _cost_of_decoding(
     step = whole.per_iteration()
     position = device_bytes(sampler.cache) // capacity
     kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
-    block = min(attention.TPU_BLOCK_LEN, capacity)
+    block = min(attention.tpu_block_len(sampler.cache.k.dtype), capacity)
     filled = -(-blocks * attention.BLOCK_LEN // block) * block
     kernel_bytes = filled * position if kernels else 0
     report.bytes_per_step = step.bytes + kernel_bytes
@@ -1220,6 +1234,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"positions filled in every slot, for bytes and time (default: "
         f"{DEFAULT_LIVE}, or all if there are fewer)",
     )
+    quantize_flags(flag)
     flag("--json", action="store_true", help="print one JSON object per part")
     flag(
         "--dump-hlo",

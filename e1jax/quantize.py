@@ -25,6 +25,9 @@ from jaxtyping import Array, Float, Int
 from e1jax.sharding import on_cpu
 
 LARGEST = 127  # of int8; -128 is not used, so that signs are alike
+# Scales of a cache's vectors lie in rows of so many positions: those of a TPU's registers,
+# so that one of them is written as a keys' vector is.
+LANES = 128
 # Bytes of a widened slab: of a few rows of activations, and of many, for which adding up
 # the results of each slab would cost more than its products.
 _SLAB_BYTES = {False: 2**22, True: 2**26}

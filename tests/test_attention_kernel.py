@@ -217,7 +217,7 @@ def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     at_once = engine.prefill(config, mesh, params, tokens, length)
     engine.prefill.clear_cache()
     assert called
-    for ours, theirs in zip(at_once, pieces, strict=True):
+    for ours, theirs in zip(at_once[:2], pieces[:2], strict=True):
         ours, theirs = ours[..., :1000, :], theirs[..., :1000, :]
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
