@@ -337,6 +337,10 @@ class Engine:
             "assign Engine.params before drawing completions"
         )
         weights, kv_dtype = prepare(self.params, self.kv_dtype, self.mesh)
+        # XLA on a CPU copies the weights of a layer that it takes from a stack. A longer
+        # prompt does not feel that, and would wait for a program per layer and bucket.
+        alone = on_cpu(self.mesh) and self.mesh.size == 1
+        step_weights = quantize.unstack(weights) if alone else weights
         self.stats = Stats()
         queue = [request for request in requests if request.waiting][::-1]
         active: list[_Active | None] = [None] * self.slots
@@ -363,7 +367,7 @@ class Engine:
                 enough = few if queue else self.slots
                 start = time.monotonic()
                 cache, rows, chunk = decode(
-                    *(self.config, self.mesh, weights, ids, cache, rows),
+                    *(self.config, self.mesh, step_weights, ids, cache, rows),
                     *(enough, num_steps),
                 )
                 chunk, state = jax.device_get((chunk, rows.state))

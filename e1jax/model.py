@@ -23,6 +23,8 @@ from e1jax.attention import keep
 from e1jax.config import ModelConfig
 from e1jax.sharding import on_cpu, on_tpu, sharding
 
+# Nested dicts of arrays. Those of "layers" are stacked on a leading dim L, or of a list
+# with a dict per layer, as quantize.unstack gives it.
 Params = dict[str, Any]
 Whole = Callable[[Any, str], Any]
 
@@ -248,14 +250,17 @@ def forward(
             return attention.decode_attention(*args, visits, mesh, scales=scales)
         return attention.cached_attention(*args, scales=scales)
 
-    layers, packed = quantize.split(params["layers"])
+    def apply(x, cache, layer, weights):
+        block = _module(config, "layers", weights)
+        return block(x, rope, cache, layer, places, mesh, attend)
+
+    stacked = isinstance(params["layers"], dict)
+    layers, packed = quantize.split(params["layers"]) if stacked else ({}, {})
 
     def layer_step(carry, weights):
         x, cache, layer = carry
         weights = quantize.join(whole(weights, "layers"), packed, layer, mesh)
-        block = _module(config, "layers", weights)
-        x, cache = block(x, rope, cache, layer, places, mesh, attend)
-        return (x, cache, layer + 1), None
+        return (*apply(x, cache, layer, weights), layer + 1), None
 
     names = () if remat else (attention.KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
@@ -266,7 +271,12 @@ def forward(
     with _matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
         # it would be copied layer by layer, in and out, at every step.
-        (x, cache, _), _ = jax.lax.scan(step, start, layers)
+        if stacked:
+            (x, cache, _), _ = jax.lax.scan(step, start, layers)
+        else:
+            for layer, weights in enumerate(params["layers"]):
+                weights = quantize.join(*quantize.split(weights), None, mesh)
+                x, cache = apply(x, cache, jnp.int32(layer), weights)
     return _module(config, "norm", whole(params["norm"], "norm"))(x), cache
 
 

@@ -74,10 +74,11 @@ def split(layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def join(
     arrays: dict[str, Any],
     packed: dict[str, Any],
-    layer: Int[Array, ""],
+    layer: Int[Array, ""] | None,
     mesh: Mesh | None,
 ) -> dict[str, Any]:
-    """Arrays of one layer, with the kernels of that layer in their places."""
+    """Arrays of one layer, with the kernels of that layer in their places; `layer` is
+    None where these are not stacked."""
     joined = dict(arrays)
     for name, part in packed.items():
         if is_packed(part):
@@ -198,22 +199,32 @@ def as_bits(params: dict[str, Any]) -> dict[str, Any]:
     """bfloat16 parameters on CPUs as the decoding there takes them: the bits of kernels
     and embedding, without a copy, and the rest as float32."""
 
-    def view(x, axis):
+    def bits(x, axis):
         shards = [
             jax.device_put(np.asarray(shard.data).view(np.uint16), shard.device)
             for shard in x.addressable_shards
         ]
-        return {
-            "values": jax.make_array_from_single_device_arrays(
-                x.shape, x.sharding, shards
-            )
-        }
+        whole = jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+        return {"values": whole}
 
     def wide(leaf):
         is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(jnp.float32) if is_float else leaf
 
-    return jax.tree.map(wide, map_kernels(view, params))
+    return jax.tree.map(wide, map_kernels(bits, params))
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters on a single CPU with a list of layers in the place of stacked ones, where
+    they lie: a view of the stack, but for arrays of odd sizes, which are small."""
+    stacks, structure = jax.tree.flatten(params["layers"])
+    stacks = [np.asarray(stack.addressable_data(0)) for stack in stacks]
+    device = next(iter(params["norm"]["scale"].devices()))
+    layers = [
+        structure.unflatten([jax.device_put(stack[i], device) for stack in stacks])
+        for i in range(len(stacks[0]))
+    ]
+    return params | {"layers": layers}
 
 
 def map_kernels(
