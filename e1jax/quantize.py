@@ -111,7 +111,8 @@ def matmul(
         values = widen(_one(stack, layer), x.dtype)
         product = jnp.matmul(x, values, preferred_element_type=jnp.float32)
     if kernel.scale is not None:
-        product *= kernel.scale if kernel.layer is None else _one(kernel.scale, layer)
+        scale = kernel.scale if kernel.layer is None else _one(kernel.scale, layer)
+        product *= scale[None]
     return product.astype(dtype or x.dtype)
 
 
@@ -134,7 +135,7 @@ def matmul_transposed(
     if whole < len(values):
         logits = jnp.concatenate([logits, product(values[whole:])], axis=1)
     if embedding.scale is not None:
-        logits *= embedding.scale
+        logits *= embedding.scale[None]
     return logits.astype(dtype)
 
 

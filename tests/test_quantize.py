@@ -1,0 +1,281 @@
+"""Weights and caches in fewer bits: against NumPy, and against the model that has the same
+values in float32."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from e1jax import Engine, SamplingParams, attention, engine, model, quantize
+from e1jax.config import ModelConfig, UserError
+from e1jax.convert import from_hf, load_model, to_hf
+from e1jax.sharding import make_mesh
+
+CPU = "data=1,tensor=1"
+PROMPTS = [[5, 9, 30, 7], [11] * 23, [40, 3]]
+
+
+def int8_of(kernel: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric, per channel: by the definition, in float64."""
+    scale = np.abs(kernel.astype(np.float64)).max(axis, keepdims=True) / 127
+    safe = np.where(scale == 0, 1, scale)
+    return np.rint(kernel / safe), scale.squeeze(axis)
+
+
+def bits_of(kernel: jax.Array) -> np.ndarray:
+    return np.asarray(kernel.astype(jnp.bfloat16)).view(np.uint16)
+
+
+def dequantized(params: dict) -> dict:
+    """The same parameters as float32 arrays."""
+    if quantize.is_packed(params):
+        values = np.asarray(quantize.widen(params["values"], jnp.float32))
+        if "scale" not in params:
+            return jnp.asarray(values)
+        scale = np.asarray(params["scale"])
+        is_embedding = values.ndim == 2 and len(scale) == len(values)
+        return jnp.asarray(values * np.expand_dims(scale, -1 if is_embedding else -2))
+    if isinstance(params, dict):
+        return {name: dequantized(part) for name, part in params.items()}
+    return jnp.asarray(params, jnp.float32)
+
+
+# Forms of a kernel.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_rows_as_int8(dtype):
+    rows = np.random.default_rng(0).normal(size=(7, 33)).astype(dtype)
+    rows[2] = 0  # a channel without a scale
+    values, scale = quantize.rows_to_int8(rows)
+    expected, scales = int8_of(rows.astype(np.float32), 1)
+    assert values.dtype == np.int8 and scale.dtype == np.float32
+    np.testing.assert_allclose(scale, scales, rtol=1e-6)
+    assert np.abs(values - expected).max() <= 1  # a tie may go either way
+    assert (values != expected).mean() < 0.01 and np.abs(values).max() == 127
+
+
+@pytest.mark.parametrize("in_slabs", [False, True])
+@pytest.mark.parametrize("form", ["int8", "bits"])
+@pytest.mark.parametrize("rows, size, width", [(1, 40, 24), (5, 37, 19), (3, 8, 1)])
+def test_products_are_those_of_the_wide_kernel(
+    rows, size, width, form, in_slabs, monkeypatch
+):
+    """Of one layer of a stack and of a kernel alone, whole and slab by slab, of which the
+    last one is shorter."""
+    monkeypatch.setattr(quantize, "_slab_rows", lambda *_: min(16, size))
+    rng = np.random.default_rng(size)
+    stack = jnp.asarray(rng.normal(size=(3, size, width)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(rows, size)), jnp.float32)
+    if form == "int8":
+        values, scale = int8_of(np.asarray(stack), 1)
+        values, scale = jnp.asarray(values, jnp.int8), jnp.asarray(scale, jnp.float32)
+        wide = np.asarray(values, np.float32) * np.asarray(scale)[:, None]
+    else:
+        values, scale = jnp.asarray(bits_of(stack)), None
+        wide = stack.astype(jnp.bfloat16).astype(jnp.float32)
+    for layer in range(3):
+        expected = np.asarray(x, np.float64) @ np.asarray(wide[layer], np.float64)
+        of_stack = quantize.Packed(values, scale, jnp.int32(layer), in_slabs)
+        own = None if scale is None else scale[layer]
+        alone = quantize.Packed(values[layer], own, None, in_slabs)
+        for kernel in (of_stack, alone):
+            found = quantize.matmul(x, kernel)
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_slabs", [False, True])
+@pytest.mark.parametrize("vocab_size", [32, 45])
+def test_logits_of_tied_embeddings(vocab_size, in_slabs, monkeypatch):
+    monkeypatch.setattr(quantize, "_slab_rows", lambda *_: 16)
+    rng = np.random.default_rng(vocab_size)
+    embedding = rng.normal(size=(vocab_size, 12)).astype(np.float32)
+    x = rng.normal(size=(3, 12)).astype(np.float32)
+    values, scale = int8_of(embedding, 1)
+    leaf = {
+        "values": jnp.asarray(values, jnp.int8),
+        "scale": jnp.asarray(scale, jnp.float32),
+    }
+    packed = quantize.Packed(leaf["values"], leaf["scale"], None, in_slabs)
+    found = quantize.matmul_transposed(jnp.asarray(x), packed, jnp.float32)
+    wide = values * scale[:, None]
+    np.testing.assert_allclose(found, x @ wide.T, atol=1e-5, rtol=1e-5)
+    tokens = jnp.asarray([[0, vocab_size - 1], [7, 7]])
+    rows = quantize.take_rows(leaf, tokens, jnp.float32)
+    np.testing.assert_allclose(rows, wide[np.asarray(tokens)], atol=1e-6, rtol=1e-6)
+
+
+def test_bits_and_layers_are_views(tiny_hf):
+    """Of the arrays that the user has: a copy would take their memory once more. Nor may a
+    view keep them from being donated later, as training does."""
+    loaded = load_model(str(tiny_hf()), CPU, "bfloat16")
+    params = jax.tree.map(jnp.copy, loaded.params)  # which own their memory
+    kernel = params["layers"]["mlp"]["up"]["kernel"]
+    pointer = kernel.unsafe_buffer_pointer()
+    bits = quantize.as_bits(params)
+    layers = quantize.unstack(bits)["layers"]
+    assert bits["layers"]["mlp"]["up"]["kernel"]["values"].unsafe_buffer_pointer() == (
+        pointer
+    )
+    first, second = (layer["mlp"]["up"]["kernel"]["values"] for layer in layers[:2])
+    assert first.unsafe_buffer_pointer() == pointer
+    assert second.unsafe_buffer_pointer() == pointer + kernel[0].nbytes
+    np.testing.assert_array_equal(second, bits_of(kernel[1]))
+    assert bits["norm"]["scale"].dtype == jnp.float32
+    del bits, layers, first, second, params
+    double = jax.jit(lambda x: x * 2, donate_argnums=0)
+    assert double(kernel).unsafe_buffer_pointer() == pointer and kernel.is_deleted()
+
+
+# The cache.
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
+    """Written by prompts and by steps, read by both kinds of attention."""
+    rng = np.random.default_rng(shards)
+    rows, kv_heads, size, length = 2, 2, 16, 300
+    capacity = 128 * -(-length // (128 * shards))
+    new = rng.normal(size=(2, rows, kv_heads, length, size)).astype(np.float32)
+    new[0, 0, 0, 5] = 0  # a vector without a scale
+    scale = np.abs(new).max(axis=-1, keepdims=True) / np.float32(127)
+    rounded = np.rint(new / np.where(scale == 0, 1, scale)) * scale
+    sizes = ModelConfig(
+        *(9, 64, 96, 2, 4, kv_heads, size),
+        max_position_embeddings=512,
+        rope_theta=1e4,
+    )
+    layer = jnp.int32(1)
+    cache = model.init_cache(sizes, shards * rows, capacity, jnp.int8)
+    start = 0
+    if shards == 1:  # a prompt's, from its start
+        k, v = (jnp.asarray(x[:, :, :131]) for x in new)
+        places = jnp.tile(jnp.arange(131)[None], (rows, 1))
+        cache, start = model.write(cache, layer, k, v, places), 131
+    write = jax.jit(model.write)
+    for step in range(start, length):
+        at = jnp.full((rows, 1), step)
+        _, places = attention.sequence_shards(at, shards, capacity)
+        k, v = (jnp.asarray(x[:, :, step : step + 1]) for x in new)
+        cache = write(cache, layer, k, v, places)
+    assert not np.asarray(cache.k[0]).any() and not np.asarray(cache.k_scale[0]).any()
+    q = jnp.asarray(rng.normal(size=(rows, 4, 1, size)), jnp.float32)
+    whole = np.pad(rounded, ((0, 0),) * 3 + ((0, 384 - length), (0, 0)))
+    whole = jnp.asarray(whole)[:, None]
+    for ends in ([299, 130], [127, 128], [0, 255]):
+        at = jnp.asarray(ends)[:, None]
+        expected = attention.cached_attention(q, whole[0], whole[1], jnp.int32(0), at)
+        last, _ = attention.sequence_shards(at, shards, capacity)
+        args = (q, cache.k, cache.v, layer, last)
+        scales = cache.k_scale, cache.v_scale
+        found = attention.cached_attention(*args, scales=scales)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+        visits = attention.live_blocks(last, capacity, dtype=jnp.int8)
+        with pltpu.force_tpu_interpret_mode(True):
+            found = attention.decode_attention(*args, visits, scales=scales)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+# The whole model.
+
+
+def sampled(name, mesh=CPU, params=None, **settings):
+    """Tokens and log-probabilities of greedy completions; of other parameters, if given."""
+    made = Engine.from_pretrained(
+        str(name), mesh=mesh, cache_len=384, slots=2, **settings
+    )
+    made.params = params or made.params
+    budgets = SamplingParams(thinking_budget=150, solution_budget=9, temperature=0.0)
+    completions = [samples[0] for samples in made.generate(PROMPTS, budgets)]
+    tokens = [c.token_ids for c in completions]
+    return tokens, np.concatenate([c.logprobs for c in completions]), made
+
+
+def difference(ours, theirs):
+    """Mean difference of log-probabilities of the first response's tokens, as long as they
+    are the same."""
+    pairs = zip(ours[0][0], theirs[0][0], strict=False)
+    same = [a == b for a, b in pairs]
+    count = len(same) if all(same) else same.index(False)
+    assert count > 3
+    return np.abs(ours[1][:count] - theirs[1][:count]).mean()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_weights_are_a_model_with_their_values(tiny_hf, tied):
+    path = tiny_hf(tied=tied, num_layers=3)
+    params = load_model(str(path), CPU, quantize="int8").params
+    assert params["layers"]["mlp"]["down"]["kernel"]["values"].dtype == jnp.int8
+    assert params["layers"]["attention"]["q"]["bias"].dtype == jnp.float32
+    tokens, logprobs, _ = sampled(path, quantize="int8")
+    expected = sampled(path, params=dequantized(params))
+    assert tokens == expected[0]
+    np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
+
+
+def test_int8_weights_are_as_near_as_they_can_be(tiny_hf):
+    path = str(tiny_hf(num_layers=3))
+    wide, packed = (load_model(path, CPU, quantize=q).params for q in (None, "int8"))
+    for part, axis in (("o", -2), ("q", -2), (None, -1)):
+        a, b = (
+            p["layers"]["attention"][part]["kernel"] if part else p["embedding"]
+            for p in (wide, packed)
+        )
+        error = np.abs(a - dequantized(b)).max(axis)
+        assert error.max() > 0 and (error <= np.asarray(b["scale"]) * 0.501).all()
+
+
+def test_bfloat16_on_a_cpu_is_the_float32_model_of_its_values(tiny_hf):
+    path = tiny_hf(num_layers=3)
+    params = load_model(str(path), CPU, "bfloat16").params
+    tokens, logprobs, made = sampled(path, dtype="bfloat16")
+    assert made._cache.k.dtype == jnp.uint16
+    expected = sampled(path, params=dequantized(params), kv_dtype="bfloat16")
+    assert tokens == expected[0]
+    np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
+    assert 1e-4 < difference(sampled(path), (tokens, logprobs)) < 0.1
+
+
+def test_an_int8_cache_changes_little(tiny_hf):
+    ours = sampled(tiny_hf(), kv_dtype="int8")
+    assert ours[2]._cache.k.dtype == jnp.int8
+    assert 1e-5 < difference(ours, sampled(tiny_hf())) < 0.1
+
+
+def on_meshes(path, expected):
+    """With 8 devices."""
+    for mesh in ("data=4,tensor=2", "data=8,tensor=1"):
+        tokens, _, made = sampled(path, mesh, **BOTH)
+        assert tokens == expected, mesh
+        scale = made._cache.k_scale
+        assert scale.sharding == made._cache.k.sharding
+        # Of two rows, each place on `data` has a part.
+        assert scale.shape[1] == 2 * int(mesh[5])
+
+
+BOTH = {"quantize": "int8", "kv_dtype": "int8"}
+
+
+def test_meshes_give_the_tokens_of_one_device(tiny_hf):
+    path = str(tiny_hf())
+    expected = sampled(path, **BOTH)[0]
+    code = f"import test_quantize as t\nt.on_meshes({path!r}, {expected!r})"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=os.path.dirname(__file__),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
