@@ -561,12 +561,11 @@ def admit(
     `new` is (which rows are new [B] bool, their contents).
     """
     shards = cache.k.shape[1] // len(slots)
-    blocks = KVCache(*[attention.BLOCK_LEN] * 2, *[attention.BLOCK_LEN // LANES] * 2)
+    k, v, *scales = jax.tree.leaves(prefix)
+    block = attention.BLOCK_LEN  # one row of the scales, if there are any
     prefix = KVCache(
-        *(
-            x if x is None else _sequence_shards(x, shards, block)
-            for x, block in zip(prefix, blocks, strict=True)
-        )
+        *(_sequence_shards(x, shards, block) for x in (k, v)),
+        *(_sequence_shards(x, shards, block // LANES) for x in scales),
     )
 
     def put(buffer, prompt, slot):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import Engine, SamplingParams, attention, engine, model, quantize
-from e1jax.config import ModelConfig, UserError
-from e1jax.convert import from_hf, load_model, to_hf
-from e1jax.sharding import make_mesh
+from e1jax import Engine, SamplingParams, attention, model, quantize
+from e1jax.config import ModelConfig
+from e1jax.convert import load_model
 
 CPU = "data=1,tensor=1"
 PROMPTS = [[5, 9, 30, 7], [11] * 23, [40, 3]]
@@ -279,3 +278,16 @@ def test_meshes_give_the_tokens_of_one_device(tiny_hf):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Kernels of slabs: their sizes.
+
+
+@pytest.mark.parametrize("rows, size, width", [(1, 3584, 18944), (8, 3584, 152064)])
+def test_slabs_stay_in_the_cache_of_a_processor(rows, size, width):
+    count = quantize._slab_rows(rows, size, width)
+    assert 8 <= count <= size and (count * width * 4 <= 2**22 or count == 8)
+
+
+def test_a_slab_is_never_longer_than_the_kernel():
+    assert quantize._slab_rows(1, 5, 3) == 5 and quantize._slab_rows(500, 700, 64) == 700
