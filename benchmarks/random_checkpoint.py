@@ -5,18 +5,18 @@ The defaults are the shape of E1-Math-7B (15.2 GB in bfloat16); about 1 GB is
     python benchmarks/random_checkpoint.py DST --hidden-size 1024 \
         --intermediate-size 5504 --num-layers 24 --num-heads 16 --num-kv-heads 4 \
         --head-dim 64 --vocab-size 32000
-
-Peak memory is that of the largest stack of layers, a quarter of the whole.
 """
 
 import argparse
+import functools
 import json
+import zlib
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from e1jax.checkpoint import named_shapes
+from e1jax.checkpoint import Index, LazyArray, chunks_of, named_shapes
 from e1jax.config import ModelConfig
 from e1jax.convert import write_hf_weights
 from e1jax.tokenizer import write_byte_tokenizer
@@ -48,19 +48,26 @@ def main() -> None:
         rope_theta=10000.0,
         tie_word_embeddings=args.tied,
     )
-    shapes = named_shapes(config)
-    rng = np.random.default_rng(args.seed)
+    dtype = jnp.dtype(args.dtype)
 
-    def read(name: str) -> np.ndarray:
-        array = np.empty(shapes[name], jnp.dtype(args.dtype))
-        middle = 1.0 if name.endswith("scale") else 0.0
-        for row in array.reshape(-1, array.shape[-1]):
-            row[...] = middle + 0.02 * rng.standard_normal(row.shape, np.float32)
-        return array
+    def read(name: str, part: Index) -> np.ndarray:
+        # A generator per part, so that the numbers do not depend on the threads.
+        starts = [span.start for span in part]
+        rng = np.random.default_rng([args.seed, zlib.crc32(name.encode()), *starts])
+        shape = [span.stop - span.start for span in part]
+        middle = np.float32(name.endswith("scale"))
+        values = rng.standard_normal(shape, np.float32)
+        return (middle + np.float32(0.02) * values).astype(dtype)
 
+    arrays = {
+        name: LazyArray(
+            shape, dtype, chunks_of(shape, dtype), functools.partial(read, name)
+        )
+        for name, shape in named_shapes(config).items()
+    }
     write_byte_tokenizer(args.dst)
     (args.dst / "config.json").write_text(json.dumps(config.to_hf(args.dtype)))
-    write_hf_weights(args.dst, config, jnp.dtype(args.dtype), read)
+    write_hf_weights(args.dst, config, dtype, arrays)
 
 
 if __name__ == "__main__":

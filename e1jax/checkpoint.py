@@ -9,16 +9,20 @@ keeps `config.json` and the tokenizer files once, beside
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +30,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -44,29 +49,112 @@ from e1jax.tokenizer import read_json
 PARAMS = "params"
 CHECKPOINTS = "checkpoints"
 
-# A chunk is what one device reads at least. Large enough for a disk or a bucket, small
-# enough that a chip of a large mesh reads little besides its own shard.
-_CHUNK_BYTES = 64 * 2**20
+# A chunk is what one device reads at least, so it is small: a chip of a large mesh shall
+# read little besides its own shard.
+_CHUNK_BYTES = 5 * 10**6
+_PARTS_IN_FLIGHT = 16  # being written: else they would pile up in memory
+THREADS = min(8, max(2, os.cpu_count() or 1))
+
+Index = tuple[slice, ...]  # a part of an array: start and stop per dim
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-    """An array that is read when its turn to be written comes, and dropped after."""
+    """An array that is read part by part, when its turn comes."""
 
     shape: tuple[int, ...]
     dtype: Any
-    read: Callable[[], np.ndarray]
+    parts: tuple[int, ...]  # the shape of what is best read at once
+    read: Callable[[Index], np.ndarray]
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes one array after the other, so that one at a time is in memory."""
+    """Writes a LazyArray part by part, and restores whatever was saved as one."""
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
-        args = args or [ocp.SaveArgs()] * len(values)
-        for value, info, arg in zip(values, infos, args, strict=True):
-            for write in await super().serialize([value.read()], [info], [arg]):
-                write.result()
+        tasks = []
+        for value, info in zip(values, infos, strict=True):
+            spec = ocp.type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=bool(info.is_ocdbt_checkpoint),
+                global_shape=value.shape,
+                local_shape=value.shape,
+                dtype=value.dtype,
+                process_index=0,
+            )
+            spec["metadata"]["chunks"] = chunks_of(value.shape, value.dtype)
+            store = await tensorstore.open(spec, create=True, context=info.ts_context)
+            whole = tuple(slice(0, size) for size in value.shape)
+            tasks += [(store, value, part) for part in parts_of(value, whole)]
+        room = threading.Semaphore(_PARTS_IN_FLIGHT)
+
+        def write(task: tuple[Any, LazyArray, Index]) -> Any:
+            store, value, part = task
+            room.acquire()
+            array = value.read(part)
+            written = store[part].write(
+                array, can_reference_source_data_indefinitely=True
+            )
+            written.add_done_callback(lambda _: room.release())
+            return written
+
+        # Reading, hashing and copying leave Python's lock alone, and so does writing.
+        with ThreadPoolExecutor(THREADS) as pool:
+            for written in pool.map(write, tasks):
+                written.result()
         return []
+
+    async def deserialize(self, infos, args=None):
+        arrays = []
+        for info in infos:
+            spec = ocp.type_handlers.get_json_tspec_read(
+                info, use_ocdbt=bool(info.is_ocdbt_checkpoint)
+            )
+            store: Any = await tensorstore.open(spec, context=info.ts_context)
+            parts = store.chunk_layout.read_chunk.shape
+            read = functools.partial(_read, store, str(info.parent_dir))
+            dtype = store.dtype.numpy_dtype
+            arrays.append(LazyArray(store.shape, dtype, parts, read))
+        return arrays
+
+
+def _read(store: tensorstore.TensorStore, path: str, part: Index) -> np.ndarray:
+    try:
+        return store[part].read().result()
+    except Exception as error:
+        raise UserError(f"{_broken(path)}: {_in_short(error)}") from None
+
+
+def chunks_of(shape: Sequence[int], dtype: np.dtype) -> tuple[int, ...]:
+    """The shape of the chunks that an array is written in: all of it if it is small, else
+    a layer, halved until it is small enough."""
+    chunks = list(shape)
+    if len(shape) == 3 and math.prod(shape) * dtype.itemsize > _CHUNK_BYTES:
+        chunks[0] = 1
+    # On a mesh, kernels of layers are cut along both dims, so these are halved in turns;
+    # of the rest only the vocabulary is cut, the longer dim.
+    full = shape if len(shape) == 3 else [1] * len(shape)
+    while math.prod(chunks) * dtype.itemsize > _CHUNK_BYTES:
+        dims = [dim for dim, size in enumerate(chunks) if size > 1]
+        dim = max(dims, key=lambda dim: (chunks[dim] / full[dim], dim))
+        chunks[dim] = -(-chunks[dim] // 2)
+    return tuple(chunks)
+
+
+def parts_of(array: LazyArray, index: Index) -> Iterator[Index]:
+    """What is to be read for `index`, cut where the parts of the array end."""
+    cuts = []
+    for span, step in zip(index, array.parts, strict=True):
+        inner = range((span.start // step + 1) * step, span.stop, step)
+        pairs = itertools.pairwise([span.start, *inner, span.stop])
+        cuts.append([slice(*pair) for pair in pairs])
+    return itertools.product(*cuts)
+
+
+def _registry() -> ocp.type_handlers.TypeHandlerRegistry:
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyArray, _LazyHandler())
+    )
 
 
 def save_params(path: Path, params: Params) -> None:
@@ -75,20 +163,11 @@ def save_params(path: Path, params: Params) -> None:
     Uncompressed: weights are noise to zstd, which would make a checkpoint a fifth
     smaller and several times slower to write.
     """
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
-        (LazyArray, _LazyHandler(deepcopy_host_arrays=False)),
-    )
     handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False, type_handler_registry=registry
-    )
-    save_args = jax.tree.map(
-        lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
+        use_compression=False, type_handler_registry=_registry()
     )
     with _orbax(f"{path} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(
-            path.absolute(), args=ocp.args.PyTreeSave(params, save_args=save_args)
-        )
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(params))
 
 
 def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
@@ -96,23 +175,81 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Para
 
     Raises UserError if the checkpoint is not whole or is that of another model.
     """
-    form = quantized(check_saved(path, config))
-    return _restore(path, _restore_args(abstract_params(config, mesh, dtype, form)))
+    return place(open_params(path, config), config, mesh, dtype)
 
 
-def load_array(path: Path, name: str) -> np.ndarray:
-    """One parameter of a checkpoint ("layers/mlp/up/kernel"), in host memory."""
-    item: Any = 0
-    restore_args: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-    keys = name.split("/")
-    for key in reversed(keys):
-        item, restore_args = {key: item}, {key: restore_args}
-    array = _restore(
-        path, ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
+def open_params(path: Path, config: ModelConfig) -> dict[str, LazyArray]:
+    """The parameters saved at `path`, by name ("layers/mlp/up/kernel"), yet to be read.
+
+    Raises UserError if the checkpoint is not whole or is that of another model; so does
+    reading what is missing.
+    """
+    item = abstract_on_one(config, quantized(check_saved(path, config)))
+    lazy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), item)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=_registry())
+    with _orbax(_broken(path)), ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeRestore(item, lazy)
+        return named_leaves(checkpointer.restore(path.absolute(), args=args))
+
+
+def place(
+    arrays: Mapping[str, LazyArray], config: ModelConfig, mesh: Mesh, dtype: Any
+) -> Params:
+    """Parameters on the mesh, each device reading its own part, cast to `dtype`.
+
+    One after the other, the largest first: beside what is loaded there is never more than
+    one parameter in host memory, and a CPU takes that as it is.
+    """
+    leaves = named_leaves(abstract_params(config, mesh, dtype, quantized(arrays)))
+    placed = {}
+    for name in sorted(leaves, key=lambda name: leaves[name].size, reverse=True):
+        leaf = leaves[name]
+        placed[name] = _load(arrays[name], leaf.sharding, leaf.dtype)
+    return as_tree(placed, config)
+
+
+def _load(
+    array: LazyArray, sharding: jax.sharding.Sharding, dtype: np.dtype
+) -> jax.Array:
+    """An array on its devices, each part of it read once by each process."""
+    shards, tasks = {}, []
+    for index in sharding.addressable_devices_indices_map(array.shape).values():
+        spans = _spans(array.shape, index)
+        if spans not in shards:
+            shape = [stop - start for start, stop in spans]
+            shards[spans] = empty(shape, dtype)
+            whole = tuple(slice(*span) for span in spans)
+            tasks += [(spans, part) for part in parts_of(array, whole)]
+
+    def read(task: tuple[tuple[tuple[int, int], ...], Index]) -> None:
+        spans, part = task
+        where = tuple(
+            slice(cut.start - start, cut.stop - start)
+            for cut, (start, _) in zip(part, spans, strict=True)
+        )
+        shards[spans][where] = array.read(part)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(read, tasks))
+    loaded = jax.make_array_from_callback(
+        array.shape, sharding, lambda index: shards[_spans(array.shape, index)]
     )
-    for key in keys:
-        array = array[key]
-    return array
+    return loaded.block_until_ready()  # else copies to devices would pile up
+
+
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """numpy.empty, aligned to 64 bytes: JAX on a CPU uses that memory itself, not a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _spans(shape: Sequence[int], index: Any) -> tuple[tuple[int, int], ...]:
+    """Start and stop per dim, by which an index can be looked up."""
+    return tuple(
+        part.indices(size)[:2] for part, size in zip(index, shape, strict=True)
+    )
 
 
 def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
@@ -148,6 +285,14 @@ def named_shapes(
     """Name and shape of every parameter of a model, in the order of the tree."""
     leaves = named_leaves(abstract_on_one(config, form))
     return {name: array.shape for name, array in leaves.items()}
+
+
+def as_tree(leaves: Mapping[str, Any], config: ModelConfig) -> Params:
+    """The tree of parameters whose leaves these are, by name."""
+    shapes = abstract_on_one(config, quantized(leaves))
+    return jax.tree.unflatten(
+        jax.tree.structure(shapes), [leaves[name] for name in named_leaves(shapes)]
+    )
 
 
 def named_leaves(params: Params) -> dict[str, Any]:
@@ -233,13 +378,7 @@ def _best_step(run_dir: Path) -> int:
     return best if best in steps else steps[-1]
 
 
-def _restore(path: Path, args: Any) -> Any:
-    handler = ocp.PyTreeCheckpointHandler()
-    with _orbax(_broken(path)), ocp.Checkpointer(handler) as checkpointer:
-        return checkpointer.restore(path.absolute(), args=args)
-
-
-def _broken(path: Path) -> str:
+def _broken(path: Path | str) -> str:
     return f"{path} is not a whole Orbax checkpoint, convert or save it again"
 
 
@@ -257,12 +396,16 @@ def _orbax(problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())
-        if len(reason) > 300:  # tensorstore ends with the cause
-            reason = f"{reason[:150]} ... {reason[-150:]}"
-        raise UserError(f"{problem}: {reason}") from None
+        raise UserError(f"{problem}: {_in_short(error)}") from None
     finally:
         log.setLevel(level)
+
+
+def _in_short(error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if len(reason) > 300:  # tensorstore ends with the cause
+        reason = f"{reason[:150]} ... {reason[-150:]}"
+    return reason
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:

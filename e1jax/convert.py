@@ -3,8 +3,7 @@
 `load_model` is how every command gets a model: from the bundled ones, a hub id, a
 Hugging Face directory, an e1jax checkpoint or a run directory.
 
-A conversion streams. One of our parameters (a stack of all layers) at a time is in
-host memory, and everything is written to a sibling of DST that gets its name at the
+A conversion streams. A few parts of tensors at a time are in host memory, and everything is written to a sibling of DST that gets its name at the
 very end, so that an interrupted conversion leaves nothing at DST.
 """
 
@@ -18,7 +17,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,19 @@ from tqdm import tqdm
 
 from e1jax.checkpoint import (
     PARAMS,
+    THREADS,
+    Index,
     LazyArray,
-    abstract_on_one,
+    as_tree,
     check_same,
     check_saved,
+    chunks_of,
+    empty,
     find_params,
-    load_array,
     load_params,
     named_shapes,
+    open_params,
+    place,
     quantized,
     save_params,
 )
@@ -218,21 +222,30 @@ class _Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    offset: int  # in the file, in bytes
 
-    def read(self, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-        # Opened for each read, because a file that stays open stays mapped, and its
-        # pages would count as memory of this process until the end.
-        with _open(self.file) as tensors:
-            return tensors.get_slice(self.name)[index]
+    def map(self) -> np.ndarray:
+        """The tensor where it lies in the file, without a copy.
+
+        Mapped anew each time, because pages that stay mapped would count as memory of
+        this process until the end.
+        """
+        mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        return np.asarray(mapped)  # plain, which is faster to slice
 
 
-def _open(file: Path):
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors, and where their bytes start."""
     try:
-        return safetensors.safe_open(file, framework="numpy")
+        with safetensors.safe_open(file, "numpy"), file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is not a whole safetensors file ({error}); download it again"
         ) from None
+    header.pop("__metadata__", None)
+    return header, 8 + size
 
 
 def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
@@ -267,22 +280,22 @@ def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
 
     tensors, names = {}, {}
     for file in files:
-        with _open(file) as opened:
-            names[file.name] = set(opened.keys())
-            for name in sorted(names[file.name]):
-                part = opened.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                # Buffers of old files, and a copy of the embedding: nothing to load.
-                if name.endswith("rotary_emb.inv_freq"):
-                    continue
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                if dtype not in _DTYPES:
-                    raise UserError(
-                        f"{file}: {name} is stored as {dtype}; e1jax reads "
-                        f"{', '.join(_DTYPES)}"
-                    )
-                tensors[name] = _Tensor(file, name, shape, _DTYPES[dtype])
+        header, start = _header(file)
+        names[file.name] = set(header)
+        for name in sorted(header):
+            # Buffers of old files, and a copy of the embedding: nothing to load.
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                continue
+            shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+            if dtype not in _DTYPES:
+                raise UserError(
+                    f"{file}: {name} is stored as {dtype}; e1jax reads "
+                    f"{', '.join(_DTYPES)}"
+                )
+            offset = start + header[name]["data_offsets"][0]
+            tensors[name] = _Tensor(file, name, shape, _DTYPES[dtype], offset)
     for name, file in index.items():
         if name not in names[str(file)]:
             raise UserError(
@@ -316,67 +329,70 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _load_hf(path: Path, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Params:
-    """Parameters from safetensors files, one parameter at a time in host memory."""
-    tensors = hf_tensors(path, config)
+    """Parameters from safetensors files."""
+    arrays = _lazy_arrays(hf_tensors(path, config), config, dtype)
+    return place(arrays, config, mesh, dtype)
 
-    def load(keys, array: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+
+def _lazy_arrays(
+    tensors: Mapping[str, _Tensor],
+    config: ModelConfig,
+    dtype: np.dtype,
+    seen: Callable[[_Tensor], None] = lambda tensor: None,
+) -> dict[str, LazyArray]:
+    """Our parameters by name, read from Hugging Face tensors and cast to `dtype`.
+
+    `seen` is given each tensor when its first part is read.
+    """
+    arrays = {}
+    for name, shape in named_shapes(config).items():
         sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
-        loaded = jax.make_array_from_callback(
-            array.shape,
-            array.sharding,
-            lambda index: _read_part(name, sources, array.shape, index, dtype),
-        )
-        return loaded.block_until_ready()  # else copies to the device would pile up
-
-    return jax.tree.map_with_path(load, abstract_params(config, mesh, dtype))
+        read = functools.partial(_read_part, name, sources, dtype, seen)
+        # Whole rows of the tensors as they are stored: those lie side by side.
+        parts = list(chunks_of(shape, dtype))
+        across = -2 if TABLE[name][1] else -1
+        parts[across] = shape[across]
+        arrays[name] = LazyArray(shape, dtype, tuple(parts), read)
+    return arrays
 
 
 def _read_part(
     name: str,
     sources: Sequence[_Tensor],
-    shape: tuple[int, ...],
-    index: Any,
     dtype: np.dtype,
-    seen: Callable[[_Tensor, np.ndarray], None] = lambda source, array: None,
+    seen: Callable[[_Tensor], None],
+    part: Index,
 ) -> np.ndarray:
-    """A part of our parameter `name`, as `index`, a slice per dim, says.
-
-    `seen` is given each source that was read, as it is stored.
-    """
+    """A part of our parameter `name`, whose layers are `sources`."""
     pattern, turned = TABLE[name]
-    stacked = "{}" in pattern
-    if not stacked:
-        shape, index = (1, *shape), (slice(None), *index)
-    sizes = [len(range(size)[part]) for size, part in zip(shape, index, strict=True)]
-    part = np.empty(sizes, dtype)
-
-    def read(layer: int, source: _Tensor) -> None:
-        array = source.read(index[:0:-1] if turned else index[1:])
-        seen(source, array)
-        _copy(array.T if turned else array, part[layer])
-
-    # Two threads, because reading, hashing and copying leave Python's lock alone.
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(read, range(sizes[0]), sources[index[0]]))
-    return part if stacked else part[0]
+    layers, inner = (part[0], part[1:]) if "{}" in pattern else (slice(0, 1), part)
+    arrays = []
+    for source in sources[layers]:
+        if all(span.start == 0 for span in inner):
+            seen(source)
+        array = source.map()[inner[::-1] if turned else inner]
+        # A copy in any case: what stays mapped counts as memory of this process.
+        array = array.astype(dtype, copy=not turned)
+        arrays.append(turn(array) if turned else array)
+    if "{}" not in pattern:
+        return arrays[0]
+    return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
 
 def _load_int8(loaded: LoadedModel) -> Params:
     """Parameters with kernels and embedding as int8, one at a time in host memory as it
     is stored, the largest first."""
-    tensors, saved = {}, find_params(loaded.path)
-    if not saved:
-        tensors = hf_tensors(loaded.path, loaded.config)
+    saved = find_params(loaded.path)
+    arrays = open_params(saved[0], loaded.config) if saved else {}
+    tensors = {} if saved else hf_tensors(loaded.path, loaded.config)
     shapes = named_shapes(loaded.config)
 
-    def channels(name: str) -> Callable[[int], np.ndarray]:
+    def channels(name: str) -> Callable[[int], Iterable[np.ndarray]]:
         if saved:
-            array = load_array(saved[0], name)
-            array = array if "{}" in TABLE[name][0] else array[None]
-            return lambda layer: array[layer].T if TABLE[name][1] else array[layer]
+            array = _by_layer(name, arrays[name])
+            return lambda layer: _hf_blocks(name, array, layer)
         names = hf_names(loaded.config, name)
-        return lambda layer: tensors[names[layer]].read()
+        return lambda layer: [tensors[names[layer]].map()]
 
     def put(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         make = jax.make_array_from_callback
@@ -389,49 +405,57 @@ def _load_int8(loaded: LoadedModel) -> Params:
         parts = _as_int8(name, shapes[name], channels(name))
         place = functools.reduce(dict.__getitem__, name.split("/"), abstract)
         loads[name] = jax.block_until_ready(jax.tree.map(put, parts, place))
-    return jax.tree.map_with_path(
-        lambda keys, _: loads[jax.tree_util.keystr(keys, simple=True, separator="/")],
-        abstract_on_one(loaded.config),
-    )
+    return as_tree(loads, loaded.config)
 
 
 def _as_int8(
-    name: str, shape: tuple[int, ...], channels: Callable[[int], np.ndarray]
+    name: str,
+    shape: tuple[int, ...],
+    channels: Callable[[int], Iterable[np.ndarray]],
 ) -> Any:
     """Our parameter `name` as int8, in host memory; the array itself if it is neither a
-    kernel nor the embedding. `channels(layer)` gives [O, I], as a torch Linear has it."""
+    kernel nor the embedding. `channels(layer)` gives [O, I], as a torch Linear has it, in
+    blocks of rows."""
     pattern, turned = TABLE[name]
     layers = shape[0] if "{}" in pattern else 1
     if name.rpartition("/")[2] not in KERNELS:
-        array = np.stack([channels(layer) for layer in range(layers)])
-        return array.reshape(shape)
-    values = np.empty((layers, *shape[-2:]), np.int8)
-    scale = np.empty((layers, shape[-1] if turned else shape[-2]), np.float32)
+        blocks = [block for layer in range(layers) for block in channels(layer)]
+        return np.concatenate(blocks).reshape(shape)
+    values = empty((layers, *shape[-2:]), np.dtype(np.int8))
+    scale = empty((layers, shape[-1] if turned else shape[-2]), np.dtype(np.float32))
 
     def fill(layer: int) -> None:
-        rows = channels(layer)
-        for start in range(0, len(rows), 64):  # which stay in the processor's cache
-            part = slice(start, start + 64)
-            small, scale[layer, part] = rows_to_int8(rows[part])
-            if turned:
-                values[layer, :, part] = small.T
-            else:
-                values[layer, part] = small
+        end = 0
+        for block in channels(layer):
+            for start in range(
+                0, len(block), 64
+            ):  # which stay in the processor's cache
+                rows = block[start : start + 64]
+                part = slice(end, end := end + len(rows))
+                small, scale[layer, part] = rows_to_int8(rows)
+                if turned:
+                    values[layer, :, part] = small.T
+                else:
+                    values[layer, part] = small
 
-    with ThreadPoolExecutor(2) as pool:  # NumPy leaves Python's lock alone
+    with ThreadPoolExecutor(THREADS) as pool:  # NumPy leaves Python's lock alone
         list(pool.map(fill, range(layers)))
     if "{}" not in pattern:
         values, scale = values[0], scale[0]
     return {"values": values, "scale": scale}
 
 
-def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """target[...] = source, several times faster where source is a transpose.
+def turn(array: np.ndarray) -> np.ndarray:
+    """A transposed copy, several times faster than numpy makes it.
 
-    In strips of 64 columns, which stay in the processor's cache until they are used.
+    In strips as wide as a cache line, or two, each first copied to where it stays in the
+    processor's cache; and as integers, which numpy copies faster than bfloat16.
     """
-    for start in range(0, source.shape[-1], 64):
-        target[..., start : start + 64] = source[..., start : start + 64]
+    bits = array.view(f"u{array.itemsize}")
+    turned = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), 32):
+        turned[:, start : start + 32] = np.array(bits[start : start + 32]).T
+    return turned.view(array.dtype)
 
 
 def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
@@ -460,26 +484,23 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
             "source": source,
             "revision": path.name if path.parent.name == "snapshots" else None,
             "dtype": dtype,
-            "tensors": {},
         }
+        described = {}
+        total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+        with _progress(total) as note:
 
-        with _progress(tensors) as note:
+            def seen(tensor: _Tensor) -> None:
+                data = tensor.map().view(np.uint8).data
+                described[tensor.name] = {
+                    "shape": list(tensor.shape),
+                    "dtype": str(tensor.dtype),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+                note(data.nbytes)
 
-            def seen(tensor: _Tensor, array: np.ndarray) -> None:
-                manifest["tensors"][tensor.name] = _described(array)
-                note(array.nbytes)
-
-            def lazy(keys, array: jax.ShapeDtypeStruct) -> LazyArray:
-                name = jax.tree_util.keystr(keys, simple=True, separator="/")
-                sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
-                index = (slice(None),) * array.ndim
-                part = (name, sources, array.shape, index, jnp.dtype(dtype), seen)
-                return LazyArray(
-                    array.shape, jnp.dtype(dtype), lambda: _read_part(*part)
-                )
-
-            params = jax.tree.map_with_path(lazy, abstract_on_one(config))
-            save_params(new / PARAMS, params)
+            arrays = _lazy_arrays(tensors, config, jnp.dtype(dtype), seen)
+            save_params(new / PARAMS, as_tree(arrays, config))
+        manifest["tensors"] = {name: described[name] for name in tensors}
         _copy_files(path, new, dtype)
         _write_json(new / "manifest.json", manifest)
 
@@ -499,27 +520,27 @@ def to_hf(source: str, dst: Path) -> None:
             )
         params_dir, files_dir = saved
         config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
-        arrays = check_saved(params_dir, config)
+        arrays = open_params(params_dir, config)
         dtype = jnp.dtype(arrays["embedding"].dtype)
         tensors = read_manifest(files_dir).get("tensors", {})
         # Of a tensor that was cast, the manifest knows what it was cast from.
         kept = {name: t for name, t in tensors.items() if t["dtype"] == str(dtype)}
 
-        def check(name: str, array: np.ndarray) -> None:
-            if name in kept and kept[name] != _described(array):
-                raise UserError(
-                    f"{params_dir} is damaged: {name} is not what its manifest.json "
-                    "says, by the sha256; convert the model again"
-                )
+        sizes = {
+            name: math.prod(shape) * dtype.itemsize
+            for name, shape in hf_shapes(config).items()
+        }
+        with _progress(sum(sizes.values())) as note:
 
-        with _progress(arrays) as note:
+            def written(name: str, sha256: str) -> None:
+                if name in kept and kept[name]["sha256"] != sha256:
+                    raise UserError(
+                        f"{params_dir} is damaged: {name} is not what its manifest.json "
+                        "says, by the sha256; convert the model again"
+                    )
+                note(sizes[name])
 
-            def read(name: str) -> np.ndarray:
-                array = load_array(params_dir, name)
-                note(array.nbytes)
-                return array
-
-            write_hf_weights(new, config, dtype, read, check)
+            write_hf_weights(new, config, dtype, arrays, written)
         _copy_files(files_dir, new, str(dtype))
         bos = tokenizer.special_tokens.get("bos_token")
         ids = {
@@ -527,15 +548,6 @@ def to_hf(source: str, dst: Path) -> None:
             "eos_token_id": tokenizer.eos_id,
         }
         _write_json(new / "generation_config.json", ids)
-
-
-def _described(array: np.ndarray) -> dict[str, Any]:
-    """What the manifest says of a tensor."""
-    return {
-        "shape": list(array.shape),
-        "dtype": str(array.dtype),
-        "sha256": hashlib.sha256(array.view(np.uint8).data).hexdigest(),
-    }
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -560,15 +572,14 @@ def write_hf_weights(
     path: Path,
     config: ModelConfig,
     dtype: np.dtype,
-    read: Callable[[str], np.ndarray],
-    check: Callable[[str, np.ndarray], None] = lambda name, array: None,
+    arrays: Mapping[str, LazyArray],
+    written: Callable[[str, str], None] = lambda name, sha256: None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes safetensors files at `path`, from `read(name)`, our parameter of that name.
+    """Writes safetensors files at `path` of our parameters, given by name.
 
-    `check` is given each tensor by its Hugging Face name before it is written.
-    One tensor after the other, each parameter read once: the library's own writer
-    wants a whole file in memory, twice.
+    `written` is called with the Hugging Face name and the sha256 of each tensor.
+    The library's own writer wants a whole file in memory, twice.
     """
     shapes = hf_shapes(config)
     shards: list[dict[str, int]] = [{}]  # of each file, the tensors and their bytes
@@ -577,8 +588,7 @@ def write_hf_weights(
         if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
             shards.append({})
         shards[-1][name] = size
-    arrays = _hf_arrays(config, read)
-    weight_map = {}
+    places, weight_map = {}, {}
     for number, shard in enumerate(shards, 1):
         one = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = path / (one if len(shards) > 1 else _SINGLE)
@@ -593,32 +603,65 @@ def write_hf_weights(
             end += size
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        with file.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name in shard:
-                array = next(arrays)
-                assert array.shape == shapes[name], (name, array.shape)
-                check(name, array)
-                out.write(array.view(np.uint8).data)
+        file.write_bytes(len(text).to_bytes(8, "little") + text)
+        for name in shard:
+            places[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
         weight_map |= dict.fromkeys(shard, file.name)
+    for name, array in arrays.items():
+        _write_tensors(name, array, config, places, written)
     if len(shards) > 1:
         total = sum(sum(shard.values()) for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(path / _INDEX, index)
 
 
-def _hf_arrays(
-    config: ModelConfig, read: Callable[[str], np.ndarray]
-) -> Iterator[np.ndarray]:
-    """The tensors of a model in the order of `hf_shapes`."""
-    for name in named_shapes(config):
-        pattern, turned = TABLE[name]
-        array = read(name)
-        for part in array if "{}" in pattern else [array]:
-            if turned:
-                part, source = np.empty(part.shape[::-1], part.dtype), part.T
-                _copy(source, part)
-            yield part
+def _write_tensors(
+    name: str,
+    array: LazyArray,
+    config: ModelConfig,
+    places: Mapping[str, tuple[Path, int]],
+    written: Callable[[str, str], None],
+) -> None:
+    """Writes what our parameter `name` holds, each tensor into its file at its offset."""
+    array = _by_layer(name, array)
+
+    def write(layer: int, hf_name: str) -> None:
+        file, offset = places[hf_name]
+        digest = hashlib.sha256()
+        with file.open("r+b") as out:
+            out.seek(offset)
+            for block in _hf_blocks(name, array, layer):
+                data = block.view(np.uint8).data
+                digest.update(data)
+                out.write(data)
+        written(hf_name, digest.hexdigest())
+
+    names = hf_names(config, name)
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(write, range(len(names)), names))
+
+
+def _by_layer(name: str, array: LazyArray) -> LazyArray:
+    """Our parameter `name`, in host memory if to read one layer were to read them all."""
+    if "{}" not in TABLE[name][0] or array.parts[0] == 1:
+        return array
+    whole = array.read(tuple(slice(0, size) for size in array.shape))
+    return dataclasses.replace(array, read=whole.__getitem__)
+
+
+def _hf_blocks(name: str, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
+    """The Hugging Face tensor of a layer of our parameter `name`, by blocks of rows."""
+    pattern, turned = TABLE[name]
+    stacked = "{}" in pattern
+    rows = len(array.shape) - 1 if turned else int(stacked)  # the dim that holds them
+    index = [slice(0, size) for size in array.shape]
+    if stacked:
+        index[0] = slice(layer, layer + 1)
+    for start in range(0, array.shape[rows], array.parts[rows]):
+        index[rows] = slice(start, min(start + array.parts[rows], array.shape[rows]))
+        block = array.read(tuple(index))
+        block = block[0] if stacked else block
+        yield turn(block) if turned else np.ascontiguousarray(block)
 
 
 def _copy_files(src: Path, dst: Path, dtype: str) -> None:
@@ -669,13 +712,12 @@ def _new_directory(dst: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _progress(tensors: Mapping[str, Any]) -> Iterator[Callable[[int], None]]:
-    """A function to call with the bytes of each tensor that was read.
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A function to call with the bytes of each tensor of `total` bytes in all.
 
     It shows them on a terminal, and is where Ctrl-C stops: elsewhere it could come in the
     middle of Orbax, which then complains at length.
     """
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
     with bar, stop_signals() as signals:
 

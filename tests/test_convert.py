@@ -1,6 +1,5 @@
 """Conversion there and back bit for bit, loading, and every kind of bad input."""
 
-import functools
 import hashlib
 import json
 import os
@@ -22,7 +21,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from e1jax import convert
-from e1jax.checkpoint import find_params, load_array, named_shapes, save_params
+from e1jax.checkpoint import (
+    LazyArray,
+    find_params,
+    named_shapes,
+    open_params,
+    save_params,
+)
 from e1jax.config import ModelConfig, UserError, run_command
 from e1jax.tokenizer import write_byte_tokenizer
 
@@ -209,9 +214,9 @@ def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
     convert.from_hf(str(source), tmp_path / "e1")
     split = shutil.copytree(source, tmp_path / "split")
     (split / "model.safetensors").unlink()
-    read = functools.partial(load_array, tmp_path / "e1/params")
+    arrays = open_params(tmp_path / "e1/params", config)
     convert.write_hf_weights(
-        split, config, np.dtype(jnp.bfloat16), read, max_shard_bytes=50_000
+        split, config, np.dtype(jnp.bfloat16), arrays, max_shard_bytes=50_000
     )
     files = sorted(split.glob("*.safetensors"))
     assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
@@ -398,8 +403,11 @@ def damage(params: Path, array: np.ndarray) -> None:
 def test_a_flipped_bit_is_found(tiny_hf, tmp_path, command):
     for flags in ((), ("--dtype", "bfloat16")):  # of a cast tensor nothing is known
         command("from-hf", tiny_hf(), tmp_path / "e1", *flags)
-        up = np.asarray(load_array(tmp_path / "e1/params", "layers/mlp/up/kernel"))
-        damage(tmp_path / "e1/params", up[1])
+        arrays = open_params(tmp_path / "e1/params", convert.read_config(tiny_hf()))
+        up = arrays["layers/mlp/up/kernel"].read(
+            (slice(1, 2), slice(0, 64), slice(0, 96))
+        )
+        damage(tmp_path / "e1/params", up)
         result = command("to-hf", tmp_path / "e1", tmp_path / "dst")
         if flags:
             assert result[0] == 0
@@ -505,10 +513,13 @@ def write_ones(path: Path, **sizes) -> ModelConfig:
         rope_theta=1e4,
         **sizes,
     )
-    shapes, dtype = named_shapes(config), np.dtype(np.float32)
+    dtype = np.dtype(np.float32)
+    arrays = {
+        name: LazyArray(shape, dtype, shape, np.ones(shape, dtype).__getitem__)
+        for name, shape in named_shapes(config).items()
+    }
     (path / "config.json").write_text(json.dumps(config.to_hf("float32")))
-    ones = functools.partial(np.ones, dtype=dtype)
-    convert.write_hf_weights(path, config, dtype, lambda name: ones(shapes[name]))
+    convert.write_hf_weights(path, config, dtype, arrays)
     return config
 
 
