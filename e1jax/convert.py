@@ -17,7 +17,7 @@ import os
 import re
 import reprlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,7 @@ from e1jax.checkpoint import (
     check_same,
     check_saved,
     chunks_of,
-    empty,
     find_params,
-    load_params,
     named_shapes,
     open_params,
     place,
@@ -57,8 +55,8 @@ from e1jax.config import (
     run_command,
     stop_signals,
 )
-from e1jax.model import Params, abstract_params
-from e1jax.quantize import KERNELS, rows_to_int8
+from e1jax.model import Params
+from e1jax.quantize import KERNELS, int8_on_host
 from e1jax.sharding import make_mesh
 from e1jax.tokenizer import FILES, Tokenizer, read_json
 
@@ -110,13 +108,13 @@ class LoadedModel:
     def params(self) -> Params:
         """The parameters on the mesh, each device reading its own part. They are not
         kept here: whoever trains them would have them in memory twice."""
-        saved = find_params(self.path)
-        stored = quantized(check_saved(saved[0], self.config)) if saved else None
-        if self.quantize != stored:
-            return _load_int8(self)
-        if saved:
-            return load_params(saved[0], self.config, self.mesh, self.dtype)
-        return _load_hf(self.path, self.config, self.mesh, self.dtype)
+        if saved := find_params(self.path):
+            arrays = open_params(saved[0], self.config)
+        else:
+            arrays = _lazy_arrays(hf_tensors(self.path, self.config), self.config)
+        if self.quantize and not quantized(arrays):
+            arrays = as_int8(arrays)
+        return place(arrays, self.config, self.mesh, self.dtype)
 
 
 def load_model(
@@ -328,25 +326,21 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _load_hf(path: Path, config: ModelConfig, mesh: Mesh, dtype: np.dtype) -> Params:
-    """Parameters from safetensors files."""
-    arrays = _lazy_arrays(hf_tensors(path, config), config, dtype)
-    return place(arrays, config, mesh, dtype)
-
-
 def _lazy_arrays(
     tensors: Mapping[str, _Tensor],
     config: ModelConfig,
-    dtype: np.dtype,
+    dtype: np.dtype | None = None,
     seen: Callable[[_Tensor], None] = lambda tensor: None,
 ) -> dict[str, LazyArray]:
-    """Our parameters by name, read from Hugging Face tensors and cast to `dtype`.
+    """Our parameters by name, read from Hugging Face tensors and cast to `dtype` (None:
+    as the first layer of each is stored).
 
     `seen` is given each tensor when its first part is read.
     """
-    arrays = {}
+    given, arrays = dtype, {}
     for name, shape in named_shapes(config).items():
         sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
+        dtype = given or sources[0].dtype
         read = functools.partial(_read_part, name, sources, dtype, seen)
         # Whole rows of the tensors as they are stored: those lie side by side.
         parts = list(chunks_of(shape, dtype))
@@ -379,70 +373,41 @@ def _read_part(
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
 
-def _load_int8(loaded: LoadedModel) -> Params:
-    """Parameters with kernels and embedding as int8, one at a time in host memory as it
-    is stored, the largest first."""
-    saved = find_params(loaded.path)
-    arrays = open_params(saved[0], loaded.config) if saved else {}
-    tensors = {} if saved else hf_tensors(loaded.path, loaded.config)
-    shapes = named_shapes(loaded.config)
-
-    def channels(name: str) -> Callable[[int], Iterable[np.ndarray]]:
-        if saved:
-            array = _by_layer(name, arrays[name])
-            return lambda layer: _hf_blocks(name, array, layer)
-        names = hf_names(loaded.config, name)
-        return lambda layer: [tensors[names[layer]].map()]
-
-    def put(array: np.ndarray, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        make = jax.make_array_from_callback
-        wide = array.astype(abstract.dtype, copy=False)
-        return make(array.shape, abstract.sharding, lambda index: wide[index])
-
-    abstract = abstract_params(loaded.config, loaded.mesh, loaded.dtype, "int8")
-    loads: dict[str, Any] = {}
-    for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
-        parts = _as_int8(name, shapes[name], channels(name))
-        place = functools.reduce(dict.__getitem__, name.split("/"), abstract)
-        loads[name] = jax.block_until_ready(jax.tree.map(put, parts, place))
-    return as_tree(loads, loaded.config)
+def as_int8(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
+    """Parameters by name, with kernels and embedding as int8; see quantize."""
+    packed = {}
+    for name, array in arrays.items():
+        axis = KERNELS.get(name.rpartition("/")[2])
+        if axis is None:
+            packed[name] = array
+            continue
+        parts, sizes = list(array.parts), list(array.shape)
+        parts[axis] = sizes[axis]
+        values = functools.partial(_int8_values, array, axis)
+        packed[f"{name}/values"] = LazyArray(
+            array.shape, np.dtype(np.int8), tuple(parts), values
+        )
+        del parts[axis], sizes[axis]
+        scale = functools.partial(_int8_scale, array, axis)
+        packed[f"{name}/scale"] = LazyArray(
+            tuple(sizes), np.dtype(np.float32), tuple(parts), scale
+        )
+    return packed
 
 
-def _as_int8(
-    name: str,
-    shape: tuple[int, ...],
-    channels: Callable[[int], Iterable[np.ndarray]],
-) -> Any:
-    """Our parameter `name` as int8, in host memory; the array itself if it is neither a
-    kernel nor the embedding. `channels(layer)` gives [O, I], as a torch Linear has it, in
-    blocks of rows."""
-    pattern, turned = TABLE[name]
-    layers = shape[0] if "{}" in pattern else 1
-    if name.rpartition("/")[2] not in KERNELS:
-        blocks = [block for layer in range(layers) for block in channels(layer)]
-        return np.concatenate(blocks).reshape(shape)
-    values = empty((layers, *shape[-2:]), np.dtype(np.int8))
-    scale = empty((layers, shape[-1] if turned else shape[-2]), np.dtype(np.float32))
+def _int8_values(array: LazyArray, axis: int, part: Index) -> np.ndarray:
+    """A part of the values; a channel is read whole, as its scale needs all of it."""
+    whole = list(part)
+    whole[axis] = slice(0, array.shape[axis])
+    cut = [slice(None)] * len(whole)
+    cut[axis] = part[axis]
+    return int8_on_host(array.read(tuple(whole)), axis)[0][tuple(cut)]
 
-    def fill(layer: int) -> None:
-        end = 0
-        for block in channels(layer):
-            for start in range(
-                0, len(block), 64
-            ):  # which stay in the processor's cache
-                rows = block[start : start + 64]
-                part = slice(end, end := end + len(rows))
-                small, scale[layer, part] = rows_to_int8(rows)
-                if turned:
-                    values[layer, :, part] = small.T
-                else:
-                    values[layer, part] = small
 
-    with ThreadPoolExecutor(THREADS) as pool:  # NumPy leaves Python's lock alone
-        list(pool.map(fill, range(layers)))
-    if "{}" not in pattern:
-        values, scale = values[0], scale[0]
-    return {"values": values, "scale": scale}
+def _int8_scale(array: LazyArray, axis: int, part: Index) -> np.ndarray:
+    whole = list(part)
+    whole.insert(len(array.shape) + axis, slice(0, array.shape[axis]))
+    return int8_on_host(array.read(tuple(whole)), axis)[1]
 
 
 def turn(array: np.ndarray) -> np.ndarray:
@@ -458,10 +423,12 @@ def turn(array: np.ndarray) -> np.ndarray:
     return turned.view(array.dtype)
 
 
-def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
+def from_hf(
+    source: str, dst: Path, dtype: str | None = None, quantize: str | None = None
+) -> None:
     """Writes an e1jax checkpoint of a Hugging Face model at `dst`.
 
-    `dtype` None keeps the stored one. The manifest holds, per tensor of the source, its
+    `dtype` None keeps the stored one; `quantize` "int8" is for sampling only. The manifest holds, per tensor of the source, its
     shape, dtype and the sha256 of its bytes as they were stored there.
     """
     with _new_directory(dst) as new:
@@ -484,12 +451,15 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
             "source": source,
             "revision": path.name if path.parent.name == "snapshots" else None,
             "dtype": dtype,
+            "quantize": quantize,
         }
         described = {}
         total = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
         with _progress(total) as note:
 
             def seen(tensor: _Tensor) -> None:
+                if tensor.name in described:  # int8 reads its values and its scale
+                    return
                 data = tensor.map().view(np.uint8).data
                 described[tensor.name] = {
                     "shape": list(tensor.shape),
@@ -499,6 +469,7 @@ def from_hf(source: str, dst: Path, dtype: str | None = None) -> None:
                 note(data.nbytes)
 
             arrays = _lazy_arrays(tensors, config, jnp.dtype(dtype), seen)
+            arrays = as_int8(arrays) if quantize else arrays
             save_params(new / PARAMS, as_tree(arrays, config))
         manifest["tensors"] = {name: described[name] for name in tensors}
         _copy_files(path, new, dtype)
@@ -521,6 +492,11 @@ def to_hf(source: str, dst: Path) -> None:
         params_dir, files_dir = saved
         config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
         arrays = open_params(params_dir, config)
+        if quantized(arrays):
+            raise UserError(
+                f"{path} has its weights as int8, which a Hugging Face directory cannot "
+                "hold; convert the model that it was made from"
+            )
         dtype = jnp.dtype(arrays["embedding"].dtype)
         tensors = read_manifest(files_dir).get("tensors", {})
         # Of a tensor that was cast, the manifest knows what it was cast from.
@@ -780,6 +756,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=["bfloat16", "float32", "float16"],
         help="number format of the written weights (default: as stored in SRC)",
     )
+    command.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        help="of the weights, with a scale per output channel: half the size of "
+        "bfloat16, for sampling only (default: as in SRC)",
+    )
     command = commands.add_parser(
         "to-hf", help="e1jax checkpoint to a directory that transformers loads"
     )
@@ -795,7 +777,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A conversion needs no accelerator, and must not take one from who uses it.
     jax.config.update("jax_platforms", "cpu")
     if args.command == "from-hf":
-        from_hf(args.src, args.dst, args.dtype)
+        from_hf(args.src, args.dst, args.dtype, args.quantize)
     elif args.command == "to-hf":
         to_hf(args.src, args.dst)
     else:

@@ -186,13 +186,12 @@ def to_int8(params: dict[str, Any]) -> dict[str, Any]:
     return map_kernels(jax.jit(quantize, static_argnums=1), params)
 
 
-def rows_to_int8(
-    rows: Float[np.ndarray, "O I"],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same for some output channels, in host memory: int8 [O, I], and scales [O]."""
-    wide = _wide_on_host(rows)
-    scale = np.abs(wide).max(axis=1) / np.float32(LARGEST)
-    wide /= np.where(scale == 0, np.float32(1), scale)[:, None]
+def int8_on_host(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for some channels of a kernel, whose products sum over `axis`, in host
+    memory: values, and scales without that dim."""
+    wide = _wide_on_host(x)
+    scale = np.abs(wide).max(axis=axis) / np.float32(LARGEST)
+    wide /= np.expand_dims(np.where(scale == 0, np.float32(1), scale), axis)
     return np.rint(wide, out=wide).astype(np.int8), scale
 
 

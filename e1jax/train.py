@@ -141,6 +141,11 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         import_wandb(config.wandb)  # or says, now, that it is missing
     mesh = config.mesh or default_mesh(jax.device_count())
     loaded = load_model(config.model, mesh, config.update.param_dtype)
+    if loaded.quantize:
+        raise UserError(
+            f"{config.model} has its weights as int8, which cannot be trained; train the "
+            "model that it was made from"
+        )
     instruction = config.data.instruction
     if instruction is None:
         instruction = default_instruction(loaded.tokenizer)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import Engine, SamplingParams, attention, model, quantize
-from e1jax.config import ModelConfig
-from e1jax.convert import load_model
+from e1jax import Engine, SamplingParams, attention, model, quantize, train
+from e1jax.config import GRPOConfig, ModelConfig, UserError
+from e1jax.convert import from_hf, load_model, to_hf
 
 CPU = "data=1,tensor=1"
 PROMPTS = [[5, 9, 30, 7], [11] * 23, [40, 3]]
@@ -51,8 +51,11 @@ def dequantized(params: dict) -> dict:
 def test_rows_as_int8(dtype):
     rows = np.random.default_rng(0).normal(size=(7, 33)).astype(dtype)
     rows[2] = 0  # a channel without a scale
-    values, scale = quantize.rows_to_int8(rows)
+    values, scale = quantize.int8_on_host(rows, 1)
+    turned = quantize.int8_on_host(rows.T[None], -2)
     expected, scales = int8_of(rows.astype(np.float32), 1)
+    np.testing.assert_array_equal(turned[0][0].T, values)
+    np.testing.assert_array_equal(turned[1][0], scale)
     assert values.dtype == np.int8 and scale.dtype == np.float32
     np.testing.assert_allclose(scale, scales, rtol=1e-6)
     assert np.abs(values - expected).max() <= 1  # a tie may go either way
@@ -230,6 +233,42 @@ def test_int8_weights_are_as_near_as_they_can_be(tiny_hf):
         assert error.max() > 0 and (error <= np.asarray(b["scale"]) * 0.501).all()
 
 
+def test_int8_is_the_same_from_wherever_it_is_loaded(tiny_hf, tmp_path):
+    """From Hugging Face files, from a checkpoint, and from one that is stored so, on one
+    device and cut over several."""
+    path = tiny_hf(num_layers=3, dtype="bfloat16")
+    from_hf(str(path), tmp_path / "wide")
+    from_hf(str(path), tmp_path / "int8", quantize="int8")
+    made = quantize.to_int8(load_model(str(path), CPU, "bfloat16").params)
+    sources = (path, "int8"), (tmp_path / "wide", "int8"), (tmp_path / "int8", None)
+    first = None
+    for name, form in sources:
+        loaded = load_model(str(name), CPU, "bfloat16", form)
+        assert loaded.quantize == "int8"
+        first = first or loaded.params
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, first)), name
+        for ours, theirs in zip(*map(jax.tree.leaves, (first, made)), strict=True):
+            atol = 1 if ours.dtype == jnp.int8 else 0  # where a tie goes the other way
+            ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=atol)
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)}
+        assert dtypes == {"int8", "float32", "bfloat16"}
+
+
+def test_what_int8_cannot_be_used_for(tiny_hf, tmp_path):
+    from_hf(str(tiny_hf()), tmp_path / "int8", quantize="int8")
+    with pytest.raises(UserError, match="int8, which a Hugging Face directory cannot"):
+        to_hf(str(tmp_path / "int8"), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    config = GRPOConfig(model=str(tmp_path / "int8"), steps=1)
+    with pytest.raises(UserError, match="int8, which cannot be trained"):
+        train.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="quantize must be int8, not 'int4'"):
+        load_model("nano", quantize="int4")
+    with pytest.raises(UserError, match="kv_dtype must be float32 or bfloat16 or int8"):
+        Engine.from_pretrained("nano", kv_dtype="fp8")
+
+
 def test_bfloat16_on_a_cpu_is_the_float32_model_of_its_values(tiny_hf):
     path = tiny_hf(num_layers=3)
     params = load_model(str(path), CPU, "bfloat16").params
@@ -290,4 +329,6 @@ def test_slabs_stay_in_the_cache_of_a_processor(rows, size, width):
 
 
 def test_a_slab_is_never_longer_than_the_kernel():
-    assert quantize._slab_rows(1, 5, 3) == 5 and quantize._slab_rows(500, 700, 64) == 700
+    assert (
+        quantize._slab_rows(1, 5, 3) == 5 and quantize._slab_rows(500, 700, 64) == 700
+    )
