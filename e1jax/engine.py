@@ -704,10 +704,8 @@ def _next_power(length: int, shortest: int) -> int:
 def _most_tokens(request: _Request) -> int:
     """The most tokens that a response can have."""
     budget, forced = request.budget, len(request.forced_ids)
-    thinking = (
-        budget.thinking + forced if forced else 0
-    )  # a model may have no `</think>`
-    return min(budget.total, thinking + budget.solution)
+    thinking = budget.thinking if forced else 0  # a model may have no `</think>`
+    return min(budget.total, thinking + forced + budget.solution)
 
 
 def empty_rows(slots: int, width: int) -> Rows:
