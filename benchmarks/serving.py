@@ -36,6 +36,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,9 +112,13 @@ def compare(name: str, seed: int, turns: int) -> list[dict[str, Any]]:
     engines, prompts = MODELS[name]()
     requests = list(zip(prompts, mixed_budgets(seed), strict=True))
     compile_programs(engines.both)
-    done = [
-        {way: run(engines, requests) for way, run in WAYS.items()} for _ in range(turns)
-    ]
+    done: list[dict[str, Work]] = []
+    for number in range(turns):
+        done.append({})
+        for way, run in WAYS.items():
+            done[-1][way] = work = run(engines, requests)
+            said = f"turn {number + 1}: {name} {way} {work.seconds:.2f} s"
+            print(said, file=sys.stderr, flush=True)
     load = os.getloadavg()[0]
     about = {
         "benchmark": "serving",
