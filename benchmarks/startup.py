@@ -113,7 +113,9 @@ def parts(cache: str) -> dict[str, float]:
 
 
 def started(command: list[str], cache: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, CACHE: cache}
+    # Without PyTorch, transformers advises to install it.
+    quiet = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    environment = {**os.environ, **quiet, CACHE: cache}
     return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
 
 

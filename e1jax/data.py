@@ -408,7 +408,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     # Slow to load, and few files are Parquet.
-    import pyarrow
     import pyarrow.parquet
 
     index = itertools.count()
