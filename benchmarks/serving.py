@@ -24,7 +24,8 @@ A useful slot step is one that gave a token of a response. The thinking that the
 sample is the same token by token where the arithmetic is (float32 on a CPU): the share
 of requests for which it was is `same_thinking`. All is compiled before the first turn.
 Figures are medians of the turns, with the smallest and the largest beside them; ratios
-are those of requests per second within a turn, e1jax / the other.
+are those of requests per second within a turn, e1jax / the other. `cpu_ratio` is that of
+processor time, which other processes on the machine disturb less.
 """
 
 import argparse
@@ -72,6 +73,7 @@ class Work(NamedTuple):
     """What a way did in one turn."""
 
     seconds: float
+    cpu: float  # seconds of processor time
     tokens: int  # slot steps that gave one
     slot_steps: int
     prefills: int
@@ -97,9 +99,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     args = parser.parse_args()
-    print(
-        "model   way                 requests/s (low - high)  useful  prefills  ratio"
-    )
+    print("model   way          requests/s (low - high)   useful  prefills  ratio  CPU")
     for name in args.model or MODELS:
         lines = compare(name, args.seed, args.turns)
         if args.output:
@@ -117,7 +117,8 @@ def compare(name: str, seed: int, turns: int) -> list[dict[str, Any]]:
         done.append({})
         for way, run in WAYS.items():
             done[-1][way] = work = run(engines, requests)
-            said = f"turn {number + 1}: {name} {way} {work.seconds:.2f} s"
+            said = f"{work.seconds:.2f} s, CPU {work.cpu:.2f} s"
+            said = f"turn {number + 1}: {name} {way} {said}"
             print(said, file=sys.stderr, flush=True)
     load = os.getloadavg()[0]
     about = {
@@ -131,14 +132,14 @@ def compare(name: str, seed: int, turns: int) -> list[dict[str, Any]]:
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "e1jax")},
         "device": jax.devices()[0].device_kind,
         "cpu_model": cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     lines = [figures(way, [turn[way] for turn in done], done) for way in WAYS]
     for line in lines:
         print(
-            "{model:7} {name:18} {median:11.3f} ({low:.3f} - {high:.3f}) "
-            "{useful_slot_steps:11.1%} {prefills:9} {ratio:6.2f}".format(
+            "{model:6} {name:18} {median:8.3f} ({low:.3f} - {high:.3f}) "
+            "{useful_slot_steps:8.1%} {prefills:9} {ratio:6.2f} {cpu_ratio:4.2f}".format(
                 model=name, **line
             )
         )
@@ -152,6 +153,7 @@ def figures(
     """A way's figures, and what e1jax is to it."""
     rates = [REQUESTS / work.seconds for work in works]
     ratios = [turn[name].seconds / turn["e1jax"].seconds for turn in turns]
+    cpu_ratios = [turn[name].cpu / turn["e1jax"].cpu for turn in turns]
     work, ours = works[0], turns[0]["e1jax"]
     same = sum(map(list.__eq__, work.thinking, ours.thinking)) / REQUESTS
     return {
@@ -163,6 +165,7 @@ def figures(
         "ratio": statistics.median(ratios),
         "ratio_low": min(ratios),
         "ratio_high": max(ratios),
+        "cpu_ratio": statistics.median(cpu_ratios),
         "useful_slot_steps": work.tokens / work.slot_steps,
         "slot_steps": work.slot_steps,
         "tokens": work.tokens,
@@ -222,16 +225,17 @@ def compile_programs(engine: Engine) -> None:
 
 
 def one_call(engines: Engines, requests: list[Request]) -> Work:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     results, stats = call(engines.both, requests)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     thinking = [c.token_ids[: c.thinking_tokens] for c in results]
     end = engines.both.tokenizer.think_end_id
-    return Work(seconds, *stats, [without(ids, end) for ids in thinking])
+    return Work(seconds, cpu, *stats, [without(ids, end) for ids in thinking])
 
 
 def two_calls(engines: Engines, requests: list[Request], batch: int = SLOTS) -> Work:
-    start, end = time.perf_counter(), engines.both.tokenizer.think_end_id
+    start, cpu = time.perf_counter(), time.process_time()
+    end = engines.both.tokenizer.think_end_id
     totals, all_thinking = np.zeros(3, int), []
     for first in range(0, len(requests), batch):
         part = requests[first : first + batch]
@@ -245,8 +249,8 @@ def two_calls(engines: Engines, requests: list[Request], batch: int = SLOTS) -> 
         ]
         totals += call(engines.solve, solve)[1]
         all_thinking += thinking
-    seconds = time.perf_counter() - start
-    return Work(seconds, *totals.tolist(), all_thinking)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return Work(seconds, cpu, *totals.tolist(), all_thinking)
 
 
 def two_calls_refilled(engines: Engines, requests: list[Request]) -> Work:
@@ -271,6 +275,12 @@ def plain(budget: int | None, params: SamplingParams) -> SamplingParams:
 
 def without(ids: list[int], last: int | None) -> list[int]:
     return ids[:-1] if ids and ids[-1] == last else ids
+
+
+def cores() -> int | None:
+    """Those that this process may use, where the system tells."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count()
 
 
 def cpu_model() -> str:
