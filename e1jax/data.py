@@ -35,16 +35,16 @@ import zlib
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grain
 import huggingface_hub
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from e1jax.config import SFTConfig, TraceMix, UserError, check_integer
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
+
+if TYPE_CHECKING:
+    import grain
 
 # Nano datasets: held out or not, and which of all such problems.
 NANO = {
@@ -281,7 +281,7 @@ def prompt_batches(
     seed: int,
     process: int = 0,
     processes: int = 1,
-) -> grain.DatasetIterator[list[Prompt]]:
+) -> "grain.DatasetIterator[list[Prompt]]":
     """Endless batches; every epoch holds each problem once, in an order of its own.
 
     A batch of `prompts` is shared out among the processes: of the positions i * prompts
@@ -308,6 +308,9 @@ def prompt_batches(
     def batch(number: int) -> list[Prompt]:
         first, end = number * prompts + process, (number + 1) * prompts
         return [prompt(position) for position in range(first, end, processes)]
+
+    # Slow to load, and only training needs it.
+    import grain
 
     batches = grain.MapDataset.range(sys.maxsize).map(batch)
     # Made when asked for: nothing here is worth a thread.
@@ -404,6 +407,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    # Slow to load, and few files are Parquet.
+    import pyarrow.parquet
+
     index = itertools.count()
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
@@ -541,8 +547,11 @@ class SFTBatches:
         ]
 
 
-def sft_batches(config: SFTConfig, tokenizer: Tokenizer) -> grain.DatasetIterator:
+def sft_batches(config: SFTConfig, tokenizer: Tokenizer) -> "grain.DatasetIterator":
     """Iterator over the batches of a run; its state, a position, restores it anywhere."""
+    # Slow to load, and only training needs it.
+    import grain
+
     dataset = grain.MapDataset.source(SFTBatches(config, tokenizer))
     # One thread, because a pool is made by whoever asks for its first batch.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=POOL_BATCHES)

@@ -342,7 +342,10 @@ class Engine:
         alone = on_cpu(self.mesh) and self.mesh.size == 1
         step_weights = quantize.unstack(weights) if alone else weights
         self.stats = Stats()
+        # The longest budgets start first, so that the slots come to their ends together
+        # and none waits long for the last; equal ones start in the order of the call.
         queue = [request for request in requests if request.waiting][::-1]
+        queue.sort(key=_most_tokens)
         active: list[_Active | None] = [None] * self.slots
         longest = max((len(r.forced_ids) for r in requests), default=0)
         rows = empty_rows(self.slots, _next_power(longest, SHORTEST_FORCED))
@@ -704,6 +707,13 @@ def _next_power(length: int, shortest: int) -> int:
     """The next power of two, at least `shortest`: few lengths, so few compiled
     programs."""
     return max(shortest, 1 << max(length - 1, 0).bit_length())
+
+
+def _most_tokens(request: _Request) -> int:
+    """The most tokens that a response can have."""
+    budget, forced = request.budget, len(request.forced_ids)
+    thinking = budget.thinking if forced else 0  # a model may have no `</think>`
+    return min(budget.total, thinking + forced + budget.solution)
 
 
 def empty_rows(slots: int, width: int) -> Rows:

@@ -239,6 +239,41 @@ def test_slots_are_refilled_while_others_go_on(make):
     assert engine.stats.decode_steps <= max(longest, total - longest) + 5
 
 
+@pytest.fixture(scope="module")
+def endless(tokenizer):
+    """No token ends a response: each is as long as its budgets."""
+    return dataclasses.replace(tokenizer, eos_id=CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "can_think, order", [(True, [4, 5, 6, 1, 2, 0, 3]), (False, [5, 6, 1, 4, 2, 0, 3])]
+)
+def test_the_longest_budgets_start_first(make, endless, can_think, order):
+    """And equal ones in the order of the call, as they are handed out."""
+    think_end = endless.think_end_id if can_think else None
+    tokenizer = dataclasses.replace(endless, think_end_id=think_end)
+    pairs = [(3, 5), (0, 40), (20, 9), (3, 5), (None, 20), (1, None), (0, 41)]
+    params = [
+        SamplingParams(thinking_budget=t if can_think else None, solution_budget=s)
+        for t, s in pairs
+    ]
+    prompts = [[10 + index, 7] for index in range(len(pairs))]
+    engine = make(cache_len=90, slots=1, tokenizer=tokenizer)
+    stream = list(engine.stream(prompts, params))
+    assert [c.prompt_index for c in stream] == order
+    assert [c.prompt_ids for c in stream] == [prompts[i] for i in order]
+
+
+def test_few_slot_steps_are_wasted_on_mixed_budgets(make, endless):
+    """The longest request comes last, and would run alone were it to start last."""
+    budgets = np.geomspace(2, 120, 24).astype(int).tolist()
+    params = [SamplingParams(thinking_budget=0, solution_budget=b) for b in budgets]
+    engine = make(slots=3, tokenizer=endless)
+    results = engine.generate([[7, 8]] * len(params), params)
+    assert [len(c.token_ids) for [c] in results] == [1 + b for b in budgets]
+    assert engine.stats.tokens >= 0.98 * engine.stats.slot_steps
+
+
 def lowered_decode(engine):
     rows = engine_module.empty_rows(engine.slots, 8)
     ids = sampling.TokenIds(256, 261)

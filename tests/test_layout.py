@@ -1,6 +1,8 @@
 """The package reads from leaf to root, and hides no import."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,18 @@ def test_torch_is_never_imported(module):
 def test_configuration_needs_no_jax():
     tree = ast.parse((PACKAGE / "config.py").read_text(encoding="utf-8"))
     assert not [name for name, _ in imports(tree) if name.split(".")[0] == "jax"]
+
+
+def test_sampling_starts_without_what_it_does_not_need():
+    """Each of these takes a tenth of a second or more to load."""
+    slow = {"grain", "pyarrow", "matplotlib", "math_verify", "tensorboardX", "torch"}
+    script = "import sys, e1jax.sample; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "e1jax.engine" in loaded
+    assert not slow & loaded
 
 
 def test_the_checks_themselves():
