@@ -85,6 +85,9 @@ def main() -> None:
         processors = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, processors[: args.threads])
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    # Torch's threads spin where they wait, and so starve each other wherever a machine
+    # has other work to do: a step then takes up to 30 times as long.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     workers = {
         name: common.Worker(name, python, __file__) for name, python in pythons.items()
     }
