@@ -24,29 +24,33 @@ of a turn.
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import re
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import (
+    TUNIX,
+    VENVS,
+    VOCAB,
+    Worker,
+    append,
+    e1jax_model,
+    install,
+    machine,
+    make_weights,
+    serve,
+    tunix_model,
+    versions,
+)
 
-TUNIX = "0.1.7"
-VENV = Path(__file__).parents[1] / ".bench-venvs" / "tunix"
+VENV = VENVS / "tunix"
 WARM_UP = 2  # Tunix compiles its step twice
 
-LAYERS, HIDDEN, MLP, VOCAB = 12, 512, 2048, 4096
-HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
-ROPE_THETA = 1e4
 ROWS, PROMPT, RESPONSE = 4, 64, 448
 TEMPERATURE, KL_COEF, CLIP, MAX_GRAD_NORM = 0.6, 0.001, 0.2, 1.0
 # High enough for the updates to show in the losses that are compared.
@@ -67,40 +71,25 @@ def main() -> None:
     parser.add_argument("--remat", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.remat)
+        serve(lambda: work(args.worker, args.remat))
         return
-    pythons = {"e1jax": sys.executable, "tunix": install(args.venv)}
+    pythons = {"e1jax": sys.executable, "tunix": install(args.venv, TUNIX)}
     print("        remat  s/step (low - high)  CPU s/step  peak GB  first call s")
     for remat in (False, True):
-        lines = compare(pythons, remat, args.steps)
-        if args.output:
-            with args.output.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def install(venv: Path) -> str:
-    """The interpreter of the virtual environment that holds Tunix, made if need be."""
-    python = str(venv / "bin" / "python")
-    show = "import importlib.metadata as m; print(m.version('google-tunix'))"
-    if Path(python).exists():
-        found = subprocess.run([python, "-c", show], capture_output=True, text=True)
-        if found.stdout.strip() == TUNIX:
-            return python
-    print(f"installing google-tunix {TUNIX} into {venv}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
-    pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, f"google-tunix=={TUNIX}"], check=True)
-    return python
+        append(args.output, compare(pythons, remat, args.steps))
 
 
 def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, Any]]:
     """Lets the libraries take turns; prints and returns their figures and ratios."""
-    workers = {name: Worker(name, path, remat) for name, path in pythons.items()}
+    flags = ["--remat"] * remat
+    workers = {
+        name: Worker(name, path, __file__, *flags) for name, path in pythons.items()
+    }
     turns = [
         {name: worker.ask("step") for name, worker in workers.items()}
         for _ in range(WARM_UP + steps)
     ]
-    load = os.getloadavg()[0]
+    about = machine()
     reports = {name: worker.ask("report") for name, worker in workers.items()}
     for worker in workers.values():
         worker.close()
@@ -112,19 +101,15 @@ def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, 
         )
     differences = largest_differences(reports["e1jax"], reports["tunix"])
     text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    print(f"load {load:.1f}; largest differences: {text}", flush=True)
+    print(f"load {about['load']:.1f}; largest differences: {text}", flush=True)
     if not all(value <= TOLERANCE for value in differences.values()):
         sys.exit("the two do not compute the same")
-    about = {
+    about |= {
         "benchmark": "grpo_update",
         "remat": remat,
         "steps": steps,
-        "load": load,
         "differences": differences,
         "versions": {name: report["versions"] for name, report in reports.items()},
-        "cpu_model": cpu_model(),
-        "cores": os.cpu_count(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     return [line | about for line in lines]
 
@@ -156,29 +141,6 @@ def figures(turns: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
     return [*lines, ratio | {"high": max(each)}]
 
 
-class Worker:
-    """A library in a process of its own, which answers a word with a JSON object."""
-
-    def __init__(self, name: str, python: str, remat: bool):
-        # Tunix enters meshes in a way that JAX warns about at each step.
-        quiet = ("-W", "ignore::DeprecationWarning")
-        command = [python, *quiet, __file__, "--worker", name, *["--remat"] * remat]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self.name = name
-
-    def ask(self, word: str) -> dict[str, Any]:
-        print(word, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            sys.exit(f"the process of {self.name} has ended; why is said above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
     """Between two reports, over all steps and tokens; relative to values above 1."""
     differences = {}
@@ -188,62 +150,25 @@ def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
     return differences
 
 
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    found = re.search(r"model name\s*: (.*)", text)
-    return found[1] if found else platform.processor()
-
-
-def work(name: str, remat: bool) -> None:
-    """The process of one library: takes a step at each word on stdin, and reports."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no answer
+def work(name: str, remat: bool) -> Callable[[str], dict[str, Any]]:
+    """The process of one library: takes a step when told to, and reports."""
     step, report = SIDES[name](remat)
-    for word in sys.stdin:
-        if word == "step\n":
-            start, cpu = time.perf_counter(), time.process_time()
-            step()
-            answer = {
-                "seconds": time.perf_counter() - start,
-                "cpu": time.process_time() - cpu,
-                "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                * (1024 / 1e9),
-            }
-        else:
-            packages = (
-                "jax",
-                "flax",
-                "optax",
-                {"tunix": "google-tunix"}.get(name, name),
-            )
-            versions = {p: importlib.metadata.version(p) for p in packages}
-            answer = {"values": report(), "versions": versions}
-        print(json.dumps(answer), file=answers, flush=True)
+    library = {"e1jax": "e1jax", "tunix": "google-tunix"}[name]
 
+    def answer(word: str) -> dict[str, Any]:
+        if word == "report":
+            about = versions("jax", "flax", "optax", library)
+            return {"values": report(), "versions": about}
+        start, cpu = time.perf_counter(), time.process_time()
+        step()
+        return {
+            "seconds": time.perf_counter() - start,
+            "cpu": time.process_time() - cpu,
+            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1024 / 1e9),
+        }
 
-def make_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random weights by the path that e1jax gives them; layers are stacked, [L, ...]."""
-
-    def normal(*shape: int, mean: float = 0.0) -> np.ndarray:
-        return mean + np.float32(0.02) * rng.standard_normal(shape, np.float32)
-
-    heads, kv_heads = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
-    weights = {
-        "embedding": normal(VOCAB, HIDDEN),
-        "norm/scale": normal(HIDDEN, mean=1),
-        "lm_head/kernel": normal(HIDDEN, VOCAB),
-        "layers/attention_norm/scale": normal(LAYERS, HIDDEN, mean=1),
-        "layers/mlp_norm/scale": normal(LAYERS, HIDDEN, mean=1),
-        "layers/attention/o/kernel": normal(LAYERS, heads, HIDDEN),
-        "layers/mlp/gate/kernel": normal(LAYERS, HIDDEN, MLP),
-        "layers/mlp/up/kernel": normal(LAYERS, HIDDEN, MLP),
-        "layers/mlp/down/kernel": normal(LAYERS, MLP, HIDDEN),
-    }
-    for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-        weights[f"layers/attention/{name}/kernel"] = normal(LAYERS, HIDDEN, size)
-        weights[f"layers/attention/{name}/bias"] = normal(LAYERS, size)
-    return weights
+    return answer
 
 
 def make_data(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -267,23 +192,11 @@ def e1jax_side(remat: bool):
 
     from e1jax import config as c
     from e1jax.checkpoint import abstract_state
-    from e1jax.model import abstract_params
-    from e1jax.sharding import make_mesh
     from e1jax.train import Batch, make_logprobs, make_optimizer, make_update
 
     rng = np.random.default_rng(0)
     weights, data = make_weights(rng), make_data(rng)
-    sizes = c.ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=PROMPT + RESPONSE,
-        rope_theta=ROPE_THETA,
-    )
+    sizes, mesh, params = e1jax_model(weights, PROMPT + RESPONSE)
     config = c.GRPOConfig(
         model="",
         steps=1,
@@ -292,15 +205,9 @@ def e1jax_side(remat: bool):
         optimizer=c.AdamWConfig(**ADAMW, max_grad_norm=MAX_GRAD_NORM),
         update=c.UpdateConfig(minibatch_prompts=1, microbatch=ROWS, remat=remat),
     )
-    mesh = make_mesh(None, sizes)
     optimizer = make_optimizer(config)
-    shapes = abstract_params(sizes, mesh, jnp.float32)
     shardings = jax.tree.map(
-        lambda s: s.sharding, (shapes, abstract_state(optimizer, shapes, mesh))
-    )
-    params = jax.tree.map_with_path(
-        lambda path, s: jax.device_put(weights["/".join(k.key for k in path)], s),
-        shardings[0],
+        lambda s: s.sharding, (params, abstract_state(optimizer, params, mesh))
     )
     state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
     update = make_update(config, sizes, optimizer, jnp.dtype("float32"), shardings)
@@ -345,42 +252,11 @@ def tunix_side(remat: bool):
 
     rng = np.random.default_rng(0)
     weights, data = make_weights(rng), make_data(rng)
-    sizes = qwen2.ModelConfig(
-        num_layers=LAYERS,
-        vocab_size=VOCAB,
-        embed_dim=HIDDEN,
-        hidden_dim=MLP,
-        num_heads=HEADS,
-        head_dim=HEAD_DIM,
-        num_kv_heads=KV_HEADS,
-        rope_theta=ROPE_THETA,
-        norm_eps=1e-6,
-        remat_config=qwen2.RematConfig.DECODER if remat else qwen2.RematConfig.NONE,
-    )
     mesh = jax.make_mesh(
         (1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
-    model = qwen2.Qwen2(sizes, rngs=nnx.Rngs(0))
-
-    def put(param: Any, name: str, *layer: int) -> None:
-        param[...] = jnp.asarray(weights[name][layer].reshape(param.shape))
-
-    put(model.embedder.input_embedding, "embedding")
-    put(model.final_norm.w, "norm/scale")
-    put(model.lm_head.w, "lm_head/kernel")
-    for index, layer in enumerate(model.layers):
-        put(layer.input_layernorm.w, "layers/attention_norm/scale", index)
-        put(layer.post_attention_layernorm.w, "layers/mlp_norm/scale", index)
-        for name in ("q", "k", "v"):
-            kernel = getattr(layer.attn, f"{name}_proj").w
-            put(kernel, f"layers/attention/{name}/kernel", index)
-            bias = getattr(layer.attn, f"{name}_bias")
-            put(bias, f"layers/attention/{name}/bias", index)
-        put(layer.attn.o_proj.w, "layers/attention/o/kernel", index)
-        for name in ("gate", "up", "down"):
-            kernel = getattr(layer.mlp, f"{name}_proj").kernel
-            put(kernel, f"layers/mlp/{name}/kernel", index)
-
+    policy = qwen2.RematConfig.DECODER if remat else qwen2.RematConfig.NONE
+    model = tunix_model(weights, remat_config=policy)
     config = GRPOConfig(
         num_generations=ROWS,
         beta=KL_COEF,
