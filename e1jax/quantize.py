@@ -30,7 +30,7 @@ LARGEST = 127  # of int8; -128 is not used, so that signs are alike
 LANES = 128
 # Bytes of a widened slab: of a few rows of activations, and of many, for which adding up
 # the results of each slab would cost more than its products.
-_SLAB_BYTES = {False: 2**22, True: 2**26}
+_SLAB_BYTES = {False: 2**23, True: 2**26}
 _MANY_ROWS = 64
 
 
