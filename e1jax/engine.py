@@ -750,8 +750,9 @@ def _request_rows(
         position=fill(len(request.prompt_ids) - 1),
         sampling=Sampling(
             temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
-            top_p=fill(params.top_p, np.float32),
-            top_k=fill(params.top_k),
+            # The most probable token survives any cut: greedy rows need none.
+            top_p=fill(params.top_p if params.temperature else 1, np.float32),
+            top_k=fill(params.top_k if params.temperature else 0),
             seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),
             sample=sample,  # type: ignore[arg-type]
         ),
