@@ -26,7 +26,7 @@ from typing import Any
 import common
 import numpy as np
 
-FORMS = {"bfloat16": {}, "int8": {"quantize": "int8"}}
+FORMS = {"int8": {"quantize": "int8"}, "bfloat16": {}}
 
 
 def main() -> None:
