@@ -141,6 +141,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         "ms to the first token": figure("first", 1e3),
         "weights at memory speed / step": figure("stream_share"),
         "step to that at 512": figure("to_512", unit="x"),
+        "first token to that at 512": figure("first_to_512", unit="x"),
     },
     "grpo_update": {
         **NAME,
@@ -159,6 +160,16 @@ TABLES: dict[str, dict[str, Cell]] = {
         ),
         "the same by CPU time": figure("cpu_ratio", unit="x"),
         "useful slot steps": figure("useful_slot_steps"),
+    },
+    "full_size": {
+        "": figure("form"),
+        "first call s": figure("first"),
+        "s a token": lambda line: spread(
+            {"median": line["step"], "low": line["step_low"], "high": line["step_high"]}
+        ),
+        "weights at memory speed s": figure("floor"),
+        "weights GB": figure("weights_gb"),
+        "peak GB": figure("peak_gb"),
     },
     "startup": {
         **NAME,
