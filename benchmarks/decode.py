@@ -22,8 +22,8 @@ through all positions anyway.
 `step` is the time of 256 new tokens less that of 1, over 255: seconds of a decode step,
 without compilation, prefill and what a call costs. `first` is the time of a call for 1
 token: prefill of the batch, a step, and for Tunix the allocation of the cache. Ratios are
-to e1jax at the same capacity; `to_512` are those of e1jax at 32,768 to itself at 512,
-which should be 1. `stream` is the time in which one float32 matrix-vector product goes
+to e1jax at the same capacity; those named `_to_512` are of e1jax at 32,768 to itself at
+512, and should be 1. `stream` is the time in which one float32 matrix-vector product goes
 through as many bytes as the weights that a step reads, and `stream_share` its ratio to
 the step. All are medians over the rounds, ratios too, with the smallest and the largest
 beside them; `cpu` is processor time. The first round compiles and is not counted.
@@ -120,27 +120,28 @@ def compare(
         for name, case in cases:
             few = name != "e1jax" and case["capacity"] == LONG
             one = workers[name].ask(case | {"new": 1})
-            all_ = workers[name].ask(case | {"new": FEW if few else NEW})
-            tokens[name, case["capacity"]] = np.array(all_["tokens"])
-            steps = len(all_["tokens"][0]) - 1
+            whole = workers[name].ask(case | {"new": FEW if few else NEW})
+            tokens[name, case["capacity"]] = np.array(whole["tokens"])
+            steps = len(whole["tokens"][0]) - 1
             turn.append(
                 {
-                    "step": (all_["seconds"] - one["seconds"]) / steps,
-                    "cpu": (all_["cpu"] - one["cpu"]) / steps,
+                    "step": (whole["seconds"] - one["seconds"]) / steps,
+                    "cpu": (whole["cpu"] - one["cpu"]) / steps,
                     "first": one["seconds"],
                     "stream": workers["e1jax"].ask("stream")["seconds"],
                 }
             )
         turns.append(turn)
-    check(tokens)
+    same = agreement(tokens)
     lines = []
     for index, (name, case) in enumerate(cases):
         ours = cases.index(("e1jax", case | {"capacity": case["capacity"] or SHORT}))
         line = {"name": name if case["capacity"] else f"{name}, dynamic", **case}
+        line["same_tokens"] = same[name, case["capacity"]]
         line |= figures(turns[1:], index, ours)
         if name == "e1jax" and case["capacity"] == LONG:
-            line["to_512"] = ratio(turns[1:], index, 0, "step")
-            line["first_to_512"] = ratio(turns[1:], index, 0, "first")
+            for key in ("step", "cpu", "first"):
+                line[f"{key}_to_512"] = ratio(turns[1:], index, 0, key)
         lines.append(line)
         print(
             "{batch:5} {capacity!s:>6}  {name:22} {0:7.2f} ({1:.2f} - {2:.2f}) "
@@ -154,13 +155,16 @@ def compare(
     return lines
 
 
-def check(tokens: dict[Any, np.ndarray]) -> None:
-    """Ends the script if two did not decode the same."""
+def agreement(tokens: dict[Any, np.ndarray]) -> dict[Any, float]:
+    """Share of the tokens that are e1jax's; ends the script where it is too small."""
     wanted = tokens["e1jax", SHORT]
-    for (name, capacity), found in tokens.items():
-        same = np.mean(found == wanted[:, : found.shape[1]])
-        if same < AGREEMENT:
-            sys.exit(f"{name} at {capacity} agrees with e1jax in {same:.1%} of tokens")
+    same = {
+        case: float(np.mean(found == wanted[:, : found.shape[1]]))
+        for case, found in tokens.items()
+    }
+    if min(same.values()) < AGREEMENT:
+        sys.exit(f"they do not compute the same; shares of equal tokens: {same}")
+    return same
 
 
 def figures(turns: list[list[dict]], index: int, ours: int) -> dict[str, Any]:
@@ -170,6 +174,7 @@ def figures(turns: list[list[dict]], index: int, ours: int) -> dict[str, Any]:
     line["cpu"] = statistics.median(t["cpu"] for t in mine)
     line["first"] = spread([t["first"] for t in mine])
     line["ratio"] = ratio(turns, index, ours, "step")
+    line["cpu_ratio"] = ratio(turns, index, ours, "cpu")
     line["first_ratio"] = ratio(turns, index, ours, "first")
     line["stream"] = spread([t["stream"] for t in mine])
     line["stream_share"] = spread([t["stream"] / t["step"] for t in mine])
