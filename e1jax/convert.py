@@ -717,7 +717,7 @@ def inspect(model: str) -> str:
     for name, tensor in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", name)
         rows[name] = (rows[name][0] + 1 if name in rows else 1, tensor)
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    parameters = sum(map(math.prod, named_shapes(config).values()))  # not scales
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     kind = "Hugging Face directory"
     if saved:
