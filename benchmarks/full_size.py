@@ -5,7 +5,7 @@
 
 DIR is a model of any kind and size; its weights do not matter here. For each form, in a
 process of its own, one prompt is sampled in one slot of 32,768 positions:
-- `load`: seconds until the weights are there, straight from DIR;
+- `load_seconds`: until the weights are there, straight from DIR;
 - `first`: seconds of the first call, for 8 thinking and 8 solution tokens; it compiles;
 - `step`: seconds of a token: 8 + 24 tokens less 8 + 8, over 16, median of the rounds;
 - `floor`: seconds in which the machine's memory gives the bytes of the weights that a
@@ -52,7 +52,7 @@ def main() -> None:
         line = {
             "name": "full_size",
             "form": form,
-            "load": last["load"],
+            "load_seconds": last["load"],
             "first": answers[0]["first"],
             "step": statistics.median(steps),
             "step_low": steps[0],
