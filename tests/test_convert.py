@@ -20,7 +20,7 @@ from conftest import edit_json
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from e1jax import convert
+from e1jax import checkpoint, convert
 from e1jax.checkpoint import (
     LazyArray,
     find_params,
@@ -558,6 +558,66 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, direction):
     assert process.returncode == 0, error
     assert not partial.exists() and not (dst / "leftover").exists()
     assert (dst / "config.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_arrays_of_many_chunks(tiny_hf, tmp_path, command, monkeypatch, dtype):
+    """Chunks, parts and layers, none of which divides another evenly, meet again."""
+    source = tiny_hf(
+        dtype=dtype, hidden_size=62, intermediate_size=106, num_heads=5, num_kv_heads=1
+    )
+    config = convert.read_config(source)
+    expected = convert.load_model(str(source), dtype=dtype).params
+    command("from-hf", source, tmp_path / "coarse")
+    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 700)
+    command("from-hf", source, tmp_path / "e1")
+    arrays = checkpoint.open_params(tmp_path / "e1/params", config)
+    for name, array in arrays.items():
+        size = np.prod(array.parts) * array.dtype.itemsize
+        assert size <= 700 and (size > 250 or array.parts == array.shape), name
+    up = arrays["layers/mlp/up/kernel"]
+    assert up.parts[0] == 1 and up.shape[1] % up.parts[1] and up.shape[2] % up.parts[2]
+    # What was written in small chunks and in one, and what is read so from a file.
+    for model in (source, tmp_path / "e1", tmp_path / "coarse"):
+        loaded = convert.load_model(str(model), dtype=dtype).params
+        assert same_params(loaded, expected)
+    for name in ("e1", "coarse"):
+        command("to-hf", tmp_path / name, tmp_path / f"{name} back")
+        assert same_bytes(weights(tmp_path / f"{name} back"), weights(source))
+
+
+def test_the_parts_of_an_array():
+    array = LazyArray((7, 10), np.dtype(np.int8), (3, 4), lambda part: np.empty(0))
+    for rows, columns in [((0, 7), (0, 10)), ((2, 6), (4, 8)), ((3, 4), (1, 2))]:
+        index = (slice(*rows), slice(*columns))
+        count = np.zeros(array.shape, int)
+        for part in checkpoint.parts_of(array, index):
+            count[part] += 1
+            for span, step in zip(part, array.parts, strict=True):
+                assert span.start // step == (span.stop - 1) // step
+        assert (count[index] == 1).all() and count.sum() == count[index].size
+
+
+@pytest.mark.parametrize("kind", ["hf", "e1"])
+def test_loading_needs_no_memory_beside_the_weights(tmp_path, kind):
+    """No copy of an array is made, where one of 67 MB would show."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_layers": 8}
+    write_ones(tmp_path / "hf", **sizes)
+    if kind == "e1":
+        convert.from_hf(str(tmp_path / "hf"), tmp_path / "e1")
+    model = convert.load_model(str(tmp_path / kind), dtype="float32")
+    model.params  # noqa: B018  what the first use of a library takes
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    params = model.params
+    size = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert memory("VmHWM") - before <= size + 45e6
+
+
+def memory(name: str) -> int:
+    """Memory of this process in bytes, as Linux says it."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
 
 
 AND_STATUS = """
