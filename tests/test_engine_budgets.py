@@ -46,6 +46,7 @@ def scripted(tmp_path_factory):
     patch.setattr(model, "unembed", unembed)
     params = {
         "norm": {"scale": jnp.zeros(1)},
+        "layers": {"unused": jnp.zeros((1, 1))},
         "script": jnp.zeros(CACHE_LEN + 2, jnp.int32),
     }
     mesh = make_mesh(None, CONFIG)
