@@ -22,12 +22,10 @@ does something else besides could do. Memory is the largest resident size of the
 (Linux), which includes pages of files that it maps.
 
 At the end all tensors of the original and of what `to-hf` wrote are compared bit for bit.
-Ratios are ours / cp: that of the medians, then the smallest and the largest of a turn.
+Ratios are to cp: that of the medians, then the smallest and the largest of a turn.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 import shutil
@@ -40,7 +38,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  safetensors asks NumPy for bfloat16
 import safetensors
-from grpo import cpu_model
+from common import append, machine, versions
 
 LOAD = """
 import sys
@@ -64,38 +62,30 @@ def main() -> None:
     elif sizes:
         parser.error(f"{hf} is there already, so {' '.join(sizes)} has no effect")
     turns = [take_turn(args.work) for _ in range(args.turns)]
-    load = os.getloadavg()[0]
-    compare(hf, args.work / "back")
-    shutil.rmtree(args.work / "back")
     size = sum(file.stat().st_size for file in hf.glob("*.safetensors"))
-    print("           seconds (low - high)  CPU s  GB/s  peak GB  peak / checkpoint")
-    lines = figures(turns, size)
-    for line in lines:
-        print(
-            "{name:9} {median:8.2f} ({low:.2f} - {high:.2f}) {cpu:7.1f}"
-            " {gb_per_s:5.2f} {peak_gb:8.2f} {peak_share:8.3f}".format(**line)
-            if "cpu" in line
-            else "{name:17} {median:8.2f} ({low:.2f} - {high:.2f})".format(**line)
-        )
-    print(f"load {load:.1f}; back bit for bit")
     about = {
         "benchmark": "convert",
         "checkpoint_gb": size / 1e9,
         "dtype": dtype_of(hf),
         "page_cache": "cold",
         "turns": args.turns,
-        "load": load,
-        "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("e1jax", "jax", "orbax-checkpoint", "tensorstore", "numpy")
-        },
-        "cpu_model": cpu_model(),
-        "cores": os.cpu_count(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions("e1jax", "jax", "orbax-checkpoint", "tensorstore"),
+        **machine(),
     }
-    if args.output:
-        with args.output.open("a") as file:
-            file.writelines(json.dumps(line | about) + "\n" for line in lines)
+    compare(hf, args.work / "back")
+    shutil.rmtree(args.work / "back")
+    print(
+        "         seconds (low - high)  / cp (low - high)  CPU s / cp's  GB/s  peak GB"
+    )
+    lines = figures(turns, size)
+    for line in lines:
+        print(
+            "{name:8} {median:7.2f} ({low:.2f} - {high:.2f}) {ratio:5.2f} "
+            "({ratio_low:.2f} - {ratio_high:.2f}) {cpu:6.1f} {cpu_ratio:5.2f} "
+            "{gb_per_s:5.2f} {peak_gb:6.2f}".format(**line)
+        )
+    print(f"load {about['load']:.1f}; what came back is the same bit for bit")
+    append(args.output, [line | about for line in lines])
 
 
 def take_turn(work: Path) -> dict[str, dict[str, float]]:
@@ -141,35 +131,31 @@ def measure(
 def figures(
     turns: list[dict[str, dict[str, float]]], size: int
 ) -> list[dict[str, Any]]:
-    """Figures of each thing that was done, and the ratios to cp."""
+    """Figures of each thing that was done."""
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(turn[name][key] for turn in turns)
+
     lines = []
     for name in turns[0]:
         seconds = [turn[name]["seconds"] for turn in turns]
-        peak_gb = max(turn[name]["peak_gb"] for turn in turns)
+        ratios = [turn[name]["seconds"] / turn["cp"]["seconds"] for turn in turns]
+        peak = max(turn[name]["peak_gb"] for turn in turns)
         lines.append(
             {
                 "name": name,
                 "unit": "s",
-                "median": statistics.median(seconds),
+                "median": median(name, "seconds"),
                 "low": min(seconds),
                 "high": max(seconds),
-                "cpu": statistics.median(turn[name]["cpu"] for turn in turns),
-                "gb_per_s": size / 1e9 / statistics.median(seconds),
-                "peak_gb": peak_gb,
-                "peak_share": peak_gb * 1e9 / size,
-            }
-        )
-    for line in lines[1:]:
-        ratios = [
-            turn[line["name"]]["seconds"] / turn["cp"]["seconds"] for turn in turns
-        ]
-        lines.append(
-            {
-                "name": f"{line['name']} / cp",
-                "unit": "ratio",
-                "median": line["median"] / lines[0]["median"],
-                "low": min(ratios),
-                "high": max(ratios),
+                "ratio": median(name, "seconds") / median("cp", "seconds"),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+                "cpu": median(name, "cpu"),
+                "cpu_ratio": median(name, "cpu") / median("cp", "cpu"),
+                "gb_per_s": size / 1e9 / median(name, "seconds"),
+                "peak_gb": peak,
+                "peak_share": peak * 1e9 / size,
             }
         )
     return lines
