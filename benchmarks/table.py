@@ -162,6 +162,18 @@ TABLES: dict[str, dict[str, Cell]] = {
         "the same by CPU time": figure("cpu_ratio", unit="x"),
         "useful slot steps": figure("useful_slot_steps"),
     },
+    "convert": {
+        **NAME,
+        "checkpoint GB": figure("checkpoint_gb"),
+        "s": median(),
+        "to cp": lambda line: (
+            f"{line['ratio']:.2f}x ({line['ratio_low']:.2f} - {line['ratio_high']:.2f})"
+        ),
+        "CPU s": figure("cpu"),
+        "to cp's": figure("cpu_ratio", unit="x"),
+        "peak GB": figure("peak_gb"),
+        "peak / checkpoint": figure("peak_share"),
+    },
     "full_size": {
         "": figure("form"),
         "first call s": figure("first"),

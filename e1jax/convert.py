@@ -3,8 +3,9 @@
 `load_model` is how every command gets a model: from the bundled ones, a hub id, a
 Hugging Face directory, an e1jax checkpoint or a run directory.
 
-A conversion streams. A few parts of tensors at a time are in host memory, and everything is written to a sibling of DST that gets its name at the
-very end, so that an interrupted conversion leaves nothing at DST.
+A conversion streams. A few parts of tensors at a time are in host memory, and everything
+is written to a sibling of DST that gets its name at the very end, so that an interrupted
+conversion leaves nothing at DST.
 """
 
 import contextlib
@@ -428,8 +429,9 @@ def from_hf(
 ) -> None:
     """Writes an e1jax checkpoint of a Hugging Face model at `dst`.
 
-    `dtype` None keeps the stored one; `quantize` "int8" is for sampling only. The manifest holds, per tensor of the source, its
-    shape, dtype and the sha256 of its bytes as they were stored there.
+    `dtype` None keeps the stored one; `quantize` "int8" is for sampling only. The manifest
+    holds, per tensor of the source, its shape, dtype and the sha256 of its bytes as they
+    were stored there.
     """
     with _new_directory(dst) as new:
         path = resolve(source)
