@@ -17,7 +17,8 @@ engine, compiled programs, weights and seeds:
 Each request's thinking and solution budgets are drawn log-uniformly from 16 to 1,024
 tokens. Models:
 - `random`: 12 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096, float32;
-  prompts of 64 tokens. No token ends a response, so every budget is used up.
+  prompts of 64 tokens. No token ends a response, so every budget is used up. A turn is
+  about 21,500 steps, a quarter of an hour on a core; `--layers 1` is a quick look.
 - `nano`: the bundled model on held-out problems, which ends by itself when it is done.
 
 A useful slot step is one that gave a token of a response. The thinking that the ways
@@ -52,6 +53,7 @@ from e1jax.config import ModelConfig
 from e1jax.convert import load_model
 from e1jax.sharding import make_mesh
 
+MODELS = ("random", "nano")
 REQUESTS, SLOTS = 64, 8
 BUDGETS = (16, 1024)
 PROMPT = 64  # tokens, of the random model's
@@ -97,19 +99,25 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3, help="timed turns; default 3")
     parser.add_argument("--seed", type=int, default=0, help="of the budgets; default 0")
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=RANDOM.num_layers,
+        help="of the random model; fewer for a quick look (default 12)",
+    )
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     args = parser.parse_args()
     print("model   way          requests/s (low - high)   useful  prefills  ratio  CPU")
     for name in args.model or MODELS:
-        lines = compare(name, args.seed, args.turns)
+        lines = compare(name, args.seed, args.turns, args.layers)
         if args.output:
             with args.output.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def compare(name: str, seed: int, turns: int) -> list[dict[str, Any]]:
+def compare(name: str, seed: int, turns: int, layers: int) -> list[dict[str, Any]]:
     """Lets the ways take turns; prints and returns their figures."""
-    engines, prompts = MODELS[name]()
+    engines, prompts = random_model(layers) if name == "random" else nano_model()
     requests = list(zip(prompts, mixed_budgets(seed), strict=True))
     compile_programs(engines.both)
     done: list[dict[str, Work]] = []
@@ -124,6 +132,7 @@ def compare(name: str, seed: int, turns: int) -> list[dict[str, Any]]:
     about = {
         "benchmark": "serving",
         "model": name,
+        "layers": engines.both.config.num_layers,
         "requests": REQUESTS,
         "slots": SLOTS,
         "turns": turns,
@@ -185,14 +194,15 @@ def mixed_budgets(seed: int) -> list[SamplingParams]:
     ]
 
 
-def random_model() -> tuple[Engines, list[list[int]]]:
-    mesh = make_mesh(None, RANDOM)
-    params = model.init_params(RANDOM, mesh, jnp.float32, 0)
+def random_model(layers: int) -> tuple[Engines, list[list[int]]]:
+    config = dataclasses.replace(RANDOM, num_layers=layers)
+    mesh = make_mesh(None, config)
+    params = model.init_params(config, mesh, jnp.float32, 0)
     nano = load_model("nano").tokenizer
-    tokenizer = dataclasses.replace(nano, eos_id=RANDOM.vocab_size)  # is never sampled
+    tokenizer = dataclasses.replace(nano, eos_id=config.vocab_size)  # is never sampled
     rng = np.random.default_rng(0)
-    prompts = rng.integers(0, RANDOM.vocab_size, (REQUESTS, PROMPT)).tolist()
-    engine = Engine(RANDOM, params, tokenizer, mesh, cache_len=CACHE_LEN, slots=SLOTS)
+    prompts = rng.integers(0, config.vocab_size, (REQUESTS, PROMPT)).tolist()
+    engine = Engine(config, params, tokenizer, mesh, cache_len=CACHE_LEN, slots=SLOTS)
     return three(engine), prompts
 
 
@@ -290,7 +300,6 @@ def cpu_model() -> str:
     return found[1] if found else platform.processor()
 
 
-MODELS = {"random": random_model, "nano": nano_model}
 WAYS: dict[str, Way] = {
     "e1jax": one_call,
     "two_calls": two_calls,

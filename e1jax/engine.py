@@ -231,7 +231,8 @@ class Engine:
         skip: Callable[[int, int], bool] = lambda prompt_index, sample: False,
         progress: Callable[[int], None] = lambda new_tokens: None,
     ) -> Iterator[Completion]:
-        """Yields each Completion as it finishes. See `generate`.
+        """Yields each Completion as it finishes. See `generate`. The longest budgets
+        start first, equal ones in the order of the call.
 
         Requests are checked when this is called, before the first completion is asked
         for; `names` is what to call them in messages (default: "prompt 0", ...). Samples
