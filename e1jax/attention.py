@@ -249,8 +249,8 @@ def cached_attention(
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
-    of it: see `sequence_shards`. `scales` are those of an int8 cache, which may also hold
-    bits of bfloat16: see quantize.narrow.
+    of it: see `sequence_shards`. `scales` are those of an int8 cache. A cache may also
+    hold bits of bfloat16: see quantize.narrow.
     """
     _, rows, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
@@ -578,7 +578,7 @@ def _decode_local(q, caches, layer, positions, count, rows, blocks):
     of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
     mass_of_row = pl.BlockSpec((None, kv_heads, group, 1), row_at)
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
-    scale_rows = min(block_len // LANES, caches[-1].shape[3]) or 1
+    scale_rows = max(1, block_len // LANES)
     of_scales = pl.BlockSpec((None, None, kv_heads, scale_rows, LANES), block_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,

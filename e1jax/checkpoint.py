@@ -91,17 +91,25 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         def write(task: tuple[Any, LazyArray, Index]) -> Any:
             store, value, part = task
             room.acquire()
-            array = value.read(part)
-            written = store[part].write(
-                array, can_reference_source_data_indefinitely=True
-            )
+            try:
+                array = value.read(part)
+                written = store[part].write(
+                    array, can_reference_source_data_indefinitely=True
+                )
+            except BaseException:
+                room.release()
+                raise
             written.add_done_callback(lambda _: room.release())
             return written
 
-        # Reading, hashing and copying leave Python's lock alone, and so does writing.
-        with ThreadPoolExecutor(THREADS) as pool:
-            for written in pool.map(write, tasks):
-                written.result()
+        try:
+            # Reading, hashing and copying leave Python's lock alone, as writing does.
+            with ThreadPoolExecutor(THREADS) as pool:
+                for written in pool.map(write, tasks):
+                    written.result()
+        finally:  # what is still being written would outlive its directory's removal
+            for _ in range(_PARTS_IN_FLIGHT):
+                room.acquire()
         return []
 
     async def deserialize(self, infos, args=None):
@@ -197,8 +205,8 @@ def place(
 ) -> Params:
     """Parameters on the mesh, each device reading its own part, cast to `dtype`.
 
-    One after the other, the largest first: beside what is loaded there is never more than
-    one parameter in host memory, and a CPU takes that as it is.
+    One after the other, the largest first: beside what is loaded, host memory holds one
+    parameter, which a CPU takes as it is, and the parts of it that are being read.
     """
     leaves = named_leaves(abstract_params(config, mesh, dtype, quantized(arrays)))
     placed = {}

@@ -67,14 +67,14 @@ def quantize_flags(flag: Callable[..., Any]) -> None:
     flag(
         "--quantize",
         choices=QUANTIZED,
-        help="of the weights, with a scale per output channel: half the memory of "
-        "bfloat16 (default: as they are stored)",
+        help="of the weights of sampling, with a scale per output channel: half the "
+        "memory of bfloat16 (default: not quantized, unless they are stored so)",
     )
     flag(
         "--kv-dtype",
         choices=KV_DTYPES,
         help="of the cached keys and values; int8 has a scale per token and head "
-        "(default: that of --dtype)",
+        "(default: that of the computation)",
     )
 
 

@@ -334,20 +334,21 @@ def _lazy_arrays(
     seen: Callable[[_Tensor], None] = lambda tensor: None,
 ) -> dict[str, LazyArray]:
     """Our parameters by name, read from Hugging Face tensors and cast to `dtype` (None:
-    as the first layer of each is stored).
+    one that holds whatever is stored).
 
     `seen` is given each tensor when its first part is read.
     """
-    given, arrays = dtype, {}
+    arrays = {}
     for name, shape in named_shapes(config).items():
         sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
-        dtype = given or sources[0].dtype
-        read = functools.partial(_read_part, name, sources, dtype, seen)
+        stored = functools.reduce(np.promote_types, [s.dtype for s in sources])
+        own = dtype or stored
+        read = functools.partial(_read_part, name, sources, own, seen)
         # Whole rows of the tensors as they are stored: those lie side by side.
-        parts = list(chunks_of(shape, dtype))
+        parts = list(chunks_of(shape, own))
         across = -2 if TABLE[name][1] else -1
         parts[across] = shape[across]
-        arrays[name] = LazyArray(shape, dtype, tuple(parts), read)
+        arrays[name] = LazyArray(shape, own, tuple(parts), read)
     return arrays
 
 
@@ -433,6 +434,8 @@ def from_hf(
     holds, per tensor of the source, its shape, dtype and the sha256 of its bytes as they
     were stored there.
     """
+    if quantize is not None:
+        check_choice("quantize", quantize, QUANTIZED)
     with _new_directory(dst) as new:
         path = resolve(source)
         if find_params(path):
@@ -460,18 +463,19 @@ def from_hf(
         with _progress(total) as note:
 
             def seen(tensor: _Tensor) -> None:
-                if tensor.name in described:  # int8 reads its values and its scale
-                    return
+                mine: dict[str, Any] = {}
+                if described.setdefault(tensor.name, mine) is not mine:
+                    return  # int8 reads a tensor for its values and for its scale
                 data = tensor.map().view(np.uint8).data
-                described[tensor.name] = {
-                    "shape": list(tensor.shape),
-                    "dtype": str(tensor.dtype),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
+                mine["shape"] = list(tensor.shape)
+                mine["dtype"] = str(tensor.dtype)
+                mine["sha256"] = hashlib.sha256(data).hexdigest()
                 note(data.nbytes)
 
             arrays = _lazy_arrays(tensors, config, jnp.dtype(dtype), seen)
-            arrays = as_int8(arrays) if quantize else arrays
+            if quantize:  # of what is stored, not of what that is cast to
+                packed = as_int8(_lazy_arrays(tensors, config, None, seen))
+                arrays = {name: arrays.get(name, packed[name]) for name in packed}
             save_params(new / PARAMS, as_tree(arrays, config))
         manifest["tensors"] = {name: described[name] for name in tensors}
         _copy_files(path, new, dtype)
@@ -762,7 +766,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--quantize",
         choices=QUANTIZED,
         help="of the weights, with a scale per output channel: half the size of "
-        "bfloat16, for sampling only (default: as in SRC)",
+        "bfloat16, for sampling only (default: none)",
     )
     command = commands.add_parser(
         "to-hf", help="e1jax checkpoint to a directory that transformers loads"

@@ -160,7 +160,8 @@ class Engine:
         time, rounded up to a multiple of the mesh axis `data`; if there are fewer, each
         row's positions lie over `data` instead. `kv_dtype`: of the cached keys and
         values, "float32", "bfloat16" or "int8" with a scale per token and head; None is
-        that of the weights, or of the rest of them if they are int8. Raises UserError for sizes below 1.
+        that of the weights, or of the rest of them if they are int8. Raises UserError
+        for sizes below 1 and for another kv_dtype.
         """
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
         self.cache_len = default if cache_len is None else cache_len

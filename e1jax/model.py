@@ -40,9 +40,8 @@ class KVCache(NamedTuple):
 
     k: jax.Array  # [L, R, K, S, C]
     v: jax.Array  # [L, R, K, S, C]
-    k_scale: jax.Array | None = (
-        None  # [L, R, K, S / LANES, LANES] float32, of int8 only
-    )
+    # [L, R, K, ceil(S / LANES), LANES] float32, of int8 only
+    k_scale: jax.Array | None = None
     v_scale: jax.Array | None = None
 
 

@@ -170,6 +170,11 @@ def main() -> None:
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]
     config, _ = load_config(GRPOConfig, argv, "python -m e1jax.plan")
+    if args.part == "train" and (args.quantize or args.kv_dtype):
+        raise UserError(
+            "--quantize and --kv-dtype are for sampling, and training uses neither; "
+            "leave them out, or take --part sample"
+        )
     given = {"slots": args.slots, "cache_len": args.cache_len}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(
@@ -499,6 +504,8 @@ def plan_sampling(
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = _report("sample", slice_, mesh)
     report.settings = {"slots": slots, "cache_len": cache_len, "live": live}
+    forms = {"quantize": args.quantize, "kv_dtype": args.kv_dtype}
+    report.settings |= {name: form for name, form in forms.items() if form}
     if slice_.hosts > 1:
         report.warnings.append(
             f"sampling uses one host, in training each by itself: of {slice_.topology}, "
@@ -1150,9 +1157,11 @@ def _settings(report: Report) -> tuple[str, str]:
     settings = report.settings
     if report.part == "train":
         return f"{settings['rows']} x {settings['tokens']} tokens", "a device's rows"
+    forms = {"quantize": "weights", "kv_dtype": "cache"}
+    told = [f", {forms[key]} {settings[key]}" for key in forms if key in settings]
     return (
         f"{settings['slots']} slots of {settings['cache_len']}",
-        f"{settings['live']} positions filled in each",
+        f"{settings['live']} positions filled in each{''.join(told)}",
     )
 
 

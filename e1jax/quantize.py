@@ -9,8 +9,8 @@ Two forms, each a dict in the place of a kernel [..., I, O] or the embedding [V,
   of every bfloat16 array that it slices, of the whole cache and the weights of all
   layers, and its bfloat16 products are several times slower than float32 ones.
 
-A product with either widens a slab of the kernel at a time on a CPU, small enough to stay
-in the processor's cache; elsewhere the compiler widens while it reads.
+A product with either widens a slab of the kernel at a time on a CPU, for few rows small
+enough to stay in the processor's cache; elsewhere the compiler widens while it reads.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ _MANY_ROWS = 64
 class Packed(NamedTuple):
     """A kernel in one of the two forms, or one layer of a stack of them."""
 
-    values: jax.Array  # [I, O], or [L, I, O] with a layer; int8 or uint16
-    scale: jax.Array | None  # float32 [O] or [L, O]; None for uint16
+    values: jax.Array  # [I, O] ([V, D]), or [L, I, O] with a layer; int8 or uint16
+    scale: jax.Array | None  # float32 [O] ([V]) or [L, O]; None for uint16
     layer: jax.Array | None  # [] int32
     in_slabs: bool
 
@@ -124,16 +124,23 @@ def matmul_transposed(
         return jnp.matmul(x, embedding.T, preferred_element_type=dtype)
     values = embedding.values
 
-    def product(rows):
-        rows = widen(rows, x.dtype)
-        return jnp.matmul(x, rows.T, preferred_element_type=jnp.float32)
+    def product(start, count):
+        slab = jax.lax.dynamic_slice_in_dim(values, start, count)
+        slab = jax.lax.optimization_barrier(widen(slab, x.dtype))  # as in `_in_slabs`
+        return jnp.matmul(x, slab.T, preferred_element_type=jnp.float32)
 
-    count = _slab_rows(len(x), *values.shape) if embedding.in_slabs else len(values)
-    whole = len(values) // count * count
-    slabs = values[:whole].reshape(-1, count, values.shape[1])
-    logits = jax.lax.map(product, slabs).swapaxes(0, 1).reshape(len(x), whole)
-    if whole < len(values):
-        logits = jnp.concatenate([logits, product(values[whole:])], axis=1)
+    if embedding.in_slabs:
+        count = _slab_rows(len(x), *values.shape)
+        whole = len(values) // count * count
+        starts = jnp.arange(0, whole, count)
+        logits = jax.lax.map(lambda start: product(start, count), starts)
+        logits = logits.swapaxes(0, 1).reshape(len(x), whole)
+        if whole < len(values):
+            rest = product(whole, len(values) - whole)
+            logits = jnp.concatenate([logits, rest], axis=1)
+    else:
+        wide = widen(values, x.dtype)
+        logits = jnp.matmul(x, wide.T, preferred_element_type=jnp.float32)
     if embedding.scale is not None:
         logits *= embedding.scale[None]
     return logits.astype(dtype)
@@ -189,6 +196,9 @@ def to_int8(params: dict[str, Any]) -> dict[str, Any]:
 def int8_on_host(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """The same for some channels of a kernel, whose products sum over `axis`, in host
     memory: values, and scales without that dim."""
+    if x.ndim == 3 and len(x) > 1:  # layer by layer, which takes less memory
+        values, scales = zip(*(int8_on_host(one[None], axis) for one in x), strict=True)
+        return np.concatenate(values), np.concatenate(scales)
     wide = _wide_on_host(x)
     scale = np.abs(wide).max(axis=axis) / np.float32(LARGEST)
     wide /= np.expand_dims(np.where(scale == 0, np.float32(1), scale), axis)
@@ -282,4 +292,6 @@ def _wide_on_host(x: np.ndarray) -> np.ndarray:
     """A float32 copy, for bfloat16 several times faster than astype."""
     if x.dtype != jnp.bfloat16:
         return x.astype(np.float32)
-    return (x.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    bits = x.view(np.uint16).astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
