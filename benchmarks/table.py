@@ -129,6 +129,16 @@ def median(scale: float = 1) -> Cell:
     return lambda line: spread(line, scale)
 
 
+def bounded(key: str, unit: str = "") -> Cell:
+    """A number whose smallest and largest are beside it, as `key`_low and `key`_high."""
+
+    def cell(line: Line) -> str:
+        low, high = line[f"{key}_low"], line[f"{key}_high"]
+        return spread({"median": line[key], "low": low, "high": high}, unit=unit)
+
+    return cell
+
+
 NAME: dict[str, Cell] = {"": figure("name")}
 TABLES: dict[str, dict[str, Cell]] = {
     "decode": {
@@ -156,9 +166,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         **NAME,
         "model": figure("model"),
         "requests/s": median(),
-        "e1jax is faster by": lambda line: (
-            f"{line['ratio']:.2f}x ({line['ratio_low']:.2f} - {line['ratio_high']:.2f})"
-        ),
+        "e1jax is faster by": bounded("ratio", "x"),
         "the same by CPU time": figure("cpu_ratio", unit="x"),
         "useful slot steps": figure("useful_slot_steps"),
     },
@@ -174,12 +182,20 @@ TABLES: dict[str, dict[str, Cell]] = {
         "peak GB": figure("peak_gb"),
         "peak / checkpoint": figure("peak_share"),
     },
+    "convert": {
+        **NAME,
+        "checkpoint GB": figure("checkpoint_gb"),
+        "s": median(),
+        "to cp": bounded("ratio", "x"),
+        "CPU s": figure("cpu"),
+        "to cp's": figure("cpu_ratio", unit="x"),
+        "GB/s": figure("gb_per_s"),
+        "peak memory / checkpoint": figure("peak_share"),
+    },
     "full_size": {
         "": figure("form"),
         "first call s": figure("first"),
-        "s a token": lambda line: spread(
-            {"median": line["step"], "low": line["step_low"], "high": line["step_high"]}
-        ),
+        "s a token": bounded("step"),
         "weights at memory speed s": figure("floor"),
         "weights GB": figure("weights_gb"),
         "peak GB": figure("peak_gb"),
