@@ -59,8 +59,8 @@ def table(name: str, lines: Sequence[Line]) -> str:
 
 def row_key(line: Line) -> tuple:
     """What makes two lines of different runs the same row: all that is not measured."""
-    keys = ("name", "model", "form", "batch", "capacity", "threads", "remat", "slots")
-    return tuple(line.get(key) for key in (*keys, "thinking_budget"))
+    keys = ("name", "model", "form", "batch", "capacity", "remat", "thinking_budget")
+    return tuple(line.get(key) for key in (*keys, "checkpoint_gb", "dtype"))
 
 
 def everything(lines: Sequence[Line]) -> dict[str, Cell]:
@@ -139,6 +139,12 @@ def bounded(key: str, unit: str = "") -> Cell:
     return cell
 
 
+def part(name: str) -> Cell:
+    """One of the `parts` of a line."""
+    return lambda line: number(line["parts"][name])
+
+
+STARTUP = ("interpreter", "imports", "templates", "trace", "compile", "rest")
 NAME: dict[str, Cell] = {"": figure("name")}
 TABLES: dict[str, dict[str, Cell]] = {
     "decode": {
@@ -174,23 +180,11 @@ TABLES: dict[str, dict[str, Cell]] = {
         **NAME,
         "checkpoint GB": figure("checkpoint_gb"),
         "s": median(),
-        "to cp": lambda line: (
-            f"{line['ratio']:.2f}x ({line['ratio_low']:.2f} - {line['ratio_high']:.2f})"
-        ),
+        "to cp": bounded("ratio", "x"),
         "CPU s": figure("cpu"),
         "to cp's": figure("cpu_ratio", unit="x"),
         "peak GB": figure("peak_gb"),
         "peak / checkpoint": figure("peak_share"),
-    },
-    "convert": {
-        **NAME,
-        "checkpoint GB": figure("checkpoint_gb"),
-        "s": median(),
-        "to cp": bounded("ratio", "x"),
-        "CPU s": figure("cpu"),
-        "to cp's": figure("cpu_ratio", unit="x"),
-        "GB/s": figure("gb_per_s"),
-        "peak memory / checkpoint": figure("peak_share"),
     },
     "full_size": {
         "": figure("form"),
@@ -205,13 +199,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         "first word s": figure("first_word"),
         "whole s": median(),
         "CPU s": figure("cpu"),
-        **{
-            f"{part} s": lambda line, part=part: number(line["parts"][part])
-            for part in (
-                *("interpreter", "imports", "templates"),
-                *("trace", "compile", "rest"),
-            )
-        },
+        **{f"{name} s": part(name) for name in STARTUP},
     },
 }
 
