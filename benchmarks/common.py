@@ -171,17 +171,19 @@ def transformers_model(weights: dict[str, np.ndarray], max_position: int) -> Any
 
 def install(venv: Path, *packages: str) -> str:
     """The interpreter of the virtual environment that holds the packages, each pinned
-    as NAME==VERSION; made if need be."""
-    python = str(venv / "bin" / "python")
-    wanted = dict(package.split("==") for package in packages)
-    show = f"import importlib.metadata as m; print(*map(m.version, {[*wanted]}))"
-    if Path(python).exists():
-        found = subprocess.run([python, "-c", show], capture_output=True, text=True)
-        versions = [version.split("+")[0] for version in found.stdout.split()]
-        if versions == [*wanted.values()]:
-            return python
-    print(f"installing {' '.join(packages)} into {venv}", file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+    as NAME==VERSION; made if it is not there. One that holds others is left alone."""
+    python, listed = str(venv / "bin" / "python"), " ".join(packages)
+    if venv.exists():
+        wanted = dict(package.split("==") for package in packages)
+        show = f"import importlib.metadata as m; print(*map(m.version, {[*wanted]}))"
+        if Path(python).exists():
+            found = subprocess.run([python, "-c", show], capture_output=True, text=True)
+            versions = [version.split("+")[0] for version in found.stdout.split()]
+            if versions == [*wanted.values()]:
+                return python
+        sys.exit(f"{venv} does not hold {listed}; remove it, or name another directory")
+    print(f"installing {listed} into {venv}", file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     pip = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     subprocess.run([*pip, *packages], check=True)
     return python

@@ -2,12 +2,14 @@
 
     python benchmarks/decode.py --output decode.jsonl
 
-Each library has a process of its own, at the first run also a virtual environment, and
-`--threads` threads; the three take turns, so that whatever else the machine does hits
-all. They decode greedily after random prompts of 64 tokens, in batches of 1, 8 and 32,
-with a random Qwen2 of 49.8 million parameters in float32 (12 layers, hidden 512, 8/2
-heads of 64, mlp 2048, vocabulary 4096). Nothing ends a response early. What they decode
-must agree token by token, or the script fails.
+Each library has a process of its own and `--threads` threads. The three take turns, so
+that whatever else the machine does hits all. They decode greedily after random prompts
+of 64 tokens, in batches of 1, 8 and 32, with a random Qwen2 of 49.8 million parameters
+in float32 (12 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Nothing
+ends a response early. What they decode must agree token by token, or the script fails.
+At the first run the others are installed into virtual environments of their own; where
+pip brings torch with CUDA (gigabytes), make one with its CPU build beforehand, and name
+it with --transformers-venv.
 
 - `e1jax`: an `Engine` with as many slots as there are prompts.
 - `tunix`: its `Sampler`.

@@ -59,8 +59,8 @@ def table(name: str, lines: Sequence[Line]) -> str:
 
 def row_key(line: Line) -> tuple:
     """What makes two lines of different runs the same row: all that is not measured."""
-    keys = ("name", "model", "form", "batch", "capacity", "threads", "remat", "slots")
-    return tuple(line.get(key) for key in (*keys, "thinking_budget"))
+    keys = ("name", "model", "form", "batch", "capacity", "remat", "thinking_budget")
+    return tuple(line.get(key) for key in (*keys, "checkpoint_gb", "dtype"))
 
 
 def everything(lines: Sequence[Line]) -> dict[str, Cell]:
@@ -129,6 +129,22 @@ def median(scale: float = 1) -> Cell:
     return lambda line: spread(line, scale)
 
 
+def bounded(key: str, unit: str = "") -> Cell:
+    """A number whose smallest and largest are beside it, as `key`_low and `key`_high."""
+
+    def cell(line: Line) -> str:
+        low, high = line[f"{key}_low"], line[f"{key}_high"]
+        return spread({"median": line[key], "low": low, "high": high}, unit=unit)
+
+    return cell
+
+
+def part(name: str) -> Cell:
+    """One of the `parts` of a line."""
+    return lambda line: number(line["parts"][name])
+
+
+STARTUP = ("interpreter", "imports", "templates", "trace", "compile", "rest")
 NAME: dict[str, Cell] = {"": figure("name")}
 TABLES: dict[str, dict[str, Cell]] = {
     "decode": {
@@ -156,9 +172,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         **NAME,
         "model": figure("model"),
         "requests/s": median(),
-        "e1jax is faster by": lambda line: (
-            f"{line['ratio']:.2f}x ({line['ratio_low']:.2f} - {line['ratio_high']:.2f})"
-        ),
+        "e1jax is faster by": bounded("ratio", "x"),
         "the same by CPU time": figure("cpu_ratio", unit="x"),
         "useful slot steps": figure("useful_slot_steps"),
     },
@@ -166,9 +180,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         **NAME,
         "checkpoint GB": figure("checkpoint_gb"),
         "s": median(),
-        "to cp": lambda line: (
-            f"{line['ratio']:.2f}x ({line['ratio_low']:.2f} - {line['ratio_high']:.2f})"
-        ),
+        "to cp": bounded("ratio", "x"),
         "CPU s": figure("cpu"),
         "to cp's": figure("cpu_ratio", unit="x"),
         "peak GB": figure("peak_gb"),
@@ -177,9 +189,7 @@ TABLES: dict[str, dict[str, Cell]] = {
     "full_size": {
         "": figure("form"),
         "first call s": figure("first"),
-        "s a token": lambda line: spread(
-            {"median": line["step"], "low": line["step_low"], "high": line["step_high"]}
-        ),
+        "s a token": bounded("step"),
         "weights at memory speed s": figure("floor"),
         "weights GB": figure("weights_gb"),
         "peak GB": figure("peak_gb"),
@@ -189,13 +199,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         "first word s": figure("first_word"),
         "whole s": median(),
         "CPU s": figure("cpu"),
-        **{
-            f"{part} s": lambda line, part=part: number(line["parts"][part])
-            for part in (
-                *("interpreter", "imports", "templates"),
-                *("trace", "compile", "rest"),
-            )
-        },
+        **{f"{name} s": part(name) for name in STARTUP},
     },
 }
 
