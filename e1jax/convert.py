@@ -574,20 +574,8 @@ def write_hf_weights(
     for number, shard in enumerate(shards, 1):
         one = f"model-{number:05}-of-{len(shards):05}.safetensors"
         file = path / (one if len(shards) > 1 else _SINGLE)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, size in shard.items():
-            header[name] = {
-                "dtype": next(key for key in _DTYPES if _DTYPES[key] == dtype),
-                "shape": list(shapes[name]),
-                "data_offsets": [end, end + size],
-            }
-            end += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-        file.write_bytes(len(text).to_bytes(8, "little") + text)
-        for name in shard:
-            places[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
+        offsets = _write_header(file, dtype, {name: shapes[name] for name in shard})
+        places |= {name: (file, offset) for name, offset in offsets.items()}
         weight_map |= dict.fromkeys(shard, file.name)
     for name, array in arrays.items():
         _write_tensors(name, array, config, places, written)
@@ -595,6 +583,26 @@ def write_hf_weights(
         total = sum(sum(shard.values()) for shard in shards)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(path / _INDEX, index)
+
+
+def _write_header(
+    file: Path, dtype: np.dtype, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Begins a safetensors file; where in it each tensor is to be written."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    kind = next(key for key in _DTYPES if _DTYPES[key] == dtype)
+    end, starts = 0, {}
+    for name, shape in shapes.items():
+        starts[name], end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": kind,
+            "shape": list(shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
 def _write_tensors(

@@ -182,20 +182,9 @@ def narrow(
     return values.astype(jnp.int8), scale
 
 
-def to_int8(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters with their kernels and embedding as int8."""
-
-    def quantize(x, axis):
-        scale = jnp.abs(x.astype(jnp.float32)).max(axis, keepdims=True) / LARGEST
-        values = jnp.round(x.astype(jnp.float32) / jnp.where(scale == 0, 1, scale))
-        return {"values": values.astype(jnp.int8), "scale": jnp.squeeze(scale, axis)}
-
-    return map_kernels(jax.jit(quantize, static_argnums=1), params)
-
-
 def int8_on_host(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same for some channels of a kernel, whose products sum over `axis`, in host
-    memory: values, and scales without that dim."""
+    """Some channels of a kernel as int8, in host memory: values, and scales without
+    `axis`, the dim that products sum over."""
     if x.ndim == 3 and len(x) > 1:  # layer by layer, which takes less memory
         values, scales = zip(*(int8_on_host(one[None], axis) for one in x), strict=True)
         return np.concatenate(values), np.concatenate(scales)

@@ -598,6 +598,39 @@ def test_the_parts_of_an_array():
         assert (count[index] == 1).all() and count.sum() == count[index].size
 
 
+BROKEN = """
+import shutil, sys
+from pathlib import Path
+import numpy as np
+from e1jax.checkpoint import LazyArray, save_params
+
+def read(part):
+    if part[0].start >= 20:
+        raise OSError("the disk is gone")
+    return np.ones((1, 200_000), np.float32)
+
+array = LazyArray((100, 200_000), np.dtype(np.float32), (1, 200_000), read)
+path = Path(sys.argv[1])
+try:
+    save_params(path, {"a": array})
+except Exception as error:
+    shutil.rmtree(path.parent)
+    sys.exit(str(error))
+"""
+
+
+def test_a_part_that_cannot_be_read_ends_a_save(tmp_path):
+    """At once, however many parts are waiting, and nothing is written after that."""
+    done = subprocess.run(
+        [sys.executable, "-c", BROKEN, str(tmp_path / "new" / "params")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "the disk is gone" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("kind", ["hf", "e1"])
 def test_loading_needs_no_memory_beside_the_weights(tmp_path, kind):
     """No copy of an array is made, where one of 67 MB would show."""

@@ -475,6 +475,14 @@ def test_a_larger_slice_to_sample_on_is_one_host(
     assert report["fitting"].startswith(fitting)
 
 
+@pytest.mark.parametrize("flag", ["--quantize", "--kv-dtype"])
+def test_forms_of_sampling_are_not_for_training(config, monkeypatch, flag):
+    argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", flag, "int8"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--part", "train"])
+    with pytest.raises(UserError, match="are for sampling"):
+        plan.main()
+
+
 def test_the_table_for_people(fake, config, monkeypatch, capsys):
     fake(10**8)
     argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", "--live", "9"]

@@ -26,6 +26,14 @@ def int8_of(kernel: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(kernel / safe), scale.squeeze(axis)
 
 
+def to_int8(params: dict) -> dict:
+    def leaf(kernel, axis):
+        values, scale = int8_of(np.asarray(kernel, np.float32), axis)
+        return {"values": values.astype(np.int8), "scale": scale.astype(np.float32)}
+
+    return quantize.map_kernels(leaf, params)
+
+
 def bits_of(kernel: jax.Array) -> np.ndarray:
     return np.asarray(kernel.astype(jnp.bfloat16)).view(np.uint16)
 
@@ -240,7 +248,7 @@ def test_int8_is_the_same_from_wherever_it_is_loaded(tiny_hf, tmp_path, stored):
     from_hf(str(path), tmp_path / "wide")
     from_hf(str(path), tmp_path / "int8", dtype="bfloat16", quantize="int8")
     plain = load_model(str(path), CPU, stored).params
-    made = quantize.to_int8(plain)
+    made = to_int8(plain)
     made = jax.tree.map(
         lambda ours, bits: ours if ours.dtype == jnp.int8 else ours.astype(bits.dtype),
         *(made, load_model(str(tmp_path / "int8"), CPU, "bfloat16").params),
@@ -291,33 +299,35 @@ def test_an_int8_cache_changes_little(tiny_hf):
     assert 1e-5 < difference(ours, sampled(tiny_hf())) < 0.1
 
 
-def on_meshes(path, expected):
-    """With 8 devices."""
-    for mesh in ("data=4,tensor=2", "data=8,tensor=1"):
-        tokens, _, made = sampled(path, mesh, **BOTH)
-        assert tokens == expected, mesh
-        scale = made._cache.k_scale
-        assert scale.sharding == made._cache.k.sharding
-        # Of two rows, each place on `data` has a part.
-        assert scale.shape[1] == 2 * int(mesh[5])
+def on_mesh(path, mesh, rows, expected):
+    """`rows`: of the cache, on all of `data` together."""
+    tokens, _, made = sampled(path, mesh, **BOTH)
+    assert tokens == expected
+    scale = made._cache.k_scale
+    assert scale.sharding == made._cache.k.sharding and scale.shape[1] == rows
 
 
 BOTH = {"quantize": "int8", "kv_dtype": "int8"}
 
 
-def test_meshes_give_the_tokens_of_one_device(tiny_hf):
-    path = str(tiny_hf())
+@pytest.mark.parametrize(
+    "mesh, rows, tied",
+    [
+        ("data=2,tensor=2", 2, True),  # a row a place
+        ("data=4,tensor=2", 8, False),  # a part of each of two rows at each place
+        ("data=8,tensor=1", 16, True),
+    ],
+)
+def test_meshes_give_the_tokens_of_one_device(tiny_hf, mesh, rows, tied):
+    path = str(tiny_hf(tied=tied))
     expected = sampled(path, **BOTH)[0]
-    code = f"import test_quantize as t\nt.on_meshes({path!r}, {expected!r})"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
+    call = f"t.on_mesh({path!r}, {mesh!r}, {rows}, {expected!r})"
+    data, tensor = mesh[5], mesh[-1]
+    count = f"--xla_force_host_platform_device_count={int(data) * int(tensor)}"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"import test_quantize as t\n{call}"],
         cwd=os.path.dirname(__file__),
-        env=environment,
+        env={**os.environ, "XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
