@@ -587,7 +587,7 @@ def admit(
         return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), now, old)
 
     cache = jax.lax.fori_loop(0, count, copy, _cache_on_mesh(mesh, cache))
-    return _cache_on_mesh(mesh, cache), _rows_on_mesh(
+    return _cache_on_mesh(mesh, cache), _everywhere(
         mesh, jax.tree.map(merge, fresh, rows)
     )
 
@@ -606,6 +606,10 @@ def decode(
     """Steps all rows until `enough` of them are DONE, but `num_steps` (at most
     CHUNK_STEPS) times."""
     batch, row_keys = rows.token.shape[0], sampling.row_keys(rows.sampling)
+    # An unfinished row gets a token at every step: its keys are made all at once.
+    index = rows.state.num_tokens[None] + jnp.arange(CHUNK_STEPS)[:, None]
+    keys = jax.vmap(sampling.token_keys, (None, 0))(row_keys, index)
+    everywhere = functools.partial(_everywhere, mesh)
 
     def unfinished(carry):
         _, rows, chunk = carry
@@ -618,7 +622,7 @@ def decode(
         done = rows.state.phase == sampling.DONE
         # A finished row stays at position 0, so that it does not lengthen the others'
         # attention.
-        position = jnp.where(done, 0, rows.position)[:, None]
+        position = everywhere(jnp.where(done, 0, rows.position))[:, None]
         hidden, cache = model.forward(
             config, params, rows.token[:, None], position, cache, mesh=mesh
         )
@@ -626,19 +630,20 @@ def decode(
         # As the weights lie: were the logits divided by rows, weights would be gathered.
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
-        keys = sampling.token_keys(row_keys, rows.state.num_tokens)
-        sampled = sampling.draw(logits, keys, rows.sampling, mesh)
-        token, forced, state = sampling.advance(rows.state, sampled, rows.budget, ids)
+        i = chunk.num_steps
+        sampled = everywhere(sampling.draw(logits, keys[i], rows.sampling, mesh))
+        token, forced, state = everywhere(
+            sampling.advance(rows.state, sampled, rows.budget, ids)
+        )
         logprobs = sampling.token_logprobs(logits, token, rows.sampling.temperature)
         rows = rows._replace(token=token, position=rows.position + 1, state=state)
-        i = chunk.num_steps
         chunk = Chunk(
             chunk.tokens.at[:, i].set(token),
-            chunk.logprobs.at[:, i].set(logprobs),
+            chunk.logprobs.at[:, i].set(everywhere(logprobs)),
             chunk.forced.at[:, i].set(forced),
             i + 1,
         )
-        return _cache_on_mesh(mesh, cache), _rows_on_mesh(mesh, rows), chunk
+        return _cache_on_mesh(mesh, cache), everywhere(rows), chunk
 
     shape = (batch, CHUNK_STEPS)
     chunk = Chunk(
@@ -691,8 +696,10 @@ def _cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
     return jax.lax.with_sharding_constraint(cache, places)
 
 
-def _rows_on_mesh(mesh: Mesh, rows: Rows) -> Rows:
-    return jax.lax.with_sharding_constraint(rows, replicated(mesh))
+def _everywhere(mesh: Mesh, of_rows: Any) -> Any:
+    """What is known of rows, on every device: the compiler would spread it over `data`, as
+    the cache is, and gather it again by a dozen small operations."""
+    return jax.lax.with_sharding_constraint(of_rows, replicated(mesh))
 
 
 def capacity(cache_len: int) -> int:
