@@ -790,12 +790,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # A conversion needs no accelerator, and must not take one from who uses it.
     jax.config.update("jax_platforms", "cpu")
+    if args.command == "inspect":
+        print(inspect(args.src))
+        return
     if args.command == "from-hf":
         from_hf(args.src, args.dst, args.dtype, args.quantize)
-    elif args.command == "to-hf":
-        to_hf(args.src, args.dst)
     else:
-        print(inspect(args.src))
+        to_hf(args.src, args.dst)
+    print(f"{args.dst} is written; python -m e1jax.sample --model {args.dst}")
 
 
 if __name__ == "__main__":

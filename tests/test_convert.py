@@ -84,8 +84,13 @@ def command(capsys):
 def test_there_and_back_is_bit_exact(tiny_hf, tmp_path, command, dtype, shape):
     source = tiny_hf(dtype=dtype, **shape)
     assert (len(list(source.glob("*.safetensors"))) > 1) == ("max_shard_size" in shape)
-    assert command("from-hf", source, tmp_path / "e1")[0] == 0
-    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    for name, args in (
+        ("e1", ("from-hf", source)),
+        ("back", ("to-hf", tmp_path / "e1")),
+    ):
+        code, out, _ = command(*args, tmp_path / name)
+        assert code == 0
+        assert out.startswith(f"{tmp_path / name} is written")
     back = tmp_path / "back"
     assert same_bytes(weights(back), weights(source))
     assert torch.equal(logits(back), logits(source))
