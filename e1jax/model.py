@@ -68,22 +68,51 @@ class Linear(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T I"], apart: bool = False
+        self, x: Float[Array, "B T I"], mesh: Mesh | None, apart: bool = False
     ) -> Float[Array, "B T O"]:
-        y = self.product(x, apart)
+        y = self.product(x, mesh, apart)
         return y if self.bias is None else y + self.bias[None, None]
 
     def product(
-        self, x: Float[Array, "... I"], apart: bool = False
+        self, x: Float[Array, "... I"], mesh: Mesh | None, apart: bool = False
     ) -> Float[Array, "... O"]:
         """Without the bias. With `apart`, the compiler folds nothing that follows into
         it: for TPUs it would copy the weights of all layers into the layout that a split
         of the result into heads asks for."""
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
-        y = quantize.matmul(x.reshape(-1, x.shape[-1]), self.kernel.get_value())
+        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel.get_value()
+        plain = not isinstance(kernel, quantize.Packed)
+        product = _product_on_cpu if plain and on_cpu(mesh) else quantize.matmul
+        y = product(rows, kernel)
         y = jax.lax.optimization_barrier(y) if apart else y
         return y.reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product_on_cpu(
+    x: Float[Array, "N I"], kernel: Float[Array, "I O"]
+) -> Float[Array, "N O"]:
+    """x @ kernel, with a backward pass for CPUs, where XLA has two libraries for
+    products: the faster one does not sum over rows, as the gradient of the kernel does,
+    unless x is transposed first."""
+    return quantize.matmul(x, kernel)
+
+
+def _product_backward(residuals, grad):
+    x, kernel = residuals
+    with _matmul_precision(x.dtype):
+        return grad @ kernel.T, _transposed(x) @ grad
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """By an operation of its own: see sharding.backward_options."""
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
+
+
+_product_on_cpu.defvjp(
+    lambda x, kernel: (_product_on_cpu(x, kernel), (x, kernel)), _product_backward
+)
 
 
 @jax.custom_vjp
@@ -128,22 +157,21 @@ class Attention(nnx.Module):
         apart = cache is not None
         linears = self.q, self.k, self.v
         if cache is not None and isinstance(rope, attention.Heads):
-            products = [linear.product(x[:, 0], apart) for linear in linears]
+            products = [linear.product(x[:, 0], mesh, apart) for linear in linears]
             q, caches = attention.decode_heads(
                 products, (cache.k, cache.v), layer, places, rope, mesh
             )
             k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
         else:
-            q, k, v = (self._heads(linear(x, apart)) for linear in linears)
+            q, k, v = (self._heads(linear(x, mesh, apart)) for linear in linears)
             q, k = (attention.apply_rope(heads, rope) for heads in (q, k))
             q, k, v = keep(q), keep(k), keep(v)
             if cache is not None:
                 cache = write(cache, layer, k, v, places, mesh)
         out = attend(q, k, v, cache, layer)
         batch, heads, length, head_dim = out.shape
-        return self.o(
-            out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
-        ), cache
+        out = out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
+        return self.o(out, mesh), cache
 
     def _heads(self, x: Float[Array, "B T N"]) -> Float[Array, "B H T C"]:
         batch, length, _ = x.shape
@@ -157,9 +185,12 @@ class MLP(nnx.Module):
         self.up = Linear((d, f), ("embed", "mlp"), rngs=rngs)
         self.down = Linear((f, d), ("mlp", "embed"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = (gradient_apart(keep(linear(x))) for linear in (self.gate, self.up))
-        return self.down(jax.nn.silu(gate) * up)
+    def __call__(
+        self, x: Float[Array, "B T D"], mesh: Mesh | None
+    ) -> Float[Array, "B T D"]:
+        linears = self.gate, self.up
+        gate, up = (gradient_apart(keep(linear(x, mesh))) for linear in linears)
+        return self.down(jax.nn.silu(gate) * up, mesh)
 
 
 class Block(nnx.Module):
@@ -176,7 +207,7 @@ class Block(nnx.Module):
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), mesh), cache
 
 
 class Qwen2(nnx.Module):

@@ -87,8 +87,8 @@ def on_tpu(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.devices.flat[0].platform == "tpu"
 
 
-def on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+def on_cpu(mesh: Mesh | None) -> bool:
+    return mesh is not None and mesh.devices.flat[0].platform == "cpu"
 
 
 def sharding(
@@ -110,6 +110,17 @@ def sharding(
 # starts independent collectives in an order of each device's own, and with fewer threads
 # than devices they then wait for each other until the process is aborted.
 COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+def backward_options(mesh: Mesh) -> dict[str, Any]:
+    """COMPILER_OPTIONS of a program with a backward pass.
+
+    On a CPU, XLA removes optimization barriers before it fuses operations. Here they
+    stay: a transpose fused with what it transposes takes ten times as long.
+    """
+    if not on_cpu(mesh):
+        return COMPILER_OPTIONS
+    return COMPILER_OPTIONS | {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def use_compilation_cache() -> None:

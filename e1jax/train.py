@@ -88,6 +88,7 @@ from e1jax.model import Params, Whole, abstract_params
 from e1jax.rewards import Grader, grade
 from e1jax.sharding import (
     COMPILER_OPTIONS,
+    backward_options,
     enough_memory,
     make_whole,
     map_over_data,
@@ -591,7 +592,7 @@ def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
     adam, updates = config.optimizer, config.updates_per_step
     rates = learning_rates(adam, config.steps)
     return optax.chain(
-        optax.clip_by_global_norm(adam.max_grad_norm),
+        clip_by_norm(adam.max_grad_norm),
         optax.adamw(
             lambda count: rates(jnp.asarray(count) // updates),
             b1=adam.b1,
@@ -599,6 +600,17 @@ def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
             weight_decay=adam.weight_decay,
         ),
     )
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm by one factor for all gradients. That one divides by
+    the norm first, which is one pass more over arrays as large as the parameters."""
+
+    def clip(grads, _):
+        factor = jnp.minimum(1, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
+
+    return optax.stateless(clip)
 
 
 def learning_rates(config: AdamWConfig, steps: int) -> Callable[[Any], Any]:
@@ -682,7 +694,7 @@ def make_update(
         update,
         donate_argnums=(0, 1),
         out_shardings=(*shardings, None),
-        compiler_options=COMPILER_OPTIONS,
+        compiler_options=backward_options(mesh),
     )
 
 

@@ -1,6 +1,7 @@
 """Parity with Hugging Face torch, and the laws that a cache has to keep."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEm
 from e1jax import attention, model
 from e1jax.config import ModelConfig, UserError
 from e1jax.convert import load_model, read_config
+from e1jax.sharding import COMPILER_OPTIONS, backward_options
 
 # float32 sums in another order differ by about 1e-6 of the largest logit.
 TOLERANCE = 1e-5
@@ -257,3 +259,45 @@ def test_remat_changes_no_value_and_no_gradient(tiny_hf):
     plain, again = grad(loaded.params, False), grad(loaded.params, True)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert difference(np.asarray(b), np.asarray(a)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", [(7, 12, 20), (300, 24, 9), (1, 8, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_for_cpus_has_the_gradients_of_a_product(sizes, dtype):
+    rows, inner, outer = sizes
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (rows, inner)).astype(dtype)
+    kernel = jax.random.normal(keys[1], (inner, outer)).astype(dtype)
+    grad = jax.random.normal(keys[2], (rows, outer)).astype(dtype)
+    y, backward = jax.vjp(model._product_on_cpu, x, kernel)
+    wide = [np.asarray(array, np.float64) for array in (x, kernel, grad)]
+    expected = wide[0] @ wide[1], wide[2] @ wide[1].T, wide[0].T @ wide[2]
+    scale = 1e-6 if dtype == "float32" else 1e-2
+    for ours, reference in zip((y, *backward(grad)), expected, strict=True):
+        assert ours.dtype == dtype
+        size = np.abs(reference).max()
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float64), reference, atol=scale * size
+        )
+
+
+def test_what_a_cpu_transposes_is_not_computed_at_the_same_time():
+    """A transpose that XLA fuses with what comes before it is ten times as slow."""
+
+    def fused(options):
+        def value(kernel, x):
+            return (model._product_on_cpu(x * 3, kernel) ** 2).sum()
+
+        shapes = jnp.zeros((128, 256)), jnp.zeros((300, 128))
+        compiled = jax.jit(jax.grad(value), compiler_options=options).lower(*shapes)
+        text = compiled.compile().as_text()
+        parts = re.findall(r"^%\S+ \(.*?^\}", text, re.MULTILINE | re.DOTALL)
+        return [
+            p
+            for p in parts
+            if "multiply(" in p and re.search(r" (transpose|copy)\(", p)
+        ]
+
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"))
+    assert fused(COMPILER_OPTIONS)  # or this test says nothing
+    assert not fused(backward_options(mesh))
