@@ -587,6 +587,38 @@ def test_bfloat16_is_only_computed_in(loaded, completions):
         assert 1e-3 < error < 0.3, name
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 0.1, 30.0])
+def test_gradients_are_clipped_as_optax_does(scale):
+    keys = jax.random.split(jax.random.key(5))
+    grads = {
+        "a": scale * jax.random.normal(keys[0], (7, 3)),
+        "b": scale * jax.random.normal(keys[1], (5,)),
+    }
+    ours, reference = train.clip_by_norm(0.5), optax.clip_by_global_norm(0.5)
+    state = ours.init(grads)
+    assert state == reference.init(grads)  # so that older checkpoints are read
+    clipped, expected = (t.update(grads, state)[0] for t in (ours, reference))
+    for name in grads:
+        np.testing.assert_allclose(clipped[name], expected[name], rtol=1e-6)
+
+
+def test_an_update_on_a_cpu_has_no_product_that_sums_over_rows(loaded, completions):
+    """In the layers: it would go to the slower library, see model._product_on_cpu."""
+    config = settings()
+    optimizer = train.make_optimizer(config)
+    shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
+    shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    update = train.make_update(config, loaded.config, optimizer, "float32", shardings)
+    batch = batch_of(config, completions)
+    text = update.lower(*shapes, batch, 0, jnp.float32(1)).compile().as_text()
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert len(products) > 20
+    sums = "lhs_contracting_dims={0}, rhs_contracting_dims={0}"
+    assert not [p for p in products if sums in p and "while/body" in p]
+    assert "opt-barrier(" in text  # see sharding.backward_options
+
+
 def test_updates_are_those_of_adamw(loaded, completions):
     """Four in a step, each by its own mini-batch and all at the rate of the step."""
     adam = AdamWConfig(
