@@ -343,7 +343,7 @@ def test_completions_of_sample_are_graded(run, tmp_path):
 
 def test_comparisons_that_take_too_long_are_counted(run, tmp_path, monkeypatch):
     grader = rewards.Grader
-    monkeypatch.setattr(rewards, "Grader", lambda: grader(workers=1, limit=0.5))
+    monkeypatch.setattr(rewards, "Grader", lambda: grader(workers=1))
     problems = [{"problem": "?", "answer": r"\frac{1}{2}"}] * 2
     file = write_lines(tmp_path / "problems.jsonl", problems)
     boxes = [r"\boxed{0.5}", r"\boxed{9^{9^{9^{9}}}}"]
