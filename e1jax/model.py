@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -27,6 +28,8 @@ from e1jax.sharding import on_cpu, on_tpu, sharding
 # with a dict per layer, as quantize.unstack gives it.
 Params = dict[str, Any]
 Whole = Callable[[Any, str], Any]
+
+_ROWS = Layout((0, 1))  # of a matrix, one after the other
 
 
 class KVCache(NamedTuple):
@@ -95,19 +98,23 @@ def _product_on_cpu(
 ) -> Float[Array, "N O"]:
     """x @ kernel, with a backward pass for CPUs, where XLA has two libraries for
     products: the faster one does not sum over rows, as the gradient of the kernel does,
-    unless x is transposed first."""
+    unless one of the two is transposed first."""
     return x @ kernel
 
 
 def _product_backward(residuals, grad):
     x, kernel = residuals
     with _matmul_precision(x.dtype):
+        if kernel.shape[0] > kernel.shape[1]:  # two smaller transposes take less time
+            return grad @ kernel.T, _transposed(_transposed(grad) @ x)
         return grad @ kernel.T, _transposed(x) @ grad
 
 
 def _transposed(x: jax.Array) -> jax.Array:
-    """By an operation of its own: see sharding.backward_options."""
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
+    """By an operation of its own: see sharding.backward_options. Without the constraint
+    it may be a view, which whatever stores it turns round on the way."""
+    transposed = with_layout_constraint(jax.lax.optimization_barrier(x).T, _ROWS)
+    return jax.lax.optimization_barrier(transposed)
 
 
 _product_on_cpu.defvjp(
