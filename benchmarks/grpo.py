@@ -7,8 +7,8 @@ library has its own process, and the two take turns, step by step, so that whate
 the machine does hits both; the first two steps compile and are not counted. First both
 keep activations, then both compute them again layer by layer (remat).
 
-A step is forward, loss, backward and AdamW on 4 sequences of 64 prompt and 448 response
-tokens, all of which count, for a random Qwen2 of 49.8 million parameters in float32 (12
+A step is forward, loss, backward and AdamW on a group, 4 sequences of the same 64 prompt
+and of 448 response tokens each, all of which count, for a random Qwen2 of 49.8 million parameters in float32 (12
 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Both sides get old and
 reference log-probabilities as inputs, and take the mean over tokens of the clipped
 surrogate and of k3 (coefficient 0.001) at temperature 0.6; both report the entropy, and
@@ -172,13 +172,16 @@ def work(name: str, remat: bool) -> Callable[[str], dict[str, Any]]:
 
 
 def make_data(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One group of responses; token 0, which Tunix takes for padding, does not occur."""
+    """One group: responses to the same prompt. Token 0, which Tunix takes for padding,
+    does not occur."""
 
     def logprobs() -> np.ndarray:  # near those of a random model, -log(VOCAB) = -8.3
         return (-8.5 + 0.2 * rng.standard_normal((ROWS, RESPONSE))).astype(np.float32)
 
+    tokens = rng.integers(1, VOCAB, (ROWS, PROMPT + RESPONSE), np.int32)
+    tokens[:, :PROMPT] = tokens[0, :PROMPT]
     return {
-        "tokens": rng.integers(1, VOCAB, (ROWS, PROMPT + RESPONSE), np.int32),
+        "tokens": tokens,
         "advantages": np.array([1.2, -0.5, -0.9, 0.2], np.float32),
         "old": logprobs(),
         "ref": logprobs(),
@@ -231,7 +234,7 @@ def e1jax_side(remat: bool):
             values[name].append(float(metrics[name]))
 
     def report() -> dict[str, list]:
-        make = make_logprobs(sizes, jnp.dtype("float32"), shardings[0])
+        make = make_logprobs(sizes, jnp.dtype("float32"), shardings[0], ROWS)
         logprobs = make(params, batch, temperature)
         return values | {"logprobs": np.asarray(logprobs[0]).tolist()}
 

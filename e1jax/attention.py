@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from e1jax.quantize import LANES, widen
 from e1jax.sharding import on_tpu, sharding
@@ -75,28 +75,80 @@ def apply_rope(
     return turned.astype(x.dtype)
 
 
+class Groups(NamedTuple):
+    """Rows of two lengths, one after the other on a dim of tokens: N prompts of P, then
+    the G responses of R to each. A prompt is gone through once, not with each response."""
+
+    prompt_len: jax.Array  # [N] int32
+    samples: int  # G
+    longest_prompt: int  # P
+
+    def split(self, x: Shaped[Array, "1 _S D"]) -> tuple[jax.Array, jax.Array]:
+        """[1, N*P + N*G*R, D] -> [N, P, D] and [N*G, R, D]"""
+        num = len(self.prompt_len)
+        prompts, responses = jnp.split(x[0], [num * self.longest_prompt])
+        return (
+            prompts.reshape(num, self.longest_prompt, -1),
+            responses.reshape(num * self.samples, -1, x.shape[-1]),
+        )
+
+    def join(self, parts: tuple[jax.Array, jax.Array]) -> Shaped[Array, "1 _S D"]:
+        return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])[
+            None
+        ]
+
+
+def grouped_attention(
+    q: tuple[jax.Array, jax.Array],
+    k: tuple[jax.Array, jax.Array],
+    v: tuple[jax.Array, jax.Array],
+    groups: Groups,
+) -> tuple[jax.Array, jax.Array]:
+    """`causal_attention` of prompts, and of responses that also see their prompt.
+
+    Heads of each part, [N, H, P, C] and [N*G, H, R, C] or with K heads.
+    """
+
+    def all_keys(parts):
+        prompts, responses = parts
+        prompts = jnp.repeat(prompts, groups.samples, axis=0)
+        return jnp.concatenate([prompts, responses], axis=2)
+
+    prompt_len = jnp.repeat(groups.prompt_len, groups.samples)
+    return (
+        causal_attention(q[0], k[0], v[0]),
+        causal_attention(q[1], all_keys(k), all_keys(v), prompt_len=prompt_len),
+    )
+
+
 def causal_attention(
     q: Float[Array, "B H T C"],
-    k: Float[Array, "B K T C"],
-    v: Float[Array, "B K T C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
     mesh: Mesh | None = None,
+    prompt_len: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. Up to MAX_PARTS parts of the queries are gone through in turn, each
+    needs no mask. The queries may be those of the last T of the keys; then of the ones
+    before, only the first `prompt_len` of a row are seen. Up to MAX_PARTS parts of the queries are gone through in turn, each
     against the keys up to its end: that spares up to 7/16 of the products, and the
     scores of one part exist at a time, in the backward pass too. On TPUs, heads of
     bfloat16 and whole registers are the work of `splash_attention`.
     """
     if mesh is not None and takes_splash(mesh, q.dtype, q.shape[-1]):
         return splash_attention(q, k, v, mesh)
-    length = q.shape[2]
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
     parts = []
     for start in range(0, length, part_len):
         end = min(start + part_len, length)
-        parts.append(_last_queries(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+        keys, values = (x[:, :, : before + end] for x in (k, v))
+        unseen = None
+        if prompt_len is not None:
+            unseen = (prompt_len[:, None], jnp.full((len(q), 1), before))
+        parts.append(_last_queries(q[:, :, start:end], keys, values, unseen))
     return jnp.concatenate(parts, axis=2)
 
 
@@ -155,29 +207,35 @@ def _splash_local(q, k, v, *, interpret: bool) -> jax.Array:
 
 
 @jax.custom_vjp
-def _last_queries(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of the last queries over all keys.
+def _last_queries(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    unseen: tuple[jax.Array, jax.Array] | None,
+) -> jax.Array:
+    """Causal attention of the last queries over all keys, but those of a row from the
+    first to below the second of `unseen`, [B, 1] each.
 
     The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.
     """
-    return _last_queries_forward(q, k, v)[0]
+    return _last_queries_forward(q, k, v, unseen)[0]
 
 
-def _last_queries_forward(q, k, v):
-    scores = _visible_scores(q, k)
+def _last_queries_forward(q, k, v, unseen):
+    scores = _visible_scores(q, k, unseen)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     mass = weights.sum(axis=-1, keepdims=True)
     out = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v) / mass
     out = keep(out.astype(q.dtype).reshape(q.shape))
-    return out, (q, k, v, out, keep(peak + jnp.log(mass)))
+    return out, (q, k, v, unseen, out, keep(peak + jnp.log(mass)))
 
 
 def _last_queries_backward(residuals, grad):
-    q, k, v, out, log_mass = residuals
+    q, k, v, unseen, out, log_mass = residuals
     kv_heads = k.shape[1]
-    weights = jnp.exp(_visible_scores(q, k) - log_mass)
+    weights = jnp.exp(_visible_scores(q, k, unseen) - log_mass)
     mean = (grad * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
     grad, mean = _fold(grad, kv_heads), _fold(mean, kv_heads)
     grad_v = _of_keys(grad, weights.astype(v.dtype))
@@ -185,7 +243,8 @@ def _last_queries_backward(residuals, grad):
     grad_scores = grad_scores.astype(k.dtype)
     grad_k = _of_keys(_fold(_scaled(q), kv_heads), grad_scores)
     grad_q = _scaled(_product("bkqs,bksc->bkqc", grad_scores, k)).reshape(q.shape)
-    return grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype)
+    grads = (grad_q.astype(q.dtype), grad_k.astype(k.dtype), grad_v.astype(v.dtype))
+    return *grads, None
 
 
 _last_queries.defvjp(_last_queries_forward, _last_queries_backward)
@@ -198,12 +257,18 @@ def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
-def _visible_scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scores of the last queries, folded; MASKED where the key comes later."""
+def _visible_scores(q: jax.Array, k: jax.Array, unseen) -> jax.Array:
+    """Scores of the last queries, folded; MASKED where the key comes later, or is one of
+    those that are not seen."""
     length, num_keys = q.shape[2], k.shape[2]
     index = jnp.arange(num_keys)
     visible = index[num_keys - length :, None] >= index[None, :]
     visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
+    visible = visible[None, None]
+    if unseen is not None:
+        first, end = unseen
+        seen = (index[None] < first) | (index[None] >= end)
+        visible &= seen[:, None, None]
     scores = _product("bkqc,bksc->bkqs", _fold(_scaled(q), k.shape[1]), k)
     return jnp.where(visible, scores, MASKED)
 

@@ -7,6 +7,8 @@ made from lengths, never by comparing token ids: end-of-sequence and padding may
 same id.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Shaped
 
+from e1jax.attention import Groups
 from e1jax.config import ModelConfig, UserError
 from e1jax.model import Params, Whole, forward, unembed
+from e1jax.sharding import on_tpu
 
 # Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
 # fewer, a TPU spends its time on the gradient of the output matrix, which it reads and
@@ -136,6 +140,7 @@ def response_logprobs(
     remat: bool = False,
     whole: Whole = lambda part, name: part,
     entropy_grad: bool = False,
+    samples: int = 1,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-probability of each response token under the policy, and the policy's entropy.
 
@@ -143,25 +148,57 @@ def response_logprobs(
     `response_len`, and T at least the longest prompt plus R. Both results are of
     softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
     positions go through the model but not through its head. `mesh`, `remat` and `whole`
-    are those of model.forward.
+    are those of model.forward. `samples` rows in turn have the same prompt: it goes
+    through the model once with them, where the rows are whole groups, and not on TPUs.
     """
-    inputs = tokens[:, :-1]  # the last position predicts none of them
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-    hidden, _ = forward(
-        config, params, inputs, positions, mesh=mesh, remat=remat, whole=whole
-    )
 
     def of_response(row, start):
         return jax.lax.dynamic_slice_in_dim(row, start, response_len)
 
-    # The token at a position is predicted from the position before it.
-    hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
     targets = jax.vmap(of_response)(tokens, prompt_len)
+    compute = functools.partial(
+        forward, config, params, mesh=mesh, remat=remat, whole=whole
+    )
+    # The token at a position is predicted from the position before it.
+    whole_groups = samples > 1 and len(tokens) % samples == 0
+    if whole_groups and response_len > 1 and not on_tpu(mesh):
+        hidden = _hidden_of_groups(compute, tokens, targets, prompt_len, samples)
+    else:
+        inputs = tokens[:, :-1]  # the last position predicts none of them
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        hidden, _ = compute(inputs, positions)
+        hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
     name = "embedding" if config.tie_word_embeddings else "lm_head"
     params = {name: whole(params[name], name)}  # for all chunks at once
     return chunked_logprobs(
         config, params, hidden, targets, temperature, entropy_grad=entropy_grad
     )
+
+
+def _hidden_of_groups(
+    compute: Callable[..., tuple[jax.Array, Any]],
+    tokens: Int[Array, "B T"],
+    responses: Int[Array, "B R"],
+    prompt_len: Int[Array, " B"],
+    samples: int,
+) -> Float[Array, "B R D"]:
+    """Hidden states from which the tokens of responses are predicted, `samples` of which
+    in turn follow the same prompt."""
+    groups = Groups(
+        prompt_len[::samples], samples, tokens.shape[1] - responses.shape[1]
+    )
+    prompts, inputs = tokens[::samples, : groups.longest_prompt], responses[:, :-1]
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    following = prompt_len[:, None] + jnp.arange(inputs.shape[1])[None]
+    inputs, positions = (
+        groups.join((a[..., None], b[..., None]))[..., 0]
+        for a, b in ((prompts, inputs), (positions, following))
+    )
+    hidden, _ = compute(inputs, positions, groups=groups)
+    of_prompts, of_responses = groups.split(hidden)
+    last = of_prompts[jnp.arange(len(of_prompts)), groups.prompt_len - 1]
+    first = jnp.repeat(last, samples, axis=0)[:, None]
+    return jnp.concatenate([first, of_responses], axis=1)
 
 
 def chunked_logprobs(

@@ -160,7 +160,9 @@ class Attention(nnx.Module):
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
         self.head_dim = c
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, places, mesh, attend):
+    def __call__(
+        self, x, rope, cache: KVCache | None, layer, places, mesh, attend, groups
+    ):
         apart = cache is not None
         linears = self.q, self.k, self.v
         if cache is not None and isinstance(rope, attention.Heads):
@@ -170,15 +172,20 @@ class Attention(nnx.Module):
             )
             k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
         else:
-            q, k, v = (self._heads(linear(x, mesh, apart)) for linear in linears)
-            q, k = (attention.apply_rope(heads, rope) for heads in (q, k))
-            q, k, v = keep(q), keep(k), keep(v)
+            wide = [linear(x, mesh, apart) for linear in linears]
+            if groups is not None:  # from here on to the result, a pair of each
+                wide = [groups.split(y) for y in wide]
+            q, k, v = (jax.tree.map(self._heads, y) for y in wide)
+            q, k = (jax.tree.map(attention.apply_rope, y, rope) for y in (q, k))
+            q, k, v = jax.tree.map(keep, (q, k, v))
             if cache is not None:
                 cache = write(cache, layer, k, v, places, mesh)
-        out = attend(q, k, v, cache, layer)
-        batch, heads, length, head_dim = out.shape
-        out = out.swapaxes(1, 2).reshape(batch, length, heads * head_dim)
+        out = jax.tree.map(self._join_heads, attend(q, k, v, cache, layer))
+        out = out if groups is None else groups.join(out)
         return self.o(out, mesh), cache
+
+    def _join_heads(self, x: Float[Array, "B H T C"]) -> Float[Array, "B T N"]:
+        return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
     def _heads(self, x: Float[Array, "B T N"]) -> Float[Array, "B H T C"]:
         batch, length, _ = x.shape
@@ -207,10 +214,12 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs=rngs)
 
-    def __call__(self, x, rope, cache: KVCache | None, layer, places, mesh, attend):
+    def __call__(
+        self, x, rope, cache: KVCache | None, layer, places, mesh, attend, groups
+    ):
         x = x if cache is None else _of_all_rows(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, places, mesh, attend
+            self.attention_norm(x), rope, cache, layer, places, mesh, attend, groups
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
@@ -249,6 +258,7 @@ def forward(
     from_start: bool = False,
     remat: bool = False,
     whole: Whole = lambda part, name: part,
+    groups: attention.Groups | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Final hidden states, and the cache with the keys and values written.
 
@@ -257,16 +267,20 @@ def forward(
     one, tokens see the earlier ones of the same call, which `from_start` (`positions`
     begin at 0) asks for with a cache too. `mesh` is where the arrays lie: on TPUs,
     attention then takes their kernels. `whole` makes parameters usable that are shards,
-    when and where they are needed; see sharding.make_whole.
+    when and where they are needed; see sharding.make_whole. With `groups`, B is 1 and its
+    tokens are those of several prompts and responses; without a cache, and not on TPUs.
 
     For the backward pass a layer keeps what is expensive (the heads, the result of
     attention, both products of the mlp), and computes norms, scores and the activation
     function again; with `remat`, only the inputs of the layers are kept.
     """
-    rope = attention.rope_angles(
+    rope: Any = attention.rope_angles(
         positions, attention.rope_frequencies(config.head_dim, config.rope_theta)
     )
 
+    if groups is not None:
+        cos, sin = (groups.split(x[:, 0]) for x in rope)
+        rope = tuple((c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True))
     visits, last, places = None, positions, positions
     if cache is not None:
         shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
@@ -279,6 +293,8 @@ def forward(
                 rope = attention.prepare_heads(rope, biases, shards)
 
     def attend(q, k, v, cache, layer):
+        if groups is not None:
+            return attention.grouped_attention(q, k, v, groups)
         if cache is None or from_start:
             return attention.causal_attention(q, k, v, mesh)
         args = (q, cache.k, cache.v, layer, last)
@@ -289,7 +305,7 @@ def forward(
 
     def apply(x, cache, layer, weights):
         block = _module(config, "layers", weights)
-        return block(x, rope, cache, layer, places, mesh, attend)
+        return block(x, rope, cache, layer, places, mesh, attend, groups)
 
     stacked = isinstance(params["layers"], dict)
     layers, packed = quantize.split(params["layers"]) if stacked else ({}, {})

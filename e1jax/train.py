@@ -509,7 +509,9 @@ class Learner:
         self.update = make_update(
             config, loaded.config, self.optimizer, self.dtype, shardings
         )
-        self.logprobs = make_logprobs(loaded.config, self.dtype, shardings[0])
+        self.logprobs = make_logprobs(
+            loaded.config, self.dtype, shardings[0], config.rollout.samples
+        )
         self.params: Params = {}
         self.state: Any = None
         self.reference: Params | None = None
@@ -729,6 +731,7 @@ def grpo_loss(
         remat=config.update.remat,
         whole=whole,
         entropy_grad=loss.entropy_coef > 0,
+        samples=config.rollout.samples,
     )
     value, metrics = policy_loss(
         *(logprobs, batch.old_logprobs, batch.ref_logprobs),
@@ -747,8 +750,9 @@ def grpo_loss(
     return value * weight, {name: v * weight for name, v in metrics.items()}
 
 
-def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any):
-    """Log-probabilities of the responses of a step, a micro-batch at a time.
+def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int = 1):
+    """Log-probabilities of the responses of a step, a micro-batch at a time; `samples`
+    rows in turn have the same prompt.
 
     (params, batch, temperature) -> [M, B, R] float32; see make_update.
     """
@@ -762,6 +766,7 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any):
                 *(batch.loss_mask.shape[-1], temperature),
                 mesh=mesh,
                 whole=whole,
+                samples=samples,
             )
             return logprobs
 

@@ -743,14 +743,19 @@ def test_long_batches_are_whole_tiles_for_the_model(longest, lengths):
     assert train.padded_lengths(*longest) == lengths
 
 
-def test_logprobs_of_a_step_are_those_of_torch(small, loaded, completions):
-    config = settings(microbatch=3)
+@pytest.mark.parametrize(("microbatch", "samples"), [(3, 1), (6, 3), (4, 3)], ids=str)
+def test_logprobs_of_a_step_are_those_of_torch(
+    small, loaded, completions, microbatch, samples
+):
+    """Prompts by themselves, once with their responses, and where groups are divided."""
+    config = settings(microbatch=microbatch)
     batch = batch_of(config, completions)
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    logprobs = train.make_logprobs(loaded.config, jnp.float32, shardings)
+    logprobs = train.make_logprobs(loaded.config, jnp.float32, shardings, samples)
     logprobs = logprobs(loaded.params, batch, jnp.float32(TEMPERATURE))
-    assert logprobs.shape == (4, 3, 20) and logprobs.dtype == jnp.float32
+    shape = (12 // microbatch, microbatch, 20)
+    assert logprobs.shape == shape and logprobs.dtype == jnp.float32
     reference = AutoModelForCausalLM.from_pretrained(small)
     for ours, c in zip(logprobs.reshape(12, 20), completions, strict=True):
         with torch.no_grad():
@@ -779,10 +784,13 @@ def update_on_meshes() -> None:
     """An update of two micro-batches on each mesh: is it that of one device?"""
     rng = np.random.default_rng(5)
     tokens = rng.integers(0, 2048, (2, 8, 30), dtype=np.int32)
+    prompt_len = rng.integers(1, 7, (2, 2), dtype=np.int32).repeat(4, axis=1)
+    for first in (0, 4):  # four responses to a prompt
+        tokens[:, first : first + 4, :6] = tokens[:, first : first + 1, :6]
     lengths = rng.integers(1, 24, (2, 8, 1))
     lengths[0, 0], lengths[1, 1:] = 24, 1
     batch = train.Batch(
-        *(tokens, rng.integers(1, 7, (2, 8), dtype=np.int32)),
+        *(tokens, prompt_len),
         rng.normal(size=(2, 8)).astype(np.float32),
         np.arange(24) < lengths,
         *rng.normal(-8, 1, (2, 2, 8, 24)).astype(np.float32),
