@@ -93,9 +93,8 @@ class Groups(NamedTuple):
         )
 
     def join(self, parts: tuple[jax.Array, jax.Array]) -> Shaped[Array, "1 _S D"]:
-        return jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])[
-            None
-        ]
+        rows = [part.reshape(1, -1, part.shape[-1]) for part in parts]
+        return jnp.concatenate(rows, axis=1)
 
 
 def grouped_attention(
@@ -131,23 +130,24 @@ def causal_attention(
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. The queries may be those of the last T of the keys; then of the ones
-    before, only the first `prompt_len` of a row are seen. Up to MAX_PARTS parts of the queries are gone through in turn, each
-    against the keys up to its end: that spares up to 7/16 of the products, and the
-    scores of one part exist at a time, in the backward pass too. On TPUs, heads of
-    bfloat16 and whole registers are the work of `splash_attention`.
+    needs no mask. With `prompt_len`, the queries are those of the last T keys, and of
+    the S - T keys before them a row sees so many. Up to MAX_PARTS parts of the queries
+    are gone through in turn, each against the keys up to its end: that spares up to 7/16
+    of the products, and the scores of one part exist at a time, in the backward pass
+    too. On TPUs, heads of bfloat16 and whole registers are the work of
+    `splash_attention`, without `prompt_len`.
     """
     if mesh is not None and takes_splash(mesh, q.dtype, q.shape[-1]):
         return splash_attention(q, k, v, mesh)
     length, before = q.shape[2], k.shape[2] - q.shape[2]
+    unseen = None
+    if prompt_len is not None:
+        unseen = (prompt_len[:, None], jnp.full((len(q), 1), before))
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
     parts = []
     for start in range(0, length, part_len):
         end = min(start + part_len, length)
         keys, values = (x[:, :, : before + end] for x in (k, v))
-        unseen = None
-        if prompt_len is not None:
-            unseen = (prompt_len[:, None], jnp.full((len(q), 1), before))
         parts.append(_last_queries(q[:, :, start:end], keys, values, unseen))
     return jnp.concatenate(parts, axis=2)
 
@@ -213,8 +213,8 @@ def _last_queries(
     v: jax.Array,
     unseen: tuple[jax.Array, jax.Array] | None,
 ) -> jax.Array:
-    """Causal attention of the last queries over all keys, but those of a row from the
-    first to below the second of `unseen`, [B, 1] each.
+    """Causal attention of the last queries over all keys but those that `unseen` says,
+    (first, end) [B, 1]: a row's padding between prompt and response.
 
     The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.

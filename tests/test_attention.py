@@ -68,6 +68,31 @@ def test_values_and_gradients_in_float32(heads, kv_heads, length):
     check(attention.causal_attention, given, exact, 1e-5)
 
 
+@pytest.mark.parametrize(("before", "length"), [(150, 200), (3, 1), (40, 129)])
+def test_queries_that_follow_a_prompt(before, length):
+    """What lies between a row's prompt and its response is not seen, whatever it is."""
+    total, prompt_len = before + length, [before, before // 2]
+    given, exact = arrays(2, 6, 2, total, 20, jnp.float32)
+    given = [x.at[1, :, before // 2 : before].set(1e4) for x in given]
+    q, k, v, grad = given
+    ours, backward = jax.vjp(
+        lambda *x: attention.causal_attention(*x, prompt_len=jnp.array(prompt_len)),
+        *(q[:, :, before:], k, v),
+    )
+    found = (ours, *backward(grad[:, :, before:]))
+    for row, prompt in enumerate(prompt_len):
+        seen = np.r_[:prompt, before:total]
+        alone = [x[row : row + 1, :, seen] for x in exact]
+        alone[3][:, :, :prompt] = 0
+        expected = [plain(*alone[:3])[1], *plain_gradients(*alone)]
+        scale = max(np.abs(x).max() for x in expected)
+        for name, x, y in zip(("out", "q", "k", "v"), found, expected, strict=True):
+            after = name in ("out", "q")
+            x, y = (x[row], y[0, :, prompt:]) if after else (x[row][:, seen], y[0])
+            assert np.abs(x - y).max() <= 1e-5 * scale, name
+    assert not any(x[1, :, before // 2 : before].any() for x in found[2:])
+
+
 def test_values_and_gradients_in_bfloat16():
     given, exact = arrays(2, 6, 2, 300, 20, jnp.bfloat16)
     check(attention.causal_attention, given, exact, 2e-2)
