@@ -7,13 +7,14 @@ library has its own process, and the two take turns, step by step, so that whate
 the machine does hits both; the first two steps compile and are not counted. First both
 keep activations, then both compute them again layer by layer (remat).
 
-A step is forward, loss, backward and AdamW on a group, 4 sequences of the same 64 prompt
-and of 448 response tokens each, all of which count, for a random Qwen2 of 49.8 million parameters in float32 (12
-layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Both sides get old and
-reference log-probabilities as inputs, and take the mean over tokens of the clipped
-surrogate and of k3 (coefficient 0.001) at temperature 0.6; both report the entropy, and
-clip the gradient by its global norm. For e1jax this is `train.make_update`; for Tunix
-it is its `Trainer` with its "grpo" loss, wired as its `GRPOLearner` does that.
+A step is forward, loss, backward and AdamW on a group, 4 responses of 448 tokens to the
+same prompt of 64, all of which count, for a random Qwen2 of 49.8 million parameters in
+float32 (12 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Tunix goes
+through the prompt with each response, e1jax once. Both sides get old and reference
+log-probabilities as inputs, and take the mean over tokens of the clipped surrogate and
+of k3 (coefficient 0.001) at temperature 0.6; both report the entropy, and clip the
+gradient by its global norm. For e1jax this is `train.make_update`; for Tunix it is its
+`Trainer` with its "grpo" loss, wired as its `GRPOLearner` does that.
 
 Weights and data come from one seed. What both report of every step, and their
 log-probabilities after the last one, must agree, or the script fails.
