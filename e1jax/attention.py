@@ -137,18 +137,21 @@ def causal_attention(
     too. On TPUs, heads of bfloat16 and whole registers are the work of
     `splash_attention`, without `prompt_len`.
     """
-    if mesh is not None and takes_splash(mesh, q.dtype, q.shape[-1]):
+    by_kernel = takes_splash(mesh, q.dtype, q.shape[-1]) and prompt_len is None
+    if mesh is not None and by_kernel:
         return splash_attention(q, k, v, mesh)
     length, before = q.shape[2], k.shape[2] - q.shape[2]
-    unseen = None
+    seen = None
     if prompt_len is not None:
-        unseen = (prompt_len[:, None], jnp.full((len(q), 1), before))
+        index = jnp.arange(k.shape[2])[None]
+        seen = (index < prompt_len[:, None]) | (index >= before)
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
     parts = []
     for start in range(0, length, part_len):
         end = min(start + part_len, length)
         keys, values = (x[:, :, : before + end] for x in (k, v))
-        parts.append(_last_queries(q[:, :, start:end], keys, values, unseen))
+        own = None if seen is None else seen[:, : before + end]
+        parts.append(_last_queries(q[:, :, start:end], keys, values, own))
     return jnp.concatenate(parts, axis=2)
 
 
@@ -211,31 +214,31 @@ def _last_queries(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    unseen: tuple[jax.Array, jax.Array] | None,
+    seen: jax.Array | None,
 ) -> jax.Array:
-    """Causal attention of the last queries over all keys but those that `unseen` says,
-    (first, end) [B, 1]: a row's padding between prompt and response.
+    """Causal attention of the last queries over all keys, or those that are `seen`,
+    [B, S] bool: not a row's padding between prompt and response.
 
     The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.
     """
-    return _last_queries_forward(q, k, v, unseen)[0]
+    return _last_queries_forward(q, k, v, seen)[0]
 
 
-def _last_queries_forward(q, k, v, unseen):
-    scores = _visible_scores(q, k, unseen)
+def _last_queries_forward(q, k, v, seen):
+    scores = _visible_scores(q, k, seen)
     peak = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - peak)
     mass = weights.sum(axis=-1, keepdims=True)
     out = _product("bkqs,bksc->bkqc", weights.astype(v.dtype), v) / mass
     out = keep(out.astype(q.dtype).reshape(q.shape))
-    return out, (q, k, v, unseen, out, keep(peak + jnp.log(mass)))
+    return out, (q, k, v, seen, out, keep(peak + jnp.log(mass)))
 
 
 def _last_queries_backward(residuals, grad):
-    q, k, v, unseen, out, log_mass = residuals
+    q, k, v, seen, out, log_mass = residuals
     kv_heads = k.shape[1]
-    weights = jnp.exp(_visible_scores(q, k, unseen) - log_mass)
+    weights = jnp.exp(_visible_scores(q, k, seen) - log_mass)
     mean = (grad * out).astype(jnp.float32).sum(axis=-1, keepdims=True)
     grad, mean = _fold(grad, kv_heads), _fold(mean, kv_heads)
     grad_v = _of_keys(grad, weights.astype(v.dtype))
@@ -257,7 +260,7 @@ def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
-def _visible_scores(q: jax.Array, k: jax.Array, unseen) -> jax.Array:
+def _visible_scores(q: jax.Array, k: jax.Array, seen) -> jax.Array:
     """Scores of the last queries, folded; MASKED where the key comes later, or is one of
     those that are not seen."""
     length, num_keys = q.shape[2], k.shape[2]
@@ -265,9 +268,7 @@ def _visible_scores(q: jax.Array, k: jax.Array, unseen) -> jax.Array:
     visible = index[num_keys - length :, None] >= index[None, :]
     visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
     visible = visible[None, None]
-    if unseen is not None:
-        first, end = unseen
-        seen = (index[None] < first) | (index[None] >= end)
+    if seen is not None:
         visible &= seen[:, None, None]
     scores = _product("bkqc,bksc->bkqs", _fold(_scaled(q), k.shape[1]), k)
     return jnp.where(visible, scores, MASKED)

@@ -571,6 +571,23 @@ def test_remat_changes_nothing(loaded, completions):
     assert bytes_kept(remat) < 0.7 * bytes_kept(plain)
 
 
+@pytest.mark.parametrize(("microbatch", "shared"), [(6, True), (4, False)])
+def test_prompts_are_gone_through_once_by_whole_groups(
+    loaded, completions, microbatch, shared
+):
+    """Seen by the rows of the products: 2 prompts of 8 and 6 responses of 19, or rows of
+    27 each."""
+    config = settings(microbatch=microbatch)
+    batch = jax.tree.map(lambda x: x[0], batch_of(config, completions))
+    loss = functools.partial(train.grpo_loss, config, loaded.config)
+    scalars = jnp.float32(1), jnp.float32(TEMPERATURE)
+    text = str(jax.make_jaxpr(loss)(loaded.params, batch, *scalars))
+    rows = {True: 2 * 8 + 6 * 19, False: microbatch * 27}
+    width = loaded.config.hidden_size
+    assert (f"[1,{rows[True]},{width}]" in text) == shared
+    assert (f"[{microbatch},27,{width}]" in text) != shared
+
+
 def test_bfloat16_is_only_computed_in(loaded, completions):
     """Gradients of micro-batches are added, and kept, in float32."""
     config = settings(entropy_coef=0.3)
