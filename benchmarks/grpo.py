@@ -4,17 +4,21 @@
 
 At the first run Tunix is installed into a virtual environment of its own (--venv). Each
 library has its own process, and the two take turns, step by step, so that whatever else
-the machine does hits both; the first two steps compile and are not counted. First both
-keep activations, then both compute them again layer by layer (remat).
+the machine does hits both; the first two steps compile and are not counted.
 
-A step is forward, loss, backward and AdamW on a group, 4 responses of 448 tokens to the
-same prompt of 64, all of which count, for a random Qwen2 of 49.8 million parameters in
-float32 (12 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Tunix goes
-through the prompt with each response, e1jax once. Both sides get old and reference
-log-probabilities as inputs, and take the mean over tokens of the clipped surrogate and
-of k3 (coefficient 0.001) at temperature 0.6; both report the entropy, and clip the
-gradient by its global norm. For e1jax this is `train.make_update`; for Tunix it is its
-`Trainer` with its "grpo" loss, wired as its `GRPOLearner` does that.
+A step is forward, loss, backward and AdamW on a group, 4 responses to one prompt, all of
+whose tokens count, for a random Qwen2 of 49.8 million parameters in float32 (12 layers,
+hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Prompt and response are 512
+tokens. First the prompt is 128 of them, its share in Tunix's own recipe, which has 256,
+768 and groups of 4 (examples/rl/grpo/gsm8k/run_qwen3.sh in its repository); both keep
+activations, and then both compute them again layer by layer (remat). Last the prompt is
+64, without remat. Tunix goes through a prompt with each response, e1jax once.
+
+Both sides get old and reference log-probabilities as inputs, and take the mean over
+tokens of the clipped surrogate and of k3 (coefficient 0.001) at temperature 0.6; both
+report the entropy, and clip the gradient by its global norm. For e1jax this is
+`train.make_update`; for Tunix it is its `Trainer` with its "grpo" loss, wired as its
+`GRPOLearner` does that.
 
 Weights and data come from one seed. What both report of every step, and their
 log-probabilities after the last one, must agree, or the script fails.
@@ -52,7 +56,8 @@ from common import (
 VENV = VENVS / "tunix"
 WARM_UP = 2  # Tunix compiles its step twice
 
-ROWS, PROMPT, RESPONSE = 4, 64, 448
+ROWS, LENGTH = 4, 512
+CASES = (128, False), (128, True), (64, False)  # tokens of the prompt, remat
 TEMPERATURE, KL_COEF, CLIP, MAX_GRAD_NORM = 0.6, 0.001, 0.2, 1.0
 # High enough for the updates to show in the losses that are compared.
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0}
@@ -69,20 +74,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps; default 5")
     parser.add_argument("--output", type=Path, help="file to append JSON lines to")
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--remat", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(lambda: work(args.worker, args.remat))
+        serve(lambda: work(args.worker, args.prompt, args.remat))
         return
     pythons = {"e1jax": sys.executable, "tunix": install(args.venv, TUNIX)}
-    print("        remat  s/step (low - high)  CPU s/step  peak GB  first call s")
-    for remat in (False, True):
-        append(args.output, compare(pythons, remat, args.steps))
+    print(
+        "        prompt remat  s/step (low - high)  CPU s/step  peak GB  first call s"
+    )
+    for prompt, remat in CASES:
+        append(args.output, compare(pythons, prompt, remat, args.steps))
 
 
-def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, Any]]:
+def compare(
+    pythons: dict[str, str], prompt: int, remat: bool, steps: int
+) -> list[dict[str, Any]]:
     """Lets the libraries take turns; prints and returns their figures and ratios."""
-    flags = ["--remat"] * remat
+    flags = [f"--prompt={prompt}", *["--remat"] * remat]
     workers = {
         name: Worker(name, path, __file__, *flags) for name, path in pythons.items()
     }
@@ -97,8 +107,10 @@ def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, 
     lines = figures(turns)
     for line in lines:
         print(
-            "{name:7} {remat!s:5} {median:7.2f} ({low:.2f} - {high:.2f}) {cpu:11.2f} "
-            "{peak_gb:8.2f} {first_call:13.1f}".format(remat=remat, **line)
+            "{name:7} {prompt:6} {remat!s:5} {median:7.2f} ({low:.2f} - {high:.2f}) "
+            "{cpu:11.2f} {peak_gb:8.2f} {first_call:13.1f}".format(
+                prompt=prompt, remat=remat, **line
+            )
         )
     differences = largest_differences(reports["e1jax"], reports["tunix"])
     text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
@@ -107,6 +119,7 @@ def compare(pythons: dict[str, str], remat: bool, steps: int) -> list[dict[str, 
         sys.exit("the two do not compute the same")
     about |= {
         "benchmark": "grpo_update",
+        "prompt": prompt,
         "remat": remat,
         "steps": steps,
         "differences": differences,
@@ -151,9 +164,9 @@ def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
     return differences
 
 
-def work(name: str, remat: bool) -> Callable[[str], dict[str, Any]]:
+def work(name: str, prompt: int, remat: bool) -> Callable[[str], dict[str, Any]]:
     """The process of one library: takes a step when told to, and reports."""
-    step, report = SIDES[name](remat)
+    step, report = SIDES[name](prompt, remat)
     library = {"e1jax": "e1jax", "tunix": "google-tunix"}[name]
 
     def answer(word: str) -> dict[str, Any]:
@@ -172,15 +185,16 @@ def work(name: str, remat: bool) -> Callable[[str], dict[str, Any]]:
     return answer
 
 
-def make_data(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """One group: responses to the same prompt. Token 0, which Tunix takes for padding,
-    does not occur."""
+def make_data(rng: np.random.Generator, prompt: int) -> dict[str, np.ndarray]:
+    """One group: responses to the same prompt of so many tokens. Token 0, which Tunix
+    takes for padding, does not occur."""
 
     def logprobs() -> np.ndarray:  # near those of a random model, -log(VOCAB) = -8.3
-        return (-8.5 + 0.2 * rng.standard_normal((ROWS, RESPONSE))).astype(np.float32)
+        shape = (ROWS, LENGTH - prompt)
+        return (-8.5 + 0.2 * rng.standard_normal(shape)).astype(np.float32)
 
-    tokens = rng.integers(1, VOCAB, (ROWS, PROMPT + RESPONSE), np.int32)
-    tokens[:, :PROMPT] = tokens[0, :PROMPT]
+    tokens = rng.integers(1, VOCAB, (ROWS, LENGTH), np.int32)
+    tokens[:, :prompt] = tokens[0, :prompt]
     return {
         "tokens": tokens,
         "advantages": np.array([1.2, -0.5, -0.9, 0.2], np.float32),
@@ -189,7 +203,7 @@ def make_data(rng: np.random.Generator) -> dict[str, np.ndarray]:
     }
 
 
-def e1jax_side(remat: bool):
+def e1jax_side(prompt: int, remat: bool):
     # Each process has only its own library.
     import jax
     import jax.numpy as jnp
@@ -199,8 +213,8 @@ def e1jax_side(remat: bool):
     from e1jax.train import Batch, make_logprobs, make_optimizer, make_update
 
     rng = np.random.default_rng(0)
-    weights, data = make_weights(rng), make_data(rng)
-    sizes, mesh, params = e1jax_model(weights, PROMPT + RESPONSE)
+    weights, data = make_weights(rng), make_data(rng, prompt)
+    sizes, mesh, params = e1jax_model(weights, LENGTH)
     config = c.GRPOConfig(
         model="",
         steps=1,
@@ -217,9 +231,9 @@ def e1jax_side(remat: bool):
     update = make_update(config, sizes, optimizer, jnp.dtype("float32"), shardings)
     batch = Batch(
         tokens=data["tokens"],
-        prompt_len=np.full(ROWS, PROMPT, np.int32),
+        prompt_len=np.full(ROWS, prompt, np.int32),
         advantages=data["advantages"],
-        loss_mask=np.ones((ROWS, RESPONSE), bool),
+        loss_mask=np.ones((ROWS, LENGTH - prompt), bool),
         old_logprobs=data["old"],
         ref_logprobs=data["ref"],
     )
@@ -242,7 +256,7 @@ def e1jax_side(remat: bool):
     return step, report
 
 
-def tunix_side(remat: bool):
+def tunix_side(prompt: int, remat: bool):
     # Each process has only its own library.
     import jax
     import jax.numpy as jnp
@@ -255,7 +269,7 @@ def tunix_side(remat: bool):
     from tunix.sft.peft_trainer import TrainingConfig
 
     rng = np.random.default_rng(0)
-    weights, data = make_weights(rng), make_data(rng)
+    weights, data = make_weights(rng), make_data(rng, prompt)
     mesh = jax.make_mesh(
         (1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
@@ -292,10 +306,10 @@ def tunix_side(remat: bool):
     )
     tokens = jnp.asarray(data["tokens"])
     example = TrainExample(
-        prompt_ids=tokens[:, :PROMPT],
-        prompt_mask=jnp.ones((ROWS, PROMPT), bool),
-        completion_ids=tokens[:, PROMPT:],
-        completion_mask=jnp.ones((ROWS, RESPONSE), bool),
+        prompt_ids=tokens[:, :prompt],
+        prompt_mask=jnp.ones((ROWS, prompt), bool),
+        completion_ids=tokens[:, prompt:],
+        completion_mask=jnp.ones((ROWS, LENGTH - prompt), bool),
         advantages=jnp.asarray(data["advantages"]),
         ref_per_token_logps=jnp.asarray(data["ref"]),
         old_per_token_logps=jnp.asarray(data["old"]),

@@ -59,8 +59,9 @@ def table(name: str, lines: Sequence[Line]) -> str:
 
 def row_key(line: Line) -> tuple:
     """What makes two lines of different runs the same row: all that is not measured."""
-    keys = ("name", "model", "form", "batch", "capacity", "remat", "thinking_budget")
-    return tuple(line.get(key) for key in (*keys, "checkpoint_gb", "dtype"))
+    keys = ("name", "model", "form", "batch", "capacity", "prompt", "remat")
+    keys += ("thinking_budget", "checkpoint_gb", "dtype")
+    return tuple(line.get(key) for key in keys)
 
 
 def everything(lines: Sequence[Line]) -> dict[str, Cell]:
@@ -164,6 +165,7 @@ TABLES: dict[str, dict[str, Cell]] = {
     },
     "grpo_update": {
         **NAME,
+        "prompt": figure("prompt"),
         "remat": figure("remat"),
         "s a step (ratio: Tunix / e1jax)": median(),
         "CPU s a step": figure("cpu"),

@@ -141,13 +141,44 @@ class RMSNorm(nnx.Module):
         )
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Normalised in float32: a bfloat16 mean of squares keeps two or three digits."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(
-            jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps
-        )
-        return wide.astype(x.dtype) * self.scale[None, None]
+    def __call__(
+        self, x: Float[Array, "B T D"], mesh: Mesh | None = None
+    ) -> Float[Array, "B T D"]:
+        normalise = _normalise_on_cpu if on_cpu(mesh) else _normalise
+        return normalise(x, self.scale.get_value(), self.eps)
+
+
+def _normalise(
+    x: Float[Array, "B T D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "B T D"]:
+    """In float32: a bfloat16 mean of squares keeps two or three digits."""
+    wide = x.astype(jnp.float32)
+    return (wide * _inverse_norm(wide, eps)).astype(x.dtype) * scale[None, None]
+
+
+def _inverse_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T 1"]:
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+_normalise_on_cpu = jax.custom_vjp(_normalise, nondiff_argnums=(2,))
+
+
+def _normalise_backward(eps, residuals, grad):
+    """The gradients of both are sums over one product, which is an array of its own:
+    sums of products, fused, take XLA on a CPU ten times as long."""
+    x, scale = residuals
+    wide, wide_grad = x.astype(jnp.float32), grad.astype(jnp.float32)
+    inverse = _inverse_norm(wide, eps)
+    normed = wide * inverse
+    product = jax.lax.optimization_barrier(wide_grad * normed)
+    mean = (product @ scale.astype(jnp.float32))[..., None] / x.shape[-1]
+    grad_x = inverse * (wide_grad * scale[None, None] - normed * mean)
+    return grad_x.astype(x.dtype), product.sum(axis=(0, 1)).astype(scale.dtype)
+
+
+_normalise_on_cpu.defvjp(
+    lambda x, scale, eps: (_normalise(x, scale, eps), (x, scale)), _normalise_backward
+)
 
 
 class Attention(nnx.Module):
@@ -219,11 +250,18 @@ class Block(nnx.Module):
     ):
         x = x if cache is None else _of_all_rows(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x), rope, cache, layer, places, mesh, attend, groups
+            self.attention_norm(x, mesh),
+            rope,
+            cache,
+            layer,
+            places,
+            mesh,
+            attend,
+            groups,
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
-        return x + self.mlp(self.mlp_norm(x), mesh), cache
+        return x + self.mlp(self.mlp_norm(x, mesh), mesh), cache
 
 
 class Qwen2(nnx.Module):
@@ -312,7 +350,9 @@ def forward(
 
     def layer_step(carry, weights):
         x, cache, layer = carry
-        weights = quantize.join(whole(weights, "layers"), packed, layer, mesh)
+        weights = whole(weights, "layers")
+        weights = _vectors_apart(weights) if on_cpu(mesh) else weights
+        weights = quantize.join(weights, packed, layer, mesh)
         return (*apply(x, cache, layer, weights), layer + 1), None
 
     names = () if remat else (attention.KEPT,)
@@ -330,7 +370,18 @@ def forward(
             for layer, weights in enumerate(params["layers"]):
                 weights = quantize.join(*quantize.split(weights), None, mesh)
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
-    return _module(config, "norm", whole(params["norm"], "norm"))(x), cache
+    norm = _module(config, "norm", whole(params["norm"], "norm"))
+    return norm(x, mesh), cache
+
+
+def _vectors_apart(weights: Params) -> Params:
+    """Of a layer: its biases and scales as arrays of their own. XLA on a CPU looks them
+    up among those of all layers for every element that they are added to."""
+
+    def apart(x: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(x) if x.ndim == 1 else x
+
+    return jax.tree.map(apart, weights)
 
 
 def unembed(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import edit_json
+from flax import nnx
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
@@ -163,6 +164,36 @@ def test_rms_norm():
     reference.weight.data = torch.tensor(scale)
     expected = reference(torch.tensor(x)).detach().numpy()
     np.testing.assert_allclose(ours(jnp.asarray(x)), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_gradients_of_rms_norm(on_mesh):
+    config = ModelConfig(8, 48, 8, 1, 1, 1, 8, 8, 1e4, rms_norm_eps=1e-3)
+    rng = np.random.default_rng(0)
+    x, grad = rng.standard_normal((2, 3, 7, 48)).astype(np.float32)
+    x[1, 2] *= 1e-2  # where epsilon counts
+    scale = rng.standard_normal(48).astype(np.float32)
+    reference = Qwen2RMSNorm(48, 1e-3)
+    reference.weight.data = torch.tensor(scale)
+    of_torch = torch.tensor(x, requires_grad=True)
+    reference(of_torch).backward(torch.tensor(grad))
+    expected = of_torch.grad.numpy(), reference.weight.grad.numpy()
+
+    mesh = jax.make_mesh((1, 1), ("data", "tensor")) if on_mesh else None
+    graph = nnx.graphdef(model.RMSNorm(config))
+
+    def apply(x, scale):
+        return nnx.merge(graph, {"scale": scale})(x, mesh)
+
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.02)):
+        given = (jnp.asarray(a, dtype) for a in (x, scale))
+        _, backward = jax.vjp(apply, *given)
+        for ours, theirs in zip(
+            backward(jnp.asarray(grad, dtype)), expected, strict=True
+        ):
+            assert ours.dtype == dtype
+            error = np.abs(np.asarray(ours, np.float32) - theirs).max()
+            assert error <= tolerance * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6])
