@@ -3,6 +3,7 @@
 Skipped without libtpu.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -95,8 +96,9 @@ def test_a_decode_step_reads_weights_once_and_copies_no_cache(kv_heads, mesh, sl
     assert found["gathered"] <= 2**18  # activations, and no weights
     assert 0.95 <= found["layers"] / found["weights"] <= 1.1
     # Seven products, norms and residual sums: what is small costs its launch as well.
-    # Results of shards are merged by three more.
-    assert found["launches"] <= (16 if slots == 16 else 19)
+    # Results of shards are merged by three more, by four with the compiler of 0.0.42.
+    older = importlib.metadata.version("libtpu").startswith("0.0.42")
+    assert found["launches"] <= (16 if slots == 16 else 20 if older else 19)
     # Some 25 of them draw tokens: no more, if all devices know all rows.
     assert found["outside"] <= 55
     assert found["kernels"] == ["decode_attention", "decode_heads", "top_k_top_p"]
