@@ -133,8 +133,8 @@ def causal_attention(
     needs no mask. With `prompt_len`, the queries are those of the last T keys, and of
     the S - T keys before them a row sees so many. Up to MAX_PARTS parts of the queries
     are gone through in turn, each against the keys up to its end: that spares up to 7/16
-    of the products, and the scores of one part exist at a time, in the backward pass
-    too. On TPUs, heads of bfloat16 and whole registers are the work of
+    of the products, and no more than the scores of one part have to exist at a time, in
+    the backward pass too. On TPUs, heads of bfloat16 and whole registers are the work of
     `splash_attention`, without `prompt_len`.
     """
     by_kernel = takes_splash(mesh, q.dtype, q.shape[-1]) and prompt_len is None
@@ -219,19 +219,18 @@ def _parts(q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
     """Queries of each part, and the keys up to its end; of dim 2."""
     length, before = q.shape[2], k.shape[2] - q.shape[2]
     part_len = max(BLOCK_LEN, -(-length // MAX_PARTS))
-    starts = range(0, length, part_len)
-    ends = [min(start + part_len, length) for start in starts]
-    return [
-        (slice(start, end), slice(before + end))
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    parts = []
+    for start in range(0, length, part_len):
+        end = min(start + part_len, length)
+        parts.append((slice(start, end), slice(before + end)))
+    return parts
 
 
 def _by_parts_forward(q, k, v, seen):
     results, masses = [], []
     for queries, keys in _parts(q, k):
-        own, own_v = q[:, :, queries], v[:, :, keys]
-        scores = _visible_scores(own, k[:, :, keys], seen)
+        own, own_k, own_v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
+        scores = _visible_scores(own, own_k, seen)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         mass = weights.sum(axis=-1, keepdims=True)
@@ -262,15 +261,14 @@ def _by_parts_backward(residuals, grad):
         grad_q = _scaled(_product("bkqs,bksc->bkqc", grad_scores, own_k))
         of_queries.append(grad_q.reshape(own.shape))
 
-    def total(parts):  # each is of the keys up to the end of its part
-        missing = [k.shape[2] - part.shape[2] for part in parts]
-        whole = [
-            jnp.pad(part, ((0, 0), (0, 0), (0, n), (0, 0)))
-            for part, n in zip(parts, missing, strict=True)
-        ]
-        return functools.reduce(jnp.add, whole)
+    def padded(part):  # which is of the keys up to the end of its queries
+        missing = k.shape[2] - part.shape[2]
+        return jnp.pad(part, ((0, 0), (0, 0), (0, missing), (0, 0)))
 
-    grads = jnp.concatenate(of_queries, axis=2), total(of_keys), total(of_values)
+    grad_k, grad_v = (
+        functools.reduce(jnp.add, map(padded, parts)) for parts in (of_keys, of_values)
+    )
+    grads = jnp.concatenate(of_queries, axis=2), grad_k, grad_v
     pairs = zip(grads, (q, k, v), strict=True)
     return *(grad.astype(x.dtype) for grad, x in pairs), None
 

@@ -249,15 +249,9 @@ class Block(nnx.Module):
         self, x, rope, cache: KVCache | None, layer, places, mesh, attend, groups
     ):
         x = x if cache is None else _of_all_rows(x, mesh)
+        normed = self.attention_norm(x, mesh)
         attended, cache = self.attention(
-            self.attention_norm(x, mesh),
-            rope,
-            cache,
-            layer,
-            places,
-            mesh,
-            attend,
-            groups,
+            normed, rope, cache, layer, places, mesh, attend, groups
         )
         x = keep(x + attended)
         x = x if cache is None else _of_all_rows(x, mesh)
