@@ -770,7 +770,7 @@ def abstract_learner(
     dtype = jnp.dtype(update.param_dtype)
     loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
     learner = Learner(config, loaded, longest)
-    length, response_len = padded_lengths(*longest, longest[1])
+    length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
     num_micro = rollout.prompts * rollout.samples // update.microbatch
 

@@ -98,7 +98,8 @@ from e1jax.sharding import (
 )
 from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
 
-# The responses of a step are padded to one of this many lengths: each is a compilation.
+# The prompts of a step are padded to one of this many lengths, and its responses too: each
+# pair is a compilation.
 NUM_LENGTHS = 4
 TILE = 128  # positions
 
@@ -444,10 +445,11 @@ def make_batch(
     Masks follow from lengths and from what was forced, never from token ids.
     """
     completions = rollouts.completions
-    longest = max(len(c.token_ids) for c in completions)
-    longest = int(of_all(longest).max())
-    length, response_len = padded_lengths(longest_prompt, longest_response, longest)
     prompt_len = np.array([len(c.prompt_ids) for c in completions], np.int32)
+    of_step = prompt_len.max(), max(len(c.token_ids) for c in completions)
+    of_step = of_all(of_step).max(axis=0).astype(int).tolist()
+    longest = longest_prompt, longest_response
+    length, response_len = padded_lengths(longest, of_step)
     shape = (len(completions), response_len)
     tokens = np.zeros((len(completions), length), np.int32)
     mask, logprobs = np.zeros(shape, bool), np.zeros(shape, np.float32)
@@ -463,19 +465,21 @@ def make_batch(
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
 
 
-def padded_lengths(
-    longest_prompt: int, longest_response: int, longest: int
-) -> tuple[int, int]:
-    """T and R of a step's arrays, where `longest_response` is the longest that can come
-    and `longest` that of the step.
+def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int, int]:
+    """T and R of a step's arrays, where `longest` are the tokens of the longest prompt and
+    response that can come, and `of_step` those of the step.
 
-    The model sees T - 1 tokens, as the last one predicts nothing; where these are many,
-    they are whole tiles of a TPU.
+    Prompts of a tile and less are all padded to the longest. The model sees T - 1 tokens,
+    as the last one predicts nothing; where these are many, they are whole tiles of a TPU.
     """
-    unit = max(1, -(-(longest_response - 1) // NUM_LENGTHS))
-    response_len = 1 + max(1, -(-(longest - 1) // unit)) * unit
-    response_len = min(response_len, longest_response)
-    seen = longest_prompt + response_len - 1
+
+    def padded(length: int, longest: int, unit: int) -> int:
+        unit = max(unit, -(-longest // NUM_LENGTHS))
+        return min(-(-length // unit) * unit, longest)
+
+    prompt_len = padded(of_step[0], longest[0], TILE)
+    response_len = 1 + padded(max(1, of_step[1] - 1), longest[1] - 1, 1)
+    seen = prompt_len + response_len - 1
     if seen > 4 * TILE:
         seen = -(-seen // TILE) * TILE
     return seen + 1, response_len

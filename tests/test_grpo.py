@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from conftest import several_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
@@ -745,19 +746,39 @@ def test_batches_are_of_few_lengths():
     assert response_lens == [6] * 6 + [11] * 5 + [16] * 5 + [18] * 2
 
 
+def test_prompts_are_padded_to_the_longest_of_their_step():
+    """To one of four lengths, where they could be long: 150, 300, 450 and 600 here."""
+    for length, padded in ((1, 150), (150, 150), (151, 300), (580, 600)):
+        prompts = [[5] * length, *[[5]] * 11]
+        rows = [completion(p, [7] * 3, [0.0] * 3, [False] * 3) for p in prompts]
+        rollouts = train.Rollouts(rows, REWARDS, {})
+        batch = train.make_batch(settings(), rollouts, 600, 3)
+        seen = padded + 2
+        assert batch.tokens.shape[-1] == 1 + (640 if padded == 600 else seen)
+        assert batch.loss_mask.shape[-1] == 3
+        assert (np.asarray(batch.tokens) == 5).sum() == length + 11
+
+
 @pytest.mark.parametrize(
-    ("longest", "lengths"),
+    ("longest", "of_step", "lengths"),
     [
-        ((1024, 2049, 2049), (3073, 2049)),  # the model sees 3,072
-        ((1024, 2049, 513), (1537, 513)),
-        ((1001, 2049, 514), (2049, 1025)),
-        ((900, 13, 13), (1025, 13)),
-        ((300, 201, 200), (501, 201)),  # too few to matter
-        ((3, 1, 1), (4, 1)),
+        ((1024, 2049), (1024, 2049), (3073, 2049)),  # the model sees 3,072
+        ((1024, 2049), (1000, 513), (1537, 513)),
+        ((1024, 2049), (257, 2000), (2561, 2049)),
+        ((1024, 2049), (256, 2000), (2305, 2049)),
+        ((1024, 2049), (1, 1), (769, 513)),
+        ((1001, 2049), (1001, 514), (2049, 1025)),
+        ((1001, 2049), (252, 514), (1537, 1025)),  # 502 + 1,024, and whole tiles
+        ((900, 13), (900, 13), (1025, 13)),
+        ((300, 201), (300, 200), (501, 201)),  # too few to matter
+        ((300, 201), (128, 200), (128 + 201, 201)),
+        ((300, 201), (257, 200), (501, 201)),
+        ((128, 201), (5, 200), (128 + 201, 201)),
+        ((3, 1), (3, 1), (4, 1)),
     ],
 )
-def test_long_batches_are_whole_tiles_for_the_model(longest, lengths):
-    assert train.padded_lengths(*longest) == lengths
+def test_long_batches_are_whole_tiles_for_the_model(longest, of_step, lengths):
+    assert train.padded_lengths(longest, of_step) == lengths
 
 
 @pytest.mark.parametrize(("microbatch", "samples"), [(3, 1), (6, 3), (4, 3)], ids=str)
@@ -841,13 +862,9 @@ def update_on_meshes() -> None:
 
 
 def test_eight_devices_update_as_one():
-    flags = (  # the latter two halve the time that it takes to compile
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
-    )
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT, str(Path(__file__).parent)],
-        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": several_devices(8), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )
