@@ -51,7 +51,7 @@ def arrays(batch, heads, kv_heads, length, size, dtype):
 
 
 def check(function, given, exact, rtol):
-    result, backward = jax.vjp(function, *given[:3])
+    result, backward = jax.vjp(jax.jit(function), *given[:3])
     found = (result, *backward(given[3]))
     expected = (plain(*exact[:3])[1], *plain_gradients(*exact))
     scale = max(np.abs(x).max() for x in (*exact, *expected))
@@ -133,8 +133,8 @@ def test_splash_attention(length):
         axis_names={"data"},
         check_vma=False,
     )
-    check(jax.jit(kernel), given, exact, 2e-2)
-    check(jax.jit(inside), given, exact, 2e-2)
+    check(kernel, given, exact, 2e-2)
+    check(inside, given, exact, 2e-2)
 
 
 @pytest.mark.parametrize("shards, rows", [(3, 2), (8, 1)])
@@ -148,6 +148,7 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
     q = rng.normal(size=(rows, 6, 1, 8)).astype(np.float32)
     capacity = 4 * -(-56 // (4 * shards))
     layer = jnp.int32(1)
+    write, attend = jax.jit(model.write), jax.jit(attention.cached_attention)
     cache = model.KVCache(*jnp.zeros((2, 2, shards * rows, 2, capacity, 8)))
     expected = np.zeros(cache.k.shape, np.float32), np.zeros(cache.k.shape, np.float32)
     for step in range(53):  # rows of different lengths, one step after the other
@@ -161,14 +162,10 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
             for side, rows_new in zip(expected, new, strict=True):
                 side[1, shard * rows + row, :, index] = rows_new[row, :, 0]
         last, places = attention.sequence_shards(jnp.asarray(at), shards, capacity)
-        cache = model.write(cache, layer, *map(jnp.asarray, new), places)
+        cache = write(cache, layer, *map(jnp.asarray, new), places)
         if step in (0, 3, 4, 11, 12, 13, 37, 52):
-            found = attention.cached_attention(
-                jnp.asarray(q), cache.k, cache.v, layer, last
-            )
-            wanted = attention.cached_attention(
-                *map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at)
-            )
+            found = attend(jnp.asarray(q), cache.k, cache.v, layer, last)
+            wanted = attend(*map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at))
             np.testing.assert_allclose(found, wanted, atol=1e-6)
             visits = attention.live_blocks(last, capacity)
             with pltpu.force_tpu_interpret_mode(True):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import several_devices
 from jax.experimental.pallas import tpu as pltpu
 
 from e1jax import attention, engine, model, sampling
@@ -265,7 +266,7 @@ def test_on_meshes_of_8_devices():
     code = "import test_attention_kernel as t\nt.on_a_mesh(2, 4), t.on_a_mesh(4, 2)"
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": several_devices(8),
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import several_devices
 
 from e1jax import engine as engine_module
 from e1jax import model, sampling
@@ -501,7 +502,8 @@ for text, devices, slots in [("data=1,tensor=1", 1, 3), ("data=8,tensor=1", 8, 3
     want = want or got
     assert got == want, text
     seen = t.compiled_programs()
-    assert t.tokens_of(engine.generate(*t.mixed_requests())) == want and seen == [], (text, seen)
+    prompts, params = t.mixed_requests()
+    assert t.tokens_of(engine.generate(prompts[4:], params[4:])) == want[4:] and seen == [], (text, seen)
     assert engine._cache.k.sharding.num_devices == devices
     # Of three slots, each device of eight has a part of every one: 19 blocks, 3 at most.
     if devices == 8 and slots == 3:
@@ -513,10 +515,7 @@ print("meshes agree")
 
 def test_eight_devices_give_the_tokens_of_one(tmp_path):
     script = MESH_SCRIPT.format(tests=os.path.dirname(__file__), tmp=str(tmp_path))
-    flags = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    environment = {**os.environ, "XLA_FLAGS": several_devices(8)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )

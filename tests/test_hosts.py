@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from conftest import Chip
+from conftest import Chip, several_devices
 
 from e1jax import hosts, train
 from e1jax.config import (
@@ -281,7 +281,7 @@ print("as sampling has them")
 
 def test_parameters_go_over_to_the_mesh_of_sampling():
     """From all on `data` to as many on `tensor` as there are key/value heads."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"XLA_FLAGS": several_devices(8)}
     done = subprocess.run(
         [sys.executable, "-c", LAYOUTS],
         env=os.environ | flags,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import several_devices
 from jax.experimental.pallas import tpu as pltpu
 
 from e1jax import Engine, SamplingParams, attention, model, quantize, train
@@ -323,11 +324,11 @@ def test_meshes_give_the_tokens_of_one_device(tiny_hf, mesh, rows, tied):
     expected = sampled(path, **BOTH)[0]
     call = f"t.on_mesh({path!r}, {mesh!r}, {rows}, {expected!r})"
     data, tensor = mesh[5], mesh[-1]
-    count = f"--xla_force_host_platform_device_count={int(data) * int(tensor)}"
+    flags = several_devices(int(data) * int(tensor))
     done = subprocess.run(
         [sys.executable, "-c", f"import test_quantize as t\n{call}"],
         cwd=os.path.dirname(__file__),
-        env={**os.environ, "XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from conftest import several_devices
 
 from e1jax import sample
 from e1jax.config import run_command
@@ -356,15 +357,13 @@ def test_text_comes_in_the_order_of_the_prompts(run, tiny_hf):
 
 
 def test_mesh_of_several_devices(tiny_hf):
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += " --xla_force_host_platform_device_count=4"
     command = [sys.executable, "-m", "e1jax.sample", "hi", *SHORT, "--json"]
     command += ["--model", str(tiny_hf()), "--mesh"]
     found = []
     for mesh in ("data=2,tensor=2", "data=4", "tensor=4"):
         done = subprocess.run(
             [*command, mesh],
-            env={**os.environ, "XLA_FLAGS": flags},
+            env={**os.environ, "XLA_FLAGS": several_devices(4)},
             capture_output=True,
             text=True,
         )

@@ -16,6 +16,7 @@ import optax
 import pytest
 import torch
 import yaml
+from conftest import several_devices
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from e1jax import sft
@@ -80,7 +81,7 @@ def mesh():
 def start(workplace: Path, run: str, *flags: str, devices: int = 1):
     env = {
         **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": several_devices(devices) if devices > 1 else "",
         "JAX_COMPILATION_CACHE_DIR": str(workplace / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 import yaml
+from conftest import several_devices
 from interrupt import interrupt
 from tensorboardX.proto.event_pb2 import Event
 from test_sft import torch_parts
@@ -117,11 +118,13 @@ def unbroken(workplace):
 
 
 def start(workplace: Path, script: list[str], *flags: str, devices: int = 1):
-    flag = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *script, "--config", "tiny.yaml", *flags],
         cwd=workplace,
-        env={**os.environ, "XLA_FLAGS": flag if devices > 1 else ""},
+        env={
+            **os.environ,
+            "XLA_FLAGS": several_devices(devices) if devices > 1 else "",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
