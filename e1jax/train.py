@@ -445,11 +445,10 @@ def make_batch(
     Masks follow from lengths and from what was forced, never from token ids.
     """
     completions = rollouts.completions
-    prompt_len = np.array([len(c.prompt_ids) for c in completions], np.int32)
-    of_step = prompt_len.max(), max(len(c.token_ids) for c in completions)
-    of_step = of_all(of_step).max(axis=0).astype(int).tolist()
-    longest = longest_prompt, longest_response
-    length, response_len = padded_lengths(longest, of_step)
+    lengths = [(len(c.prompt_ids), len(c.token_ids)) for c in completions]
+    lengths = np.array(lengths, np.int32)
+    of_step = of_all(lengths.max(axis=0)).max(axis=0).astype(int).tolist()
+    length, response_len = padded_lengths((longest_prompt, longest_response), of_step)
     shape = (len(completions), response_len)
     tokens = np.zeros((len(completions), length), np.int32)
     mask, logprobs = np.zeros(shape, bool), np.zeros(shape, np.float32)
@@ -459,7 +458,7 @@ def make_batch(
         logprobs[row, : len(c.logprobs)] = c.logprobs
         mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
     advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
-    batch = Batch(tokens, prompt_len, advantages, mask, logprobs)
+    batch = Batch(tokens, lengths[:, 0], advantages, mask, logprobs)
     batch = rows_of_all(batch, config.rollout.samples)
     micro = config.update.microbatch
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)

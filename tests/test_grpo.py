@@ -759,6 +759,17 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
         assert (np.asarray(batch.tokens) == 5).sum() == length + 11
 
 
+def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
+    """Another process has prompts of up to 160 tokens and responses of up to 5."""
+    monkeypatch.setattr(train, "of_all", lambda own: np.array([own, [160, 5]], float))
+    rollouts = train.Rollouts(completions, REWARDS, {})
+    batch = train.make_batch(settings(), rollouts, 600, 40)
+    longest = max(len(c.token_ids) for c in completions)
+    response_len = next(n for n in (11, 21, 31, 40) if n >= longest)
+    assert batch.loss_mask.shape[-1] == response_len
+    assert batch.tokens.shape[-1] == 300 + response_len
+
+
 @pytest.mark.parametrize(
     ("longest", "of_step", "lengths"),
     [

@@ -81,7 +81,7 @@ def mesh():
 def start(workplace: Path, run: str, *flags: str, devices: int = 1):
     env = {
         **os.environ,
-        "XLA_FLAGS": several_devices(devices) if devices > 1 else "",
+        "XLA_FLAGS": several_devices(devices),
         "JAX_COMPILATION_CACHE_DIR": str(workplace / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

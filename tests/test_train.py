@@ -121,10 +121,7 @@ def start(workplace: Path, script: list[str], *flags: str, devices: int = 1):
     return subprocess.Popen(
         [sys.executable, *script, "--config", "tiny.yaml", *flags],
         cwd=workplace,
-        env={
-            **os.environ,
-            "XLA_FLAGS": several_devices(devices) if devices > 1 else "",
-        },
+        env={**os.environ, "XLA_FLAGS": several_devices(devices)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
