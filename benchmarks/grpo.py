@@ -1,26 +1,29 @@
-"""Time and memory of one GRPO update, of e1jax and of google-tunix, in one run.
+"""Time and memory of a GRPO step after its rollouts, of e1jax and of google-tunix.
 
     python benchmarks/grpo.py --output grpo.jsonl
 
 At the first run Tunix is installed into a virtual environment of its own (--venv). Each
-library has its own process, and the two take turns, step by step, so that whatever else
+library has its own process, and the two take turns, part by part, so that whatever else
 the machine does hits both; the first two steps compile and are not counted.
 
-A step is forward, loss, backward and AdamW on a group, 4 responses to one prompt, all of
-whose tokens count, for a random Qwen2 of 49.8 million parameters in float32 (12 layers,
-hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096). Prompt and response are 512
-tokens. First the prompt is 128 of them, its share in Tunix's own recipe, which has 256,
-768 and groups of 4 (examples/rl/grpo/gsm8k/run_qwen3.sh in its repository); both keep
-activations, and then both compute them again layer by layer (remat). Last the prompt is
-64, without remat. Tunix goes through a prompt with each response, e1jax once.
+A step has two parts: the log-probabilities of the responses under the reference policy,
+and the update, which is forward, loss, backward and AdamW. It is that of a group, 4
+responses to one prompt, all of whose tokens count, for a random Qwen2 of 49.8 million
+parameters in float32 (12 layers, hidden 512, 8/2 heads of 64, mlp 2048, vocabulary 4096).
+Prompt and response are 512 tokens. First the prompt is 128 of them, its share in Tunix's
+own recipe, which has 256, 768 and groups of 4 (examples/rl/grpo/gsm8k/run_qwen3.sh in its
+repository); both keep activations, and then both compute them again layer by layer
+(remat). Last the prompt is 64, without remat. Tunix goes through a prompt with each
+response, e1jax once.
 
-Both sides get old and reference log-probabilities as inputs, and take the mean over
-tokens of the clipped surrogate and of k3 (coefficient 0.001) at temperature 0.6; both
-report the entropy, and clip the gradient by its global norm. For e1jax this is
-`train.make_update`; for Tunix it is its `Trainer` with its "grpo" loss, wired as its
-`GRPOLearner` does that.
+Both updates get old and reference log-probabilities as inputs (the same at each step), and
+take the mean over tokens of the clipped surrogate and of k3 (coefficient 0.001) at
+temperature 0.6; both report the entropy, and clip the gradient by its global norm. For
+e1jax this is `train.make_update`; for Tunix it is its `Trainer` with its "grpo" loss, wired
+as its `GRPOLearner` does that. The reference policy is the trained one here; its pass is
+`train.make_logprobs`, and in Tunix what its inference worker calls.
 
-Weights and data come from one seed. What both report of every step, and their
+Weights and data come from one seed. What both report of every update, and their
 log-probabilities after the last one, must agree, or the script fails.
 
 Memory is the largest resident size of the whole process up to the last timed step
@@ -58,6 +61,7 @@ WARM_UP = 2  # Tunix compiles its step twice
 
 ROWS, LENGTH = 4, 512
 CASES = (128, False), (128, True), (64, False)  # tokens of the prompt, remat
+PARTS = ("reference", "update")
 TEMPERATURE, KL_COEF, CLIP, MAX_GRAD_NORM = 0.6, 0.001, 0.2, 1.0
 # High enough for the updates to show in the losses that are compared.
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.999, "weight_decay": 0.0}
@@ -82,7 +86,7 @@ def main() -> None:
         return
     pythons = {"e1jax": sys.executable, "tunix": install(args.venv, TUNIX)}
     print(
-        "        prompt remat  s/step (low - high)  CPU s/step  peak GB  first call s"
+        "        prompt remat part      s (low - high)      CPU s  peak GB  first call s"
     )
     for prompt, remat in CASES:
         append(args.output, compare(pythons, prompt, remat, args.steps))
@@ -97,18 +101,17 @@ def compare(
         name: Worker(name, path, __file__, *flags) for name, path in pythons.items()
     }
     turns = [
-        {name: worker.ask("step") for name, worker in workers.items()}
-        for _ in range(WARM_UP + steps)
+        {part: ask_all(workers, part) for part in PARTS} for _ in range(WARM_UP + steps)
     ]
     about = machine()
-    reports = {name: worker.ask("report") for name, worker in workers.items()}
+    reports = ask_all(workers, "report")
     for worker in workers.values():
         worker.close()
     lines = figures(turns)
     for line in lines:
         print(
-            "{name:7} {prompt:6} {remat!s:5} {median:7.2f} ({low:.2f} - {high:.2f}) "
-            "{cpu:11.2f} {peak_gb:8.2f} {first_call:13.1f}".format(
+            "{name:7} {prompt:6} {remat!s:5} {part:9} {median:5.2f} "
+            "({low:.2f} - {high:.2f}) {cpu:8.2f} {peak_gb:8.2f} {first_call:13.1f}".format(
                 prompt=prompt, remat=remat, **line
             )
         )
@@ -128,15 +131,41 @@ def compare(
     return [line | about for line in lines]
 
 
-def figures(turns: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
-    """Figures of each library, and last their ratios."""
+def ask_all(workers: dict[str, Worker], word: str) -> dict[str, dict[str, Any]]:
+    return {name: worker.ask(word) for name, worker in workers.items()}
+
+
+def figures(
+    turns: list[dict[str, dict[str, dict[str, float]]]],
+) -> list[dict[str, Any]]:
+    """Of each part and of the whole step: figures of each library, then their ratios."""
+    whole = [
+        {
+            name: {
+                key: sum(turn[part][name][key] for part in PARTS)
+                for key in ("seconds", "cpu")
+            }
+            | {"peak_gb": turn[PARTS[-1]][name]["peak_gb"]}
+            for name in SIDES
+        }
+        for turn in turns
+    ]
+    parts = {part: [turn[part] for turn in turns] for part in PARTS} | {"step": whole}
+    return [
+        line | {"part": part}
+        for part, each in parts.items()
+        for line in figures_of_part(each)
+    ]
+
+
+def figures_of_part(turns: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
     timed, lines = turns[WARM_UP:], []
-    for name in turns[0]:
+    for name in SIDES:
         seconds = [turn[name]["seconds"] for turn in timed]
         lines.append(
             {
                 "name": name,
-                "unit": "s/step",
+                "unit": "s",
                 "median": statistics.median(seconds),
                 "low": min(seconds),
                 "high": max(seconds),
@@ -165,8 +194,8 @@ def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
 
 
 def work(name: str, prompt: int, remat: bool) -> Callable[[str], dict[str, Any]]:
-    """The process of one library: takes a step when told to, and reports."""
-    step, report = SIDES[name](prompt, remat)
+    """The process of one library: does the part that it is told, and reports."""
+    parts, report = SIDES[name](prompt, remat)
     library = {"e1jax": "e1jax", "tunix": "google-tunix"}[name]
 
     def answer(word: str) -> dict[str, Any]:
@@ -174,7 +203,7 @@ def work(name: str, prompt: int, remat: bool) -> Callable[[str], dict[str, Any]]
             about = versions("jax", "flax", "optax", library)
             return {"values": report(), "versions": about}
         start, cpu = time.perf_counter(), time.process_time()
-        step()
+        parts[word]()
         return {
             "seconds": time.perf_counter() - start,
             "cpu": time.process_time() - cpu,
@@ -239,21 +268,23 @@ def e1jax_side(prompt: int, remat: bool):
     )
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)  # one micro-batch
     temperature = jnp.float32(TEMPERATURE)
+    logprobs = make_logprobs(sizes, jnp.dtype("float32"), shardings[0], ROWS)
     values = {name: [] for name in METRICS}
 
-    def step() -> None:
+    def reference() -> jax.Array:
+        return jax.block_until_ready(logprobs(params, batch, temperature))
+
+    def update_policy() -> None:
         nonlocal params, state
-        params, state, metrics = update(params, state, batch, 0, temperature)
+        params, state, metrics = update(params, state, batch, False, temperature)
         jax.block_until_ready((params, state))
         for name in METRICS:
             values[name].append(float(metrics[name]))
 
     def report() -> dict[str, list]:
-        make = make_logprobs(sizes, jnp.dtype("float32"), shardings[0], ROWS)
-        logprobs = make(params, batch, temperature)
-        return values | {"logprobs": np.asarray(logprobs[0]).tolist()}
+        return values | {"logprobs": np.asarray(reference()[0]).tolist()}
 
-    return step, report
+    return {"reference": reference, "update": update_policy}, report
 
 
 def tunix_side(prompt: int, remat: bool):
@@ -315,7 +346,17 @@ def tunix_side(prompt: int, remat: bool):
         old_per_token_logps=jnp.asarray(data["old"]),
     )
 
-    def step() -> None:
+    def reference() -> jax.Array:
+        logprobs = common.compute_per_token_logps(
+            *nnx.split(trainer.model),
+            prompt_tokens=example.prompt_ids,
+            completion_tokens=example.completion_ids,
+            **ids,
+            temperature=TEMPERATURE,
+        )
+        return jax.block_until_ready(logprobs)
+
+    def update_policy() -> None:
         with mesh:
             trainer.train([example])
         jax.block_until_ready(nnx.state((trainer.model, trainer.optimizer)))
@@ -324,16 +365,10 @@ def tunix_side(prompt: int, remat: bool):
         trainer.close()  # writes the metrics of the last step
         history = trainer.metrics_logger.get_metric_history
         values = {ours: history("", name, "train") for ours, name in METRICS.items()}
-        values["logprobs"] = common.compute_per_token_logps(
-            *nnx.split(trainer.model),
-            prompt_tokens=example.prompt_ids,
-            completion_tokens=example.completion_ids,
-            **ids,
-            temperature=TEMPERATURE,
-        )
+        values["logprobs"] = reference()
         return {name: np.asarray(value).tolist() for name, value in values.items()}
 
-    return step, report
+    return {"reference": reference, "update": update_policy}, report
 
 
 SIDES = {"e1jax": e1jax_side, "tunix": tunix_side}

@@ -749,7 +749,7 @@ def plan_training(
 def abstract_learner(
     config: GRPOConfig, sizes: ModelConfig, mesh: Mesh
 ) -> tuple[Learner, Batch]:
-    """The learner, without parameters, and a step's batch of the longest responses.
+    """The learner, without parameters, and a mini-batch of the longest responses.
 
     Raises UserError if the mesh does not divide the rows of a micro-batch, or the cache
     is too short for both budgets.
@@ -772,7 +772,7 @@ def abstract_learner(
     learner = Learner(config, loaded, longest)
     length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
-    num_micro = rollout.prompts * rollout.samples // update.microbatch
+    num_micro = update.minibatch_prompts * rollout.samples // update.microbatch
 
     def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
         shape = (num_micro, update.microbatch, *shape)
@@ -804,7 +804,7 @@ def resident(learner: Learner) -> dict[str, int]:
 def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
     """The update, which needs most, and if it fits what may go before it."""
     temperature = on_mesh(learner.loaded.mesh, np.float32(1))
-    given = (learner.shapes, learner.state_shapes, batch, 0, temperature)
+    given = (learner.shapes, learner.state_shapes, batch, False, temperature)
     programs = {"update": compile_for_tpu(learner.update.trace(*given))}
     if programs["update"].fits and logprob_passes(learner.config):
         traced = learner.logprobs.trace(learner.shapes, batch, temperature)
@@ -813,8 +813,14 @@ def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
 
 
 def logprob_passes(config: GRPOConfig) -> int:
-    """How often a step computes log-probabilities before its updates."""
-    return bool(config.loss.kl_coef) + (config.loss.old_logprobs == "recomputed")
+    """How often a step computes the log-probabilities of a mini-batch: the reference's,
+    and the old ones of those that an update after the first one sees."""
+    updates, epochs = config.updates_per_step, config.update.epochs
+    minibatches = updates // epochs
+    passes = minibatches if config.loss.kl_coef else 0
+    if config.loss.old_logprobs == "recomputed":
+        passes += min(updates - 1, minibatches)
+    return passes
 
 
 def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str, int]:

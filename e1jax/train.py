@@ -111,7 +111,8 @@ class Stopped(Exception):
 
 
 class Batch(NamedTuple):
-    """The responses of a step: M micro-batches of B rows, which lie over `data`."""
+    """Responses of a step or a mini-batch: M micro-batches of B rows, which lie over
+    `data`."""
 
     tokens: Any  # [M, B, T] int32: prompt, response, padding
     prompt_len: Any  # [M, B] int32
@@ -547,28 +548,14 @@ class Learner:
     def learn(self, rollouts: Rollouts) -> dict[str, float]:
         """Updates the policy by the responses of a step; the metrics of the step."""
         start = time.perf_counter()
-        config, loss = self.config, self.config.loss
-        batch = make_batch(config, rollouts, *self.longest)
-        rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(rows, x, x.shape), batch
-        )
+        config = self.config
         temperature = jnp.float32(config.rollout.temperature)
-        sampler_gap = jnp.float32(0)
-        if self.reference is not None:
-            logprobs = self.logprobs(self.reference, batch, temperature)
-            batch = batch._replace(ref_logprobs=logprobs)
-        if loss.old_logprobs == "recomputed":
-            logprobs = self.logprobs(self.params, batch, temperature)
-            gaps = jnp.abs(logprobs - batch.old_logprobs) * batch.loss_mask
-            sampler_gap = gaps.sum() / jnp.maximum(batch.loss_mask.sum(), 1)
-            batch = batch._replace(old_logprobs=logprobs)
-        num_micro = len(batch.tokens) * config.update.epochs // config.updates_per_step
-        firsts = range(0, len(batch.tokens), num_micro)
         measured = []
-        for first in [*firsts] * config.update.epochs:
+        for batch in self._minibatches(rollouts, temperature):
+            # The first update is of the parameters that sampled.
+            on_policy = config.loss.old_logprobs == "recomputed" and not measured
             self.params, self.state, metrics = self.update(
-                self.params, self.state, batch, first, temperature
+                self.params, self.state, batch, on_policy, temperature
             )
             measured.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
@@ -578,9 +565,42 @@ class Learner:
         return {
             **metrics_of_all(rollouts.metrics),
             **means,
-            "sampler_gap": sampler_gap.item(),
+            "sampler_gap": measured[0]["sampler_gap"].item(),
             "update_tokens_per_second": tokens * config.update.epochs / seconds,
         }
+
+    def _minibatches(self, rollouts: Rollouts, temperature: jax.Array) -> list[Batch]:
+        """Of each update in turn. The old log-probabilities are the sampler's; if they
+        are to be recomputed, those after the first update are, by the parameters as they
+        are now."""
+        loss, epochs = self.config.loss, self.config.update.epochs
+        whole = make_batch(self.config, rollouts, *self.longest)
+        num_micro = len(whole.tokens) * epochs // self.config.updates_per_step
+        rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
+
+        def logprobs(params: Params, batch: Batch) -> jax.Array:
+            # Without what may be there or not: it would be compiled twice.
+            return self.logprobs(params, batch._replace(ref_logprobs=None), temperature)
+
+        def minibatch(first: int) -> Batch:
+            def put(x: np.ndarray) -> jax.Array:
+                x = x[first : first + num_micro]
+                return jax.make_array_from_process_local_data(rows, x, x.shape)
+
+            batch = jax.tree.map(put, whole)
+            if self.reference is None:
+                return batch
+            return batch._replace(ref_logprobs=logprobs(self.reference, batch))
+
+        def recomputed(batch: Batch) -> Batch:
+            return batch._replace(old_logprobs=logprobs(self.params, batch))
+
+        batches = [minibatch(at) for at in range(0, len(whole.tokens), num_micro)]
+        updates = len(batches) * epochs
+        later = (batches * epochs)[1 : len(batches) + 1]  # the first too, if it returns
+        if loss.old_logprobs == "recomputed":
+            later = [recomputed(batch) for batch in later]
+        return [batches[0], *(later * epochs)[: updates - 1]]
 
 
 def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
@@ -646,23 +666,21 @@ def make_update(
 ):
     """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
 
-    (params, state, batch, first, temperature) -> (params, state, metrics); `first` is
-    the index of the mini-batch's first micro-batch. The first two arguments are donated,
-    and lie where `shardings` says. Each place on the mesh axis `data` goes through its
-    own rows with the parameters gathered layer by layer, in `dtype`; gradients are
-    summed up in float32.
+    (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
+    `on_policy` (bool), the parameters are those of the old log-probabilities, which are
+    then the update's own. The first two arguments are donated, and lie where `shardings`
+    says. Each place on the mesh axis `data` goes through its own rows with the parameters
+    gathered layer by layer, in `dtype`; gradients are summed up in float32.
     """
-    per_prompt = config.rollout.samples
-    minibatch = config.update.minibatch_prompts * per_prompt
-    num_micro = minibatch // config.update.microbatch
     mesh = jax.tree.leaves(shardings[0])[0].mesh
     whole = make_whole(shardings[0], dtype)
 
-    def of_shard(params, batch, weights, temperature):
+    def of_shard(params, batch, weights, on_policy, temperature):
         def add(grads, inputs):
             microbatch, weight = inputs
             new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
-                *(config, model, params, microbatch, weight[0], temperature),
+                *(config, model, params, microbatch, weight[0]),
+                *(on_policy, temperature),
                 mesh=mesh,
                 whole=whole,
             )
@@ -677,19 +695,15 @@ def make_update(
     specs, rows = over_data(shardings[0]), PartitionSpec(None, "data")
     of_shards = map_over_data(
         *(of_shard, mesh),
-        in_specs=(specs, rows, rows, PartitionSpec()),
+        in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
     )
 
-    def update(params, state, batch, first, temperature):
-        def part(x):
-            return jax.lax.dynamic_slice_in_dim(x, first, num_micro)
-
-        minibatch = jax.tree.map(part, batch)
+    def update(params, state, batch, on_policy, temperature):
         weights = _share_weights(
-            minibatch.loss_mask, config.loss.aggregate, mesh.shape["data"]
+            batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
         )
-        grads, metrics = of_shards(params, minibatch, weights, temperature)
+        grads, metrics = of_shards(params, batch, weights, on_policy, temperature)
         metrics["grad_norm"] = optax.tree.norm(grads)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         updates, state = optimizer.update(grads, state, params)
@@ -720,12 +734,13 @@ def grpo_loss(
     params: Params,
     batch: Batch,
     weight: Float[Array, ""],
+    on_policy: Bool[Array, ""],
     temperature: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
     whole: Whole = lambda part, name: part,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Loss of a micro-batch and its metrics, both times `weight`."""
+    """Loss of a micro-batch and its metrics, both times `weight`; see make_update."""
     loss = config.loss
     logprobs, entropy = response_logprobs(
         *(model, params, batch.tokens, batch.prompt_len, batch.loss_mask.shape[-1]),
@@ -736,8 +751,9 @@ def grpo_loss(
         entropy_grad=loss.entropy_coef > 0,
         samples=config.rollout.samples,
     )
+    own = jax.lax.stop_gradient(logprobs)
     value, metrics = policy_loss(
-        *(logprobs, batch.old_logprobs, batch.ref_logprobs),
+        *(logprobs, jnp.where(on_policy, own, batch.old_logprobs), batch.ref_logprobs),
         *(batch.advantages, batch.loss_mask),
         clip=loss.clip,
         clip_low=loss.clip_low,
@@ -746,16 +762,21 @@ def grpo_loss(
         kl_coef=loss.kl_coef,
         aggregate=loss.aggregate,
     )
-    entropy = jnp.where(batch.loss_mask, entropy, 0.0)
-    entropy = (entropy * token_weights(batch.loss_mask, loss.aggregate)).sum()
+    weights = token_weights(batch.loss_mask, loss.aggregate)
+
+    def mean(values):
+        return (jnp.where(batch.loss_mask, values, 0.0) * weights).sum()
+
+    entropy = mean(entropy)
     value -= loss.entropy_coef * entropy
+    metrics |= {"sampler_gap": mean(jnp.abs(own - batch.old_logprobs))}
     metrics = {"loss": value, "entropy": entropy, **metrics}
     return value * weight, {name: v * weight for name, v in metrics.items()}
 
 
 def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int = 1):
-    """Log-probabilities of the responses of a step, a micro-batch at a time; `samples`
-    rows in turn have the same prompt.
+    """Log-probabilities of responses, a micro-batch at a time; `samples` rows in turn
+    have the same prompt.
 
     (params, batch, temperature) -> [M, B, R] float32; see make_update.
     """

@@ -29,7 +29,7 @@ from test_sft import torch_parts
 from transformers import AutoModelForCausalLM
 
 import e1jax
-from e1jax import Engine, SamplingParams, convert, train
+from e1jax import Engine, SamplingParams, convert, plan, train
 from e1jax.checkpoint import MetricsLog, RunCheckpoints, find_params, named_leaves
 from e1jax.config import (
     AdamWConfig,
@@ -874,6 +874,16 @@ def torch_steps(config: GRPOConfig, steps: list[train.Rollouts], rates: list[flo
             rows.append((c, float(advantage), counts, old, ref))
         size = config.update.minibatch_prompts * config.rollout.samples
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        gaps = []  # of the first update
+        for c, _, counts, _, _ in parts[0]:
+            with torch.no_grad():
+                gap = torch_logprobs(policy, c, temperature)[0] - torch.tensor(
+                    c.logprobs
+                )
+            gaps.append(gap.abs()[counts])
+        if loss.aggregate == "sequence":
+            gaps = [gap.mean()[None] for gap in gaps]
+        gap = torch.cat(gaps).mean().item()
         updates = []
         for part in parts * config.update.epochs:
             total = sum(int(counts.sum()) for _, _, counts, _, _ in part)
@@ -914,6 +924,7 @@ def torch_steps(config: GRPOConfig, steps: list[train.Rollouts], rates: list[flo
         measured.append(
             {name: np.mean([u[name] for u in updates]) for name in updates[0]}
         )
+        measured[-1]["sampler_gap"] = gap
     return policy, measured
 
 
@@ -943,6 +954,12 @@ def made_up_steps(model) -> list[train.Rollouts]:
 
 
 CASES = {
+    "recomputed, clipped": (
+        {"clip_low": 0.1, "clip_high": 0.3, "kl_coef": 0.2},
+        {},
+        {},
+        [1.0, 1.0],
+    ),
     "recomputed, clipped, twice over": (
         {"clip_low": 0.1, "clip_high": 0.3, "kl_coef": 0.2, "train_on_forced": True},
         {"schedule": "linear", "weight_decay": 0.1, "b2": 0.9},
@@ -975,6 +992,8 @@ def test_steps_are_those_of_torch(case, workplace, tiny_hf, tmp_path):
     steps = made_up_steps(model)
     rate = config.optimizer.learning_rate
     policy, expected = torch_steps(config, steps, [rate * share for share in shares])
+    passes, logprobs = [], learner.logprobs
+    learner.logprobs = lambda *args: passes.append(args) or logprobs(*args)
     for index, step in enumerate(steps):
         found = learner.learn(step)
         assert float(learner.schedule(index)) == pytest.approx(rate * shares[index])
@@ -983,6 +1002,9 @@ def test_steps_are_those_of_torch(case, workplace, tiny_hf, tmp_path):
                 assert found["kl"] == 0
             else:
                 assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
+    # Those of the first mini-batch are of its own update, unless it comes again.
+    assert len(passes) == len(steps) * plan.logprob_passes(config)
+    assert logprobs._cache_size() == (len(passes) > 0)  # compilations
     if config.loss.clip == "ppo":
         assert 0.02 < found["clip_fraction"] < 0.9
     # Adam divides by what may be rounding alone, so not every number can agree.
