@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import jsonargparse
 import yaml
@@ -474,8 +474,9 @@ class LossConfig:
     train_on_forced: bool = False
     """Whether forced tokens count, though the policy did not choose them."""
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
-    """recomputed: by the training forward; sampler: those seen while sampling, which
-    saves that forward, with importance ratios truncated at max_ratio."""
+    """recomputed: by the training forward, which for the first update of a step is its
+    own; sampler: those seen while sampling, which saves that forward, with importance
+    ratios truncated at max_ratio."""
     max_ratio: float = 2.0
     """Largest weight of a token where old_logprobs is sampler."""
 
@@ -717,17 +718,15 @@ def load_config_and_flags(
             _check_names(cls, flags, argv, prog)
         parsed = parser.instantiate(parser.parse_args(list(argv)))
     except argparse.ArgumentError as error:
-        # "Parser key "steps": Expected a <class 'int'>. Got value: x", over two lines.
-        text = " ".join(str(error).split()).removeprefix("Parser key ")
-        raise UserError(re.sub(r"<class '(\w+)'>", r"\1", text)) from None
+        raise UserError(_sentence(error, (cls, flags), argv)) from None
     run_dir = str(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
     if "://" in run_dir:  # a Path would make a directory here of it
         raise UserError(
             f"--run-dir {run_dir} is not a path; mount the bucket (docs/tpu.md says "
             "how) and give the path where it is mounted"
         )
-    config = cls(**{name: parsed[name] for name in _defaults(cls)})
-    others = flags(**{name: parsed[name] for name in _defaults(flags)})
+    config = cls(**{name: parsed[name] for name in _types(cls)})
+    others = flags(**{name: parsed[name] for name in _types(flags)})
     return config, Path(run_dir), others
 
 
@@ -821,19 +820,51 @@ def stop_signals() -> Iterator[list[int]]:
 
 def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
     """Refuses flags and YAML keys that name no setting, offering the nearest one."""
-    names = [
-        f"--{name}" for kind in (cls, flags) for name, _ in _flatten(_defaults(kind))
-    ]
+    names = [f"--{name}" for kind in (cls, flags) for name, _ in _flatten(_types(kind))]
     # The last one comes with jsonargparse, which explains it in --help.
     known = [*names, "--config", "--run-dir", "--print_config"]
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     check_known(given, known, prog)
-    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    finder.add_argument("--config")
-    path = finder.parse_known_args(argv)[0].config
+    path = _config_path(argv)
     if path is None:
         raise UserError(f"{prog} needs --config FILE.yaml; see configs/")
     _check_keys(cls, read_yaml(Path(path)), path)
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument("--config")
+    return finder.parse_known_args(argv)[0].config
+
+
+def _sentence(
+    error: argparse.ArgumentError, kinds: Sequence[Any], argv: Sequence[str]
+) -> str:
+    """What is wrong with a value, from what jsonargparse says over several lines:
+    'Parser key "steps": Expected a <class 'int'>. Got value: five'."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "([\w.]+)": .*value: (.*)', text)
+    if not found:
+        return text
+    name, value = found.groups()
+    types = {key: kind for cls in kinds for key, kind in _flatten(_types(cls))}
+    flags = [word.partition("=")[0] for word in argv]
+    flag = f"--{name}"
+    where = flag if flag in flags else f"{_config_path(argv)}: {name}"
+    return f"{where} must be {_in_words(types[name])}, not {value}"
+
+
+def _in_words(kind: Any) -> str:
+    """What a setting of this type may be."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(parts)
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(_in_words, parts))}]"
+    if parts:  # of a union
+        return " or ".join(map(_in_words, parts))
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    return words.get(kind) or {type(None): "null", ...: "..."}[kind]
 
 
 def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:
@@ -858,9 +889,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
-    """The fields of a dataclass, nested ones as dicts."""
+def _types(cls: Any) -> dict[str, Any]:
+    """Of the fields of a dataclass, those of nested ones as dicts."""
     return {
-        f.name: _defaults(f.type) if dataclasses.is_dataclass(f.type) else None
+        f.name: _types(f.type) if dataclasses.is_dataclass(f.type) else f.type
         for f in dataclasses.fields(cls)
     }

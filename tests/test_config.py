@@ -11,6 +11,7 @@ from e1jax.config import (
     CheckpointConfig,
     DataConfig,
     GRPOConfig,
+    HostsConfig,
     LossConfig,
     ModelConfig,
     RolloutConfig,
@@ -19,6 +20,7 @@ from e1jax.config import (
     UserError,
     ValidationConfig,
     load_config,
+    load_config_and_flags,
     read_yaml,
     record_config,
 )
@@ -238,3 +240,47 @@ def test_a_bucket_is_not_a_run_directory(tmp_path):
         UserError, match="--run-dir gs://bucket/run is not a path; mount"
     ):
         load_config(GRPOConfig, argv, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "message"),
+    [
+        ("seed: five", [], "{path}: seed must be an integer, not five"),
+        ("seed: 1.5", [], "{path}: seed must be an integer, not 1.5"),
+        ("", ["--seed", "[1]"], "--seed must be an integer, not [1]"),
+        ("", ["--seed=x"], "--seed must be an integer, not x"),
+        (
+            "rollout: {thinking_budget: all}",
+            ["--seed", "3"],
+            "{path}: rollout.thinking_budget must be an integer or null, not all",
+        ),
+        ("loss: {clip: hard}", [], "{path}: loss.clip must be ppo or none, not hard"),
+        (
+            "",
+            ["--dtype", "float16"],
+            "--dtype must be float32 or bfloat16 or null, not float16",
+        ),
+        (
+            "",
+            ["--optimizer.learning_rate", "fast"],
+            "--optimizer.learning_rate must be a number, not fast",
+        ),
+        ("", ["--update.remat", "1"], "--update.remat must be true or false, not 1"),
+        ("model: [nano]", [], "{path}: model must be a text, not ['nano']"),
+        (
+            "",
+            ["--validation.budgets", "[[8, x]]"],
+            "--validation.budgets must be [[an integer or null, an integer or null], "
+            "...], not x",
+        ),
+        ("", ["--processes", "two"], "--processes must be an integer or null, not two"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(line, flags, message, tmp_path):
+    path = tmp_path / "some.yaml"
+    model = "" if line.startswith("model") else "model: nano\n"
+    path.write_text(f"{model}steps: 7\n{line}\n")
+    argv = ["--config", str(path), *flags]
+    with pytest.raises(UserError) as error:
+        load_config_and_flags(GRPOConfig, HostsConfig, argv, "train")
+    assert str(error.value) == message.format(path=path)
