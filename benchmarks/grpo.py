@@ -85,9 +85,7 @@ def main() -> None:
         serve(lambda: work(args.worker, args.prompt, args.remat))
         return
     pythons = {"e1jax": sys.executable, "tunix": install(args.venv, TUNIX)}
-    print(
-        "        prompt remat part      s (low - high)      CPU s  peak GB  first call s"
-    )
+    print("        prompt remat  reference s  update s (low - high)  step s  peak GB")
     for prompt, remat in CASES:
         append(args.output, compare(pythons, prompt, remat, args.steps))
 
@@ -110,8 +108,9 @@ def compare(
     lines = figures(turns)
     for line in lines:
         print(
-            "{name:7} {prompt:6} {remat!s:5} {part:9} {median:5.2f} "
-            "({low:.2f} - {high:.2f}) {cpu:8.2f} {peak_gb:8.2f} {first_call:13.1f}".format(
+            "{name:7} {prompt:6} {remat!s:5} {reference[median]:12.2f} "
+            "{update[median]:8.2f} ({update[low]:.2f} - {update[high]:.2f}) "
+            "{step[median]:9.2f} {peak_gb:8.2f}".format(
                 prompt=prompt, remat=remat, **line
             )
         )
@@ -138,50 +137,44 @@ def ask_all(workers: dict[str, Worker], word: str) -> dict[str, dict[str, Any]]:
 def figures(
     turns: list[dict[str, dict[str, dict[str, float]]]],
 ) -> list[dict[str, Any]]:
-    """Of each part and of the whole step: figures of each library, then their ratios."""
-    whole = [
+    """Of each library, and last their ratios. A step is both parts."""
+    timed = turns[WARM_UP:]
+
+    def each(name: str, key: str) -> dict[str, list[float]]:
+        parts = [[turn[part][name][key] for turn in timed] for part in PARTS]
+        step = [sum(both) for both in zip(*parts, strict=True)]
+        return dict(zip((*PARTS, "step"), (*parts, step), strict=True))
+
+    lines = [
         {
-            name: {
-                key: sum(turn[part][name][key] for part in PARTS)
-                for key in ("seconds", "cpu")
-            }
-            | {"peak_gb": turn[PARTS[-1]][name]["peak_gb"]}
-            for name in SIDES
+            "name": name,
+            "unit": "s",
+            **{part: spread(values) for part, values in each(name, "seconds").items()},
+            **{
+                f"{part}_cpu": statistics.median(values)
+                for part, values in each(name, "cpu").items()
+            },
+            "peak_gb": timed[-1]["update"][name]["peak_gb"],
+            "first_call": turns[0]["update"][name]["seconds"],
         }
-        for turn in turns
+        for name in SIDES
     ]
-    parts = {part: [turn[part] for turn in turns] for part in PARTS} | {"step": whole}
-    return [
-        line | {"part": part}
-        for part, each in parts.items()
-        for line in figures_of_part(each)
-    ]
-
-
-def figures_of_part(turns: list[dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
-    timed, lines = turns[WARM_UP:], []
-    for name in SIDES:
-        seconds = [turn[name]["seconds"] for turn in timed]
-        lines.append(
-            {
-                "name": name,
-                "unit": "s",
-                "median": statistics.median(seconds),
-                "low": min(seconds),
-                "high": max(seconds),
-                "cpu": statistics.median(turn[name]["cpu"] for turn in timed),
-                "peak_gb": timed[-1][name]["peak_gb"],
-                "first_call": turns[0][name]["seconds"],
-            }
-        )
     ours, theirs = lines
-    each = [turn["tunix"]["seconds"] / turn["e1jax"]["seconds"] for turn in timed]
-    ratio = {"name": "ratio", "unit": "Tunix / e1jax", "low": min(each)}
-    ratio |= {
-        key: theirs[key] / ours[key]
-        for key in ("median", "cpu", "peak_gb", "first_call")
-    }
-    return [*lines, ratio | {"high": max(each)}]
+    ratio: dict[str, Any] = {"name": "ratio", "unit": "Tunix / e1jax"}
+    for key, value in theirs.items():
+        if isinstance(value, float):
+            ratio[key] = value / ours[key]
+    seconds = each("tunix", "seconds")
+    for part, values in each("e1jax", "seconds").items():
+        ratios = [b / a for a, b in zip(values, seconds[part], strict=True)]
+        median = theirs[part]["median"] / ours[part]["median"]
+        ratio[part] = spread(ratios) | {"median": median}
+    return [*lines, ratio]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    median = statistics.median(values)
+    return {"median": median, "low": min(values), "high": max(values)}
 
 
 def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:
