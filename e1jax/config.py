@@ -842,16 +842,21 @@ def _sentence(
 ) -> str:
     """What is wrong with a value, from what jsonargparse says over several lines:
     'Parser key "steps": Expected a <class 'int'>. Got value: five'."""
-    text = " ".join(str(error).split())
-    found = re.match(r'Parser key "([\w.]+)": .*value: (.*)', text)
+    text = " ".join(str(error).split()).removeprefix("Parser key ")
+    found = re.match(r'"([\w.]+)": .*?(?:Got|Given) value: ?(.*)', text)
     if not found:
         return text
-    name, value = found.groups()
-    types = {key: kind for cls in kinds for key, kind in _flatten(_types(cls))}
-    flags = [word.partition("=")[0] for word in argv]
-    flag = f"--{name}"
-    where = flag if flag in flags else f"{_config_path(argv)}: {name}"
-    return f"{where} must be {_in_words(types[name])}, not {value}"
+    name, value = found[1], found[2] or "''"
+    kind = {key: kind for cls in kinds for key, kind in _flatten(_types(cls))}[name]
+    path, places = _config_path(argv), []
+    if path is not None and name in dict(_flatten(read_yaml(Path(path)))):
+        places.append(f"{path}: {name}")
+    if f"--{name}" in [word.partition("=")[0] for word in argv]:
+        places.append(f"--{name}")
+    where, words = " or ".join(places) or name, _in_words(kind)
+    if get_origin(kind) is tuple:  # of which the value may be an item
+        return f"{where} must be {words}; {value} does not fit"
+    return f"{where} must be {words}, not {value}"
 
 
 def _in_words(kind: Any) -> str:
@@ -863,8 +868,15 @@ def _in_words(kind: Any) -> str:
         return f"[{', '.join(map(_in_words, parts))}]"
     if parts:  # of a union
         return " or ".join(map(_in_words, parts))
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
-    return words.get(kind) or {type(None): "null", ...: "..."}[kind]
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        ...: "...",
+    }
+    return words[kind]
 
 
 def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:

@@ -807,6 +807,7 @@ def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
     given = (learner.shapes, learner.state_shapes, batch, False, temperature)
     programs = {"update": compile_for_tpu(learner.update.trace(*given))}
     if programs["update"].fits and logprob_passes(learner.config):
+        batch = batch._replace(ref_logprobs=None)  # as training calls it
         traced = learner.logprobs.trace(learner.shapes, batch, temperature)
         programs["logprobs"] = compile_for_tpu(traced)
     return programs
@@ -898,7 +899,7 @@ def _cost_of_training(
             f"{name}: loops of unknown length count once: "
             f"{', '.join(sorted(set(counted.unknown_loops)))}"
         )
-    _warn_of_copies(report, counted, 16 * _LARGE_COPY)
+    _warn_of_copies(report, counted, 16 * _LARGE_COPY, calls=times)
     if name == "update":
         held = device_bytes((learner.shapes, learner.state_shapes))
         report.floor_bytes = 2 * held * times
@@ -1091,9 +1092,12 @@ def _collective_bytes(counted: hlo.Account) -> dict[str, int]:
     return sizes
 
 
-def _warn_of_copies(report: Report, counted: hlo.Account, at_least: int) -> None:
+def _warn_of_copies(
+    report: Report, counted: hlo.Account, at_least: int, calls: int = 1
+) -> None:
+    """Of a program that a step calls so often."""
     for op in counted.copies(2 * at_least):  # each is read and written
-        how = f"{op.times} times a step" if op.depth else "once a call"
+        how = f"{calls * op.times} times a step" if op.depth else "once a call"
         report.warnings.append(
             f"a copy of {op.bytes / 2 / 2**20:.0f} MiB, {how} ({op.op_name or op.name})"
         )

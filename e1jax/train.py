@@ -596,11 +596,11 @@ class Learner:
             return batch._replace(old_logprobs=logprobs(self.params, batch))
 
         batches = [minibatch(at) for at in range(0, len(whole.tokens), num_micro)]
-        updates = len(batches) * epochs
-        later = (batches * epochs)[1 : len(batches) + 1]  # the first too, if it returns
+        first, *others = batches
         if loss.old_logprobs == "recomputed":
-            later = [recomputed(batch) for batch in later]
-        return [batches[0], *(later * epochs)[: updates - 1]]
+            others = [recomputed(batch) for batch in others]
+            batches = [recomputed(first) if epochs > 1 else first, *others]
+        return [first, *others, *batches * (epochs - 1)]
 
 
 def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
@@ -667,8 +667,9 @@ def make_update(
     """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
 
     (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
-    `on_policy` (bool), the parameters are those of the old log-probabilities, which are
-    then the update's own. The first two arguments are donated, and lie where `shardings`
+    `on_policy` (bool), the batch was sampled from these parameters: the old
+    log-probabilities are then the update's own, and those of the batch are only compared
+    with them, for `sampler_gap`. The first two arguments are donated, and lie where `shardings`
     says. Each place on the mesh axis `data` goes through its own rows with the parameters
     gathered layer by layer, in `dtype`; gradients are summed up in float32.
     """

@@ -245,14 +245,20 @@ def test_a_bucket_is_not_a_run_directory(tmp_path):
 @pytest.mark.parametrize(
     ("line", "flags", "message"),
     [
-        ("seed: five", [], "{path}: seed must be an integer, not five"),
-        ("seed: 1.5", [], "{path}: seed must be an integer, not 1.5"),
-        ("", ["--seed", "[1]"], "--seed must be an integer, not [1]"),
-        ("", ["--seed=x"], "--seed must be an integer, not x"),
+        ("seed: five", [], "{path}: seed must be a whole number, not five"),
+        ("seed: 1.5", [], "{path}: seed must be a whole number, not 1.5"),
+        ("", ["--seed", "[1]"], "--seed must be a whole number, not [1]"),
+        ("", ["--seed", ""], "--seed must be a whole number, not ''"),
+        (
+            "seed: five",
+            ["--seed", "3"],
+            "{path}: seed or --seed must be a whole number, not five",
+        ),
+        ("", ["--seed=x"], "--seed must be a whole number, not x"),
         (
             "rollout: {thinking_budget: all}",
             ["--seed", "3"],
-            "{path}: rollout.thinking_budget must be an integer or null, not all",
+            "{path}: rollout.thinking_budget must be a whole number or null, not all",
         ),
         ("loss: {clip: hard}", [], "{path}: loss.clip must be ppo or none, not hard"),
         (
@@ -266,14 +272,18 @@ def test_a_bucket_is_not_a_run_directory(tmp_path):
             "--optimizer.learning_rate must be a number, not fast",
         ),
         ("", ["--update.remat", "1"], "--update.remat must be true or false, not 1"),
-        ("model: [nano]", [], "{path}: model must be a text, not ['nano']"),
+        ("model: [nano]", [], "{path}: model must be text, not ['nano']"),
         (
             "",
             ["--validation.budgets", "[[8, x]]"],
-            "--validation.budgets must be [[an integer or null, an integer or null], "
-            "...], not x",
+            "--validation.budgets must be [[a whole number or null, a whole number or null], "
+            "...]; x does not fit",
         ),
-        ("", ["--processes", "two"], "--processes must be an integer or null, not two"),
+        (
+            "",
+            ["--processes", "two"],
+            "--processes must be a whole number or null, not two",
+        ),
     ],
 )
 def test_a_value_of_another_type_is_one_sentence(line, flags, message, tmp_path):

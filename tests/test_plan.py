@@ -272,8 +272,8 @@ def test_useful_flops_of_an_update(config):
     )
     mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
     learner, batch = plan.abstract_learner(loaded, SIZES, mesh)
-    assert batch.tokens.shape == (4, 2, 100)
-    assert batch.loss_mask.shape == (4, 2, 60)
+    assert batch.tokens.shape == (2, 2, 100)
+    assert batch.loss_mask.shape == (2, 2, 60)
     # q and o, k and v, and the three products of the mlp, in each of three layers.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
     useful = 6 * 4 * (100 * 3 * layer + 60 * 264 * 64)
