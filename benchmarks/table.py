@@ -172,7 +172,7 @@ TABLES: dict[str, dict[str, Cell]] = {
         "CPU s an update": figure("update_cpu"),
         "both s": figure("step"),
         "peak GB": figure("peak_gb"),
-        "first call s": figure("first_call"),
+        "first update s": figure("first_call"),
     },
     "serving": {
         **NAME,
