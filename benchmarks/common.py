@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -236,6 +237,11 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    median = statistics.median(values)
+    return {"median": median, "low": min(values), "high": max(values)}
 
 
 def append(output: Path | None, lines: Sequence[dict[str, Any]]) -> None:

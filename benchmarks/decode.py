@@ -172,24 +172,22 @@ def agreement(tokens: dict[Any, np.ndarray]) -> dict[Any, float]:
 def figures(turns: list[list[dict]], index: int, ours: int) -> dict[str, Any]:
     """What the turns say of a case, and in relation to e1jax's."""
     mine = [turn[index] for turn in turns]
-    line: dict[str, Any] = {"unit": "s/step", **spread([t["step"] for t in mine])}
+    line: dict[str, Any] = {
+        "unit": "s/step",
+        **common.spread([t["step"] for t in mine]),
+    }
     line["cpu"] = statistics.median(t["cpu"] for t in mine)
-    line["first"] = spread([t["first"] for t in mine])
+    line["first"] = common.spread([t["first"] for t in mine])
     line["ratio"] = ratio(turns, index, ours, "step")
     line["cpu_ratio"] = ratio(turns, index, ours, "cpu")
     line["first_ratio"] = ratio(turns, index, ours, "first")
-    line["stream"] = spread([t["stream"] for t in mine])
-    line["stream_share"] = spread([t["stream"] / t["step"] for t in mine])
+    line["stream"] = common.spread([t["stream"] for t in mine])
+    line["stream_share"] = common.spread([t["stream"] / t["step"] for t in mine])
     return line
 
 
 def ratio(turns: list[list[dict]], index: int, to: int, key: str) -> dict[str, float]:
-    return spread([turn[index][key] / turn[to][key] for turn in turns])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    median = statistics.median(values)
-    return {"median": median, "low": min(values), "high": max(values)}
+    return common.spread([turn[index][key] / turn[to][key] for turn in turns])
 
 
 def work(name: str) -> Callable[[Any], dict[str, Any]]:

@@ -52,6 +52,7 @@ from common import (
     machine,
     make_weights,
     serve,
+    spread,
     tunix_model,
     versions,
 )
@@ -170,11 +171,6 @@ def figures(
         median = theirs[part]["median"] / ours[part]["median"]
         ratio[part] = spread(ratios) | {"median": median}
     return [*lines, ratio]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    median = statistics.median(values)
-    return {"median": median, "low": min(values), "high": max(values)}
 
 
 def largest_differences(ours: dict, theirs: dict) -> dict[str, float]:

@@ -853,7 +853,8 @@ def _sentence(
         places.append(f"{path}: {name}")
     if f"--{name}" in [word.partition("=")[0] for word in argv]:
         places.append(f"--{name}")
-    where, words = " or ".join(places) or name, _in_words(kind)
+    where = " or ".join(places) or name
+    words = _in_words(kind)
     if get_origin(kind) is tuple:  # of which the value may be an item
         return f"{where} must be {words}; {value} does not fit"
     return f"{where} must be {words}, not {value}"

@@ -1095,7 +1095,7 @@ def _collective_bytes(counted: hlo.Account) -> dict[str, int]:
 def _warn_of_copies(
     report: Report, counted: hlo.Account, at_least: int, calls: int = 1
 ) -> None:
-    """Of a program that a step calls so often."""
+    """Of a program; a step of training calls it so often."""
     for op in counted.copies(2 * at_least):  # each is read and written
         how = f"{calls * op.times} times a step" if op.depth else "once a call"
         report.warnings.append(

@@ -579,7 +579,7 @@ class Learner:
         rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
 
         def logprobs(params: Params, batch: Batch) -> jax.Array:
-            # Without what may be there or not: it would be compiled twice.
+            # Some batches have a reference's by then: it would be compiled twice.
             return self.logprobs(params, batch._replace(ref_logprobs=None), temperature)
 
         def minibatch(first: int) -> Batch:
@@ -668,10 +668,11 @@ def make_update(
 
     (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
     `on_policy` (bool), the batch was sampled from these parameters: the old
-    log-probabilities are then the update's own, and those of the batch are only compared
-    with them, for `sampler_gap`. The first two arguments are donated, and lie where `shardings`
-    says. Each place on the mesh axis `data` goes through its own rows with the parameters
-    gathered layer by layer, in `dtype`; gradients are summed up in float32.
+    log-probabilities are then the update's own, and those of the batch are only
+    compared with them, for `sampler_gap`. The first two arguments are donated, and lie
+    where `shardings` says. Each place on the mesh axis `data` goes through its own rows
+    with the parameters gathered layer by layer, in `dtype`; gradients are summed up in
+    float32.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
     whole = make_whole(shardings[0], dtype)
@@ -770,8 +771,8 @@ def grpo_loss(
 
     entropy = mean(entropy)
     value -= loss.entropy_coef * entropy
-    metrics |= {"sampler_gap": mean(jnp.abs(own - batch.old_logprobs))}
-    metrics = {"loss": value, "entropy": entropy, **metrics}
+    gap = mean(jnp.abs(own - batch.old_logprobs))
+    metrics |= {"loss": value, "entropy": entropy, "sampler_gap": gap}
     return value * weight, {name: v * weight for name, v in metrics.items()}
 
 

@@ -276,8 +276,8 @@ def test_a_bucket_is_not_a_run_directory(tmp_path):
         (
             "",
             ["--validation.budgets", "[[8, x]]"],
-            "--validation.budgets must be [[a whole number or null, a whole number or null], "
-            "...]; x does not fit",
+            "--validation.budgets must be [[a whole number or null, a whole number or "
+            "null], ...]; x does not fit",
         ),
         (
             "",

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +265,22 @@ def test_weights_that_are_sent_around_are_told_of(rows, warns):
     text = inner + STEP.replace("  %y =", loop)
     plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
     assert any("weights are sent around" in text for text in report.warnings) == warns
+
+
+def test_copies_are_counted_over_all_calls_of_a_step():
+    """A loop's 4 of 48 MiB, and one outside of loops."""
+    sizes = {"bytes": 96 * 2**20, "name": "copy.1"}
+    ops = [
+        types.SimpleNamespace(**sizes, op_name="jit(f)", times=4, depth=1),
+        types.SimpleNamespace(**sizes, op_name="", times=1, depth=0),
+    ]
+    report = types.SimpleNamespace(warnings=[])
+    counted = types.SimpleNamespace(copies=lambda at_least: ops)
+    plan._warn_of_copies(report, counted, 1, calls=3)
+    assert report.warnings == [
+        "a copy of 48 MiB, 12 times a step (jit(f))",
+        "a copy of 48 MiB, once a call (copy.1)",
+    ]
 
 
 def test_useful_flops_of_an_update(config):
