@@ -139,7 +139,9 @@ def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete `\boxed{...}` of a text, or None."""
     # One pass over the braces: a model that never closes its boxes must not cost more.
     opened, best, found = [], -1, None
-    for match in re.finditer(r"(\\boxed)?\{|\}", text):
+    for match in re.finditer(r"\\[\\{}](?!boxed)|(\\boxed\s*)?\{|\}", text):
+        if match[0][0] == "\\" and match[1] is None:
+            continue  # an escaped brace opens and closes nothing
         if match[0] != "}":
             opened.append((match.end(), match[1] is not None))
         elif opened:

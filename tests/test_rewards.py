@@ -16,9 +16,9 @@ import math_verify
 import numpy as np
 import pytest
 
-from e1jax import rewards
 from e1jax.config import UserError
 from e1jax.rewards import Grader, accepted_texts, grade, score
+from e1jax.rewards import grader as rewards
 
 # Accepted answer, then spellings of it that a solution may box.
 SPELLINGS = {
@@ -353,7 +353,7 @@ def test_workers_are_new_programs_without_jax():
     with Grader(workers=1) as grader:
         pid = only_worker(grader)
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        assert command[1:5] == ["-P", "-m", "e1jax.rewards", "5.0"]
+        assert command[1:5] == ["-P", "-m", "e1jax.rewards.worker", "5.0"]
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" in Path("/proc/self/maps").read_text()
         assert "jaxlib" not in maps and "torch" not in maps
@@ -408,11 +408,9 @@ def test_workers_go_with_their_parent(tmp_path, end, code):
 
 NOISY = """
 import sys
-LatexExtractionConfig = dict
-def parse(text, *_, **__):
-    print("noise", flush=True)
-    return text
+print("noise", flush=True)
 def verify(*pair, **_):
+    print("noise", flush=True)
     print("noise", file=sys.stderr)
     return True
 """
@@ -422,8 +420,8 @@ def test_what_libraries_print_is_lost(tmp_path, monkeypatch, capfd):
     (tmp_path / "math_verify.py").write_text(NOISY)
     monkeypatch.syspath_prepend(tmp_path)
     with Grader(workers=1) as grader:
-        assert grader.submit(solved("x"), "y").result(timeout=60) == 1
-        assert grader.submit(solved("x"), "y").result(timeout=60) == 1
+        assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
+        assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
         assert grader.failures == {"timeout": 0, "crash": 0}
     assert capfd.readouterr() == ("", "")
 
