@@ -210,7 +210,12 @@ def _same_reading(answer: str, accepted: str, factor: Fraction) -> bool:
         return False
     if factor != 1:
         found = sympy.Mul(sympy.Rational(factor.numerator, factor.denominator), found)
-    return _equal(found, target)
+    try:
+        return _equal(found, target)
+    except MemoryError:
+        raise
+    except Exception:  # SymPy raises what it likes: what cannot be compared is not equal
+        return False
 
 
 def _has_both_cases(text: str) -> bool:
@@ -286,6 +291,8 @@ _MARKS: list[Rule] = [
             r"^\\\{ ?([a-z])(?: ?\\in ?\\mathbb\{R\})? ?(?:\\mid|\\vert|:|\|) ?(.*\1.*)\\\}$",
             r"\2",
         ),
+        # Else these are the constant of Euler and Mascheroni.
+        (r"\\gamma(?![a-z])|\\Gamma(?! ?\()(?![a-z])", lambda m: _symbol(m[0])),
         # Else I is the imaginary unit there, and i a variable. An index is none.
         (r"(?<![a-zA-Z\\])I(?![a-zA-Z_(])", lambda m: _symbol("I")),
         (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z_=])", lambda m: _IMAGINARY),
@@ -293,9 +300,19 @@ _MARKS: list[Rule] = [
 ]
 
 
+_DIFFERENTIAL = re.compile(r"\\int(?![a-z])|\\frac\{ ?d(?:[^{}]|\{[^{}]*\})*\}\{ ?d")
+
+
 def _marked(text: str) -> str:
     """The text as the parser shall read it."""
-    return _integers(_rising(apply(_MARKS, text))).strip()
+    text = apply(_MARKS, text)
+    if not _DIFFERENTIAL.search(text):  # there, d n is a product
+        text = re.sub(
+            r"\\variable\{\w+\}|\\[a-zA-Z]+|d",
+            lambda m: _symbol("d") if m[0] == "d" else m[0],
+            text,
+        )
+    return _integers(_rising(text)).strip()
 
 
 def _integers(text: str) -> str:
@@ -337,7 +354,7 @@ def _parse(text: str, fold: bool, real: bool) -> Any:
                 conversion_config=ConversionConfig(lowercase_symbols=fold),
             )
             return _with_imaginary_unit(value)
-        except (MemoryError, KeyboardInterrupt):
+        except MemoryError:
             raise
         except Exception:  # the parser raises what it likes
             continue
@@ -353,6 +370,8 @@ def _with_imaginary_unit(value: Any) -> Any:
 
 def _equal(answer: Any, accepted: Any) -> bool:
     """math-verify's verdict, looked at once more; of two exact numbers, their equality."""
+    if any(side.has(sympy.zoo, sympy.nan) for side in (answer, accepted)):
+        return False  # the parser lost its way
     if _is_number(answer) and _is_number(accepted):
         one, other = _exact(answer), _exact(accepted)
         if _same_number(one, other):
@@ -363,6 +382,8 @@ def _equal(answer: Any, accepted: Any) -> bool:
     options = {"allow_set_relation_comp": True, "timeout_seconds": 0}
     if verify(accepted, answer, **options):
         return _agree(answer, accepted)
+    if _has_decimal(answer) or _has_decimal(accepted):
+        return bool(verify(_fractions(accepted), _fractions(answer), **options))
     return _same_for_positive(answer, accepted)
 
 
@@ -419,10 +440,15 @@ def _has_decimal(value: Any) -> bool:
     return isinstance(value, sympy.Basic) and value.has(sympy.Float)
 
 
-def _exact(value: Any) -> Any:
+def _fractions(value: Any) -> Any:
     """The value with its decimals as fractions."""
-    fractions = {f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)}
-    return value.xreplace(fractions).doit()
+    if not isinstance(value, sympy.Basic):
+        return value
+    return value.xreplace({f: sympy.Rational(str(f)) for f in value.atoms(sympy.Float)})
+
+
+def _exact(value: Any) -> Any:
+    return _fractions(value).doit()
 
 
 def _same_number(one: Any, other: Any, tolerance: Any = sympy.S.Zero) -> bool:

@@ -118,7 +118,7 @@ _BARE = "|".join(
     )
 )
 _NAME = rf"\\text\{{[^{{}}]*\}}|\\degree(?: ?[CF](?![a-z]))?|''?|(?<![a-zA-Z\\])(?:{_BARE})(?![a-zA-Z])"
-_TAIL = re.compile(rf"(?:(?:\s|/|\\cdot )*(?:{_NAME})(?:\s*\^\{{-?\d\}})?)+$")
+_TAIL = re.compile(rf"(?:(?:\s|/|per |\\cdot )*(?:{_NAME})(?:\s*\^\{{-?\d\}})?)+$")
 _CURRENCY = re.compile(r"^(-?)\s*(\\?\$|€)\s*(?=[\d\\])")
 _UNIT_FRACTION = re.compile(
     r"\\frac\{((?:[^{}]|\\text\{[^{}]*\})*)\}\{( *\\text(?:[^{}]|\{[^{}]*\})*)\}$"
