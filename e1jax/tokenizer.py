@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from e1jax.config import UserError
+from e1jax.config import UserError, check_backslashes, parse_json
 
 THINK_END = "</think>"
 # In tokenizer_config.json, beside the chat template: the text that training ended its
@@ -81,6 +81,9 @@ class Tokenizer:
                 f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY} must be a text, "
                 f"not {reprlib.repr(instruction)}"
             )
+        check_backslashes(
+            instruction, f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY}"
+        )
         return cls(
             backend,
             eos_id,
@@ -154,10 +157,7 @@ def extract_boxed(text: str) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises UserError if it is missing or is not one."""
     text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

@@ -13,7 +13,7 @@ from conftest import edit_json
 from hypothesis import HealthCheck, given, settings
 
 from e1jax import data
-from e1jax.config import UserError
+from e1jax.config import UserError, check_backslashes
 from e1jax.data import (
     DEFAULT_INSTRUCTION,
     EncodedProblem,
@@ -71,7 +71,17 @@ def test_a_limit_takes_the_first_problems(name):
 
 # Files
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+def has_its_backslashes(text: str) -> bool:
+    try:
+        check_backslashes(text, "")
+    except UserError:
+        return False
+    return True
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+texts = texts.filter(str.strip).filter(has_its_backslashes)
 plain = texts.filter(lambda text: "boxed" not in text)  # an answer that stays as it is
 numbers = st.integers(-(10**30), 10**30)
 
@@ -248,6 +258,51 @@ def test_a_bad_row_is_named(tmp_path, row, message, name, place):
         load_problems(file)
     assert str(error.value).startswith(file + place)
     assert "\n" not in str(error.value)
+
+
+# Without its double backslashes this is JSON, but no longer the problem.
+LATEX = [
+    {"problem": r"If $\tan x=\frac{1}{2}$, what is $x$?", "answer": "1"},
+    {"question": r"Is $a \neq b$, $\boxed{1}$ or $x \ne 0$?", "final_answer": ["1"]},
+    {"prompt": "p", "answer": r"\text{east}"},
+    {"problem": "p", "answer": ["1", r"\frac{1}{2}"]},
+    {"problem": "p", "final_answer": r"\boxed{\theta}"},
+]
+
+
+@pytest.mark.parametrize("row", LATEX)
+@pytest.mark.parametrize(
+    ("name", "place"), [("x.json", " index 1"), ("x.jsonl", " line 2")]
+)
+def test_a_lost_backslash_is_named(tmp_path, row, name, place):
+    good = {"problem": "p", "answer": "1"}
+    file = Path(write(tmp_path / name, [good, row]))
+    assert len(load_problems(str(file))) == 2
+    file.write_text(file.read_text().replace("\\\\", "\\"))
+    with pytest.raises(UserError, match=r"seems to be meant; in JSON") as error:
+        load_problems(str(file))
+    assert str(error.value).startswith(f"{file}{place}: ")
+    assert len(load_problems(str(file), limit=1)) == 1
+    broken = [json.loads(json.dumps(row).replace("\\\\", "\\"))]
+    file = write(tmp_path / "x.parquet", broken)
+    with pytest.raises(UserError, match=r"parquet index 0: \w+ holds a"):
+        load_problems(file)
+
+
+def test_fields_that_are_not_used_are_not_looked_at(tmp_path):
+    row = {"problem": "p", "answer": "1", "solution": "\frac12", "id": "\textbf"}
+    assert len(load_problems(write(tmp_path / "x.json", [row]))) == 1
+
+
+def test_a_single_backslash_that_is_not_json(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"problem": "p", "answer": "1"}\n{"problem": "$\\sqrt2$"}')
+    with pytest.raises(UserError) as error:
+        load_problems(str(path))
+    assert str(error.value) == (
+        rf"{path} line 2 is not JSON (Invalid \escape at column 15); write \\sqrt, with "
+        "two backslashes"
+    )
 
 
 def test_a_bad_row_of_parquet_is_named(tmp_path):
@@ -459,6 +514,21 @@ def test_deepscaler_without_its_problems_that_have_no_answer(hub, tmp_path):
     assert len(load_problems("deepscaler", limit=3)) == 3
     with pytest.raises(UserError, match="index 1: answer is empty"):
         load_problems(write(tmp_path / "copy.json", rows))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.parquet"])
+def test_a_dataset_of_the_hub_is_taken_as_it_is_published(hub, name, capsys):
+    """Those who use it cannot mend it, and others were measured on the same texts."""
+    whole = {"problem": r"\textbf{A}", "answer": "1"}
+    rows = [whole, {"problem": "\textbf{A}", "answer": "1"}, whole]
+    hub("owner/name", {name: [*rows, {"problem": "p", "answer": "\frac12"}]})
+    problems = load_problems("owner/name")
+    assert [p.text for p in problems] == [*(row["problem"] for row in rows), "p"]
+    note = capsys.readouterr().err
+    assert note.startswith("note: owner/name is used as it is published, with 2 of its")
+    assert f"{name} index 1: problem holds a tab where \\textbf seems" in note
+    load_problems("owner/name", limit=1)
+    assert capsys.readouterr().err == ""
 
 
 def rows_named(*names: str) -> list[dict[str, str]]:

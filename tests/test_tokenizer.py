@@ -217,6 +217,12 @@ def test_settings_of_a_training_run_are_off(path):
             lambda p: edit_json(p / "tokenizer_config.json", chat_template={"a": 1}),
             "chat_template must be",
         ),
+        (
+            lambda p: edit_json(
+                p / "tokenizer_config.json", e1jax_instruction="Use \boxed{}."
+            ),
+            r"e1jax_instruction holds a backspace where \boxed",
+        ),
     ],
 )
 def test_missing_or_broken_files(path, spoil, named):
