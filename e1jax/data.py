@@ -47,7 +47,8 @@ from e1jax.config import (
     check_integer,
     parse_json,
 )
-from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
+from e1jax.rewards import final_answer
+from e1jax.tokenizer import THINK_END, Tokenizer
 
 if TYPE_CHECKING:
     import grain
@@ -192,8 +193,8 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     /FILES if it holds several sets of files, like owner/name/data/train. A file is a JSON
     list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
     field `answer` or `final_answer`, a text, a number or a list of those that are
-    accepted; and may have `id` or `unique_id`. Of an answer with `\\boxed{}` the content
-    of the box is taken.
+    accepted; and may have `id` or `unique_id`. Of a worked solution, the last `\\boxed{}`
+    or the text behind the last `####` is the answer.
 
     Raises UserError, naming file and line or index (from 0), for whatever is missing,
     broken or empty, for two problems with one id, and for texts of a local file that lost
@@ -499,15 +500,14 @@ def _is_empty(value: Any) -> bool:
 
 
 def _accepted(answer: Any, where: str) -> str:
-    """An answer as text: a number in digits, the content of a box."""
+    """An answer as text: a number in digits, the end of a worked solution."""
     rule = "a text, a number or a list of those"
     if type(answer) is int:
         return str(answer)
     if isinstance(answer, float) and math.isfinite(answer):
         return f"{Decimal(repr(answer)).normalize():f}"
     text = _checked_text(answer, rule, where)
-    boxed = extract_boxed(text)
-    return text if boxed is None else _checked_text(boxed, rule, where)
+    return _checked_text(final_answer(text, where), rule, where)
 
 
 def _checked_text(value: Any, rule: str, where: str) -> str:

@@ -46,7 +46,16 @@ def test_the_pairs_hold_both_verdicts():
 def test_a_constant_is_right_for_no_other_number():
     """`0.0` was right for all that is small."""
     small = [p["gold"] for p in PAIRS if p["kind"] == "tolerance" and p["gold"] != "0"]
-    cheap = ["0", "0.0", "1e-9", r"\emptyset", r"\text{}", r"\%", "x=x", r"\variable{x}"]
+    cheap = [
+        "0",
+        "0.0",
+        "1e-9",
+        r"\emptyset",
+        r"\text{}",
+        r"\%",
+        "x=x",
+        r"\variable{x}",
+    ]
     accepted = [(c, g) for c in cheap for g in small if equivalent(c, g)]
     assert accepted == []
 

@@ -1,6 +1,7 @@
 """Problems from files, hub datasets and the nano task; prompts and their batches."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -82,7 +83,10 @@ def has_its_backslashes(text: str) -> bool:
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 texts = texts.filter(str.strip).filter(has_its_backslashes)
-plain = texts.filter(lambda text: "boxed" not in text)  # an answer that stays as it is
+# Answers that stay as they are.
+plain = texts.filter(
+    lambda text: not re.search(r"boxed|####|\n", text.strip(), re.DOTALL)
+)
 numbers = st.integers(-(10**30), 10**30)
 
 
@@ -205,6 +209,13 @@ def test_problems_are_plain_values_from_parquet_too(tmp_path):
     assert {type(p.id) for p in problems} == {int}
 
 
+def test_worked_solutions_are_answers(tmp_path):
+    """As in GSM8K, and in the MATH dataset."""
+    worked = ["48/2 = <<48/2=24>>24 clips.\n#### 24", "So $x=2$ or\n$\\boxed{x=3}$."]
+    path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": worked}])
+    assert [a.strip() for a in load_problems(path)[0].answers] == ["24", "x=3"]
+
+
 BAD_ROWS = [
     ("p", "not 'p'"),
     ([{"problem": "p"}], "a problem is an object"),
@@ -237,6 +248,8 @@ BAD_ROWS = [
     ({"problem": "p", "answer": float("nan")}, "not nan"),
     ({"problem": "p", "answer": float("inf")}, "not inf"),
     ({"problem": "p", "answer": r"\boxed{}"}, "not ''"),
+    ({"problem": "p", "answer": "48\n72"}, "answer has several lines"),
+    ({"problem": "p", "answer": "48\n####"}, "not ''"),
     ({"problem": "p", "answer": "\udcff"}, "answer is not valid Unicode"),
     ({"problem": "p", "answer": "1", "id": True}, "id must be a text or a whole"),
     ({"problem": "p", "answer": "1", "id": 1.0}, "id must be a text or a whole"),

@@ -192,6 +192,18 @@ def test_unusable_accepted_answers_are_refused(bad):
         accepted_texts(float("nan"), "not a number")
 
 
+def test_the_end_of_a_worked_solution_is_accepted():
+    worked = "She sells 48 / 2 = <<48/2=24>>24.\nThat is 48 + 24 = 72.\n#### 72"
+    assert accepted_texts([worked, "#### 1,000 "], "here") == ["72", "1,000"]
+    assert accepted_texts("48\n so \\boxed{72}\n#### 7", "here") == ["72"]
+    assert score([solved("72"), solved("24")], [worked] * 2) == [1.0, 0.0]
+    matrix = "\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n"
+    assert accepted_texts(matrix, "here") == [matrix.strip()]
+    for lines in ("48 + 24\n72", f"{matrix}x", "#### \n1\n2"):
+        with pytest.raises(UserError, match=r"answers\[0\] has several lines.*####"):
+            score([solved("72")], [lines])
+
+
 def test_unusable_arguments_are_refused():
     with pytest.raises(UserError, match="2 responses came with 1 answers"):
         score(["a", "b"], ["1"])

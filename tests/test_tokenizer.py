@@ -240,6 +240,12 @@ def test_missing_or_broken_files(path, spoil, named):
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{1} and \boxed{2", "1"),
         (r"\boxed{}", ""),
+        (r"\boxed {4}", "4"),
+        ("\\boxed\n{4}", "4"),
+        (r"\boxed{\left\{ 1,2 \right.}", r"\left\{ 1,2 \right."),
+        (r"\boxed{\{1\}\cup\{2\}}", r"\{1\}\cup\{2\}"),
+        (r"\boxed{1\\}", r"1\\"),  # a line break, then the brace
+        (r"\} \\boxed{3} \{", "3"),
         (r"\boxed 7 and boxed{8}", None),
         ("", None),
     ],

@@ -8,8 +8,9 @@ from e1jax.rewards.grader import (
     Accepted,
     Grader,
     accepted_texts,
+    final_answer,
     grade,
     score,
 )
 
-__all__ = ["Accepted", "Grader", "accepted_texts", "grade", "score"]
+__all__ = ["Accepted", "Grader", "accepted_texts", "final_answer", "grade", "score"]

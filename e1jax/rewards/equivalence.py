@@ -214,7 +214,9 @@ def _same_reading(answer: str, accepted: str, factor: Fraction) -> bool:
         return _equal(found, target)
     except MemoryError:
         raise
-    except Exception:  # SymPy raises what it likes: what cannot be compared is not equal
+    except (
+        Exception
+    ):  # SymPy raises what it likes: what cannot be compared is not equal
         return False
 
 

@@ -124,7 +124,7 @@ def accepted_texts(answer: Accepted, where: str) -> list[str]:
     number or a list of those, is empty, or has several lines and neither mark.
     """
     items = answer if isinstance(answer, list | tuple) else [answer]
-    texts = [_final_answer(_text(item, where), where) for item in items]
+    texts = [final_answer(_text(item, where), where).strip(_AROUND) for item in items]
     if not texts or not all(texts):
         raise UserError(f"{where} is empty; write what answer is accepted")
     return texts
@@ -338,19 +338,25 @@ def _answer(response: str) -> str:
     return (extract_boxed(solution) or "").strip(_AROUND)
 
 
-def _final_answer(text: str, where: str) -> str:
-    """An accepted answer, taken out of its box or of its worked solution."""
+def final_answer(text: str, where: str) -> str:
+    r"""The part of an accepted text that is the answer.
+
+    That is the content of its last `\boxed{}`, else what follows the last `####` (as in
+    GSM8K), else all of it. Raises UserError naming `where` for several lines without
+    either mark: a worked solution, which no answer could equal.
+    """
     boxed = extract_boxed(text)
     if boxed is not None:
-        return boxed.strip(_AROUND)
-    text = text.rpartition("####")[2].strip(_AROUND)
+        return boxed
+    _, mark, last = text.rpartition("####")
     # A matrix may be written in several lines.
-    if "\n" in re.sub(r"\\begin\{.*\\end\{", "", text, flags=re.DOTALL):
+    one_line = re.sub(r"\\begin\{.*\\end\{", "", last.strip(), flags=re.DOTALL)
+    if "\n" in one_line:
         raise UserError(
             f"{where} has several lines, and neither \\boxed{{}} nor #### says which part "
             f"is the answer: {reprlib.repr(text)}; give the answer alone"
         )
-    return text
+    return last if mark else text
 
 
 def _reward_at_once(answer: str, accepted: list[str]) -> float | None:
