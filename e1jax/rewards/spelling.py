@@ -1,8 +1,8 @@
 r"""One spelling for LaTeX answers that say the same: fonts, spaces, arguments, numbers.
 
 `spell` runs the tables of this file from top to bottom. They remove typography alone:
-no rule changes the value of an answer or drops a mark that bears meaning. A text of
-several words stays `\text{...}`; `e1jax.rewards.units` and `.equivalence` read those.
+no rule changes the value of an answer or drops a mark that bears meaning. Words stay,
+as `\text{...}`; the next modules of this package read them.
 """
 
 import re
@@ -13,123 +13,251 @@ from fractions import Fraction
 Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
 
 
-def _rules(*table: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[Rule]:
-    return [(re.compile(pattern), new) for pattern, new in table]
+def rules(*table: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[Rule]:
+    """A table of (pattern, replacement); `(?!A)` in a pattern ends a command's name."""
+    return [
+        (re.compile(old.replace("(?!A)", "(?![a-zA-Z])")), new) for old, new in table
+    ]
 
 
-def apply(rules: list[Rule], text: str) -> str:
-    """The text after every (pattern, replacement) of a table, in order."""
-    for pattern, new in rules:
+def apply(table: list[Rule], text: str) -> str:
+    """The text after every replacement of a table, in order."""
+    for pattern, new in table:
         text = pattern.sub(new, text)
     return text
 
 
-# Characters that plain text has in place of commands. NFKC comes after these: it would
-# make 5² into 52.
-_CHARACTERS = str.maketrans(
-    {
-        **dict.fromkeys("−–—", "-"),
-        **{"×": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∗": "*"},
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm "},
-        **{
-            "∞": r"\infty ",
-            "π": r"\pi ",
-            "√": r"\sqrt",
-            "°": r"\degree ",
-            "∠": r"\angle ",
-        },
-        **{
-            "∈": r"\in ",
-            "∪": r"\cup ",
-            "∩": r"\cap ",
-            "∅": r"\emptyset ",
-            "…": r"\ldots ",
-        },
-        **{"′": "'", "″": "''", "’": "'", "‘": "'", "“": '"', "”": '"'},
-        **{"½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}"},
-        **{"¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "、": ",", "。": "."},
-        **{s: f"^{{{i}}}" for i, s in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-        **{s: f"_{{{i}}}" for i, s in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-    }
+# A text with one of these words is more than a unit, a noun or an introduction.
+DECIDING = re.compile(
+    r"(?i)\b(?:not?|non|or|and|n?either|nor|but|more|less|fewer|least|most|above|below|over"
+    r"|under|even|odd|wrong|incorrect|false|true|except|between|is|are|if|when|only|than"
+    r"|prime|composite|positive|negative|a\.?m|p\.?m|mod|base|squared|cubed|doubled|tripled"
+    r"|half|halved|too|tens|dozens?|\w*ths?|\w*th|unknown|bad|grad\w*|percent\w*|pct|north\w*"
+    r"|south\w*|east|west|left|right|up|down|\w*clockwise|increase|decrease|loss|gain|all|any"
+    r"|every|each|approx\w*|about|times|factorial|plus|minus)\b"
 )
 
-# Marks that LaTeX and Markdown put around an answer, and spaces of every width.
-_LAYOUT = _rules(
-    (r"\\(?:left|right)\s*\.", ""),  # an invisible delimiter
-    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*", ""),
-    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    (r"\\[hv](?:space|skip)\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}", " "),
+# Characters that plain text has in place of commands.
+_CHARACTERS = str.maketrans(
+    dict(
+        zip(
+            "−–—∗·⋅×÷≤≥≠≈±∓",
+            [
+                *"---*",
+                *(
+                    rf"\{c} "
+                    for c in [
+                        "cdot",
+                        "cdot",
+                        "times",
+                        "div",
+                        "le",
+                        "ge",
+                        "ne",
+                        "approx",
+                        "pm",
+                        "mp",
+                    ]
+                ),
+            ],
+            strict=True,
+        )
+    )
+    | dict(
+        zip(
+            "∞π√∠∈∪∩∅…°º",
+            (
+                rf"\{c} "
+                for c in [
+                    "infty",
+                    "pi",
+                    "sqrt",
+                    "angle",
+                    "in",
+                    "cup",
+                    "cap",
+                    "emptyset",
+                    "ldots",
+                    "degree",
+                    "degree",
+                ]
+            ),
+            strict=True,
+        )
+    )
+    | dict(zip("′’‘“”、。", "'''\"\",.", strict=True))
+    | {
+        "″": "''",
+        "¢": r"\text{ cent}",
+        "£": r"\text{ sterling}",
+        "Ω": r"\Omega ",
+        "Å": r"\AA ",
+    }
+    | {
+        c: rf"\frac{{{f[0]}}}{{{f[1]}}}"
+        for c, f in {"½": "12", "⅓": "13", "⅔": "23", "¼": "14", "¾": "34"}.items()
+    }
+    | {c: f"^{{{i}}}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | {c: f"_{{{i}}}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}
+)
+
+# Marks that LaTeX, HTML and Markdown put around an answer, and spaces of every width.
+_LAYOUT = rules(
+    (r"</?(?:b|i|u|p|em|strong|span|div|br|code)\b[^<>]*/?>|&nbsp;", " "),
     (
-        r"\\(?:q?quad|(?:neg)?(?:thin|med|thick)space|ens(?:pace|kip)|hfill)(?![a-zA-Z])",
+        r"\\(?:begin|end)\s*\{(?:aligned|align\*?|equation\*?|gathered|split|math)\}",
         " ",
     ),
+    (r"\\(?:left|right)\s*\.", ""),  # an invisible delimiter
+    (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?!A)\s*", ""),
+    (r"\\lbrace(?!A)", r"\\{"),
+    (r"\\rbrace(?!A)", r"\\}"),
+    (r"\\[hv](?:space|skip)\*?\s*\{[^{}]*\}|\\[hv]?phantom\s*\{[^{}]*\}", " "),
+    (r"\\(?:q?quad|(?:neg)?(?:thin|med|thick)space|ens(?:pace|kip)|hfill)(?!A)", " "),
+    (r"\s*,\s*\\!\s*", ","),  # 1,\!000
     (r"(?<!\\)\\!", ""),
     (r"~|(?<!\\)\\(?:[,;:> ]|\n)", " "),
-    (r"\{[ ]*\}", ""),
-    (r"\\(?:text)?color\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", ""),
+    (r"(?<![a-zA-Z])\{ *\}", ""),
+    (r"(\\\\)(?:\\\\|\s*\[[^\]]*\])+", r"\1"),  # the end of a row of a matrix
+    (r"\\(?:text)?color(?:box)?\s*(?:\[[^\]]*\])?\s*\{[^{}]*\}", ""),
+    (r"\\(?:tag|label)\s*\{[^{}]*\}", ""),
+    (r"\\(?:display|text|script)style(?!A)", " "),
     (
-        r"\\(?:display|text|script)style(?![a-zA-Z])"
-        r"|\\(?:bf|rm|it|sf|tt|em|tiny|small|large|Large|LARGE|huge|Huge|normalsize"
-        r"|boldmath|limits|nolimits|centering|checkmark|blacksquare|square)(?![a-zA-Z])",
+        r"\\(?:bf|rm|it|sf|tt|em|tiny|small|large|Large|LARGE|huge|Huge|normalsize)(?!A)",
         " ",
     ),
-    (r"\\[()\[\]]|\$\$", " "),  # \( \) \[ \] and $$ around mathematics
+    (
+        r"\\(?:boldmath|(?:no)?limits|centering|checkmark|(?:black)?square|qed)(?!A)",
+        " ",
+    ),
+    (r"\\[()\[\]]", " "),  # \( and \[ around mathematics
     (r"\s+", " "),
+)
+_ENDS = rules(
+    (r"^(?:#+ |> )?[\s\"`*]+|^(?:#+|>) |[\s\"`*]+$", ""),
+    (r"^__(.*)__$", r"\1"),
+    (r"^'([^']*)'$", r"\1"),
+    (r"\\+$", ""),
+    (r"^(?:=|\\approx(?!A)|\\equiv(?!A))\s*", ""),
+    (r"(?<![.\s])[\s.;:,]+$", ""),
+    (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
 )
 
 # Synonyms among commands.
-_SYNONYMS = _rules(
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),
-    (r"\\(?:le(?:q|qq|qslant)?)(?![a-zA-Z])|<=", r"\\le "),
-    (r"\\(?:ge(?:q|qq|qslant)?)(?![a-zA-Z])|>=", r"\\ge "),
-    (r"\\neq?(?![a-zA-Z])|!=", r"\\ne "),
-    (r"\\lt(?![a-zA-Z])", "<"),
-    (r"\\gt(?![a-zA-Z])", ">"),
-    (r"\\colon(?![a-zA-Z])", ":"),
-    (r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"^([^{}]*)\\choose(?![a-zA-Z])([^{}]*)$", r"\\binom{\1}{\2}"),
-    (r"\\(?:cdotp|ast)(?![a-zA-Z])|(?<=[\d}])\s*\*\s*(?=[\d\\])", r"\\cdot "),
+_SYNONYMS = rules(
+    (r"\\(?:[dtc]|nice|s)frac(?!A)", r"\\frac"),
+    (r"\\[dt]binom(?!A)", r"\\binom"),
+    (r"\\(?:le(?:q|qq|qslant)?)(?!A)|<=", r"\\le "),
+    (r"\\(?:ge(?:q|qq|qslant)?)(?!A)|>=", r"\\ge "),
+    (r"\\neq?(?!A)|\\not\s*=|!=", r"\\ne "),
+    (r"\\not\s*\\in(?!A)", r"\\notin "),
+    (r"\\lt(?!A)", "<"),
+    (r"\\gt(?!A)", ">"),
+    (r"\\colon(?!A)", ":"),
+    (
+        r"\{([^{}]*)\\choose(?!A)([^{}]*)\}|^([^{}]*)\\choose(?!A)([^{}]*)$",
+        r"\\binom{\1\3}{\2\4}",
+    ),
+    (r"\\(?:cdotp|ast)(?!A)|(?<=[\d}])\s*\*\s*(?=[\d\\])", r"\\cdot "),
     (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", r"\\times "),
-    (r"\\(?:[lch]?dots[cbmio]?)(?![a-zA-Z])", r"\\ldots "),
-    (r"\\(?:varnothing|O)(?![a-zA-Z])", r"\\emptyset "),
-    (r"\\(?:R|reals|Reals)(?![a-zA-Z])", r"\\mathbb{R}"),
-    (r"\\([ZNQC])(?![a-zA-Z])", r"\\mathbb{\1}"),
-    (r"\\(?:prime)(?![a-zA-Z])", "'"),
+    (r"\\(?:[lch]?dots[cbmio]?)(?!A)", r"\\ldots "),
+    (r"\\(?:varnothing|O)(?!A)", r"\\emptyset "),
+    (r"\\(?:R|reals|Reals)(?!A)", r"\\mathbb{R}"),
+    (r"\\([ZNQC])(?!A)", r"\\mathbb{\1}"),
+    (
+        r"(?<=\\in)\s*(?:\\(?:math|text)\w+\s*|\\bf\s*)?\{?\s*([ZRNQC])\s*\}?(?!A)",
+        r" \\mathbb{\1}",
+    ),
+    (r"\\prime(?!A)", "'"),
     (r"\^\s*(?:\{\s*((?:'\s*)+)\}|('))", r"\1\2"),
     (r"(?<=')\s+(?=')", ""),
     (r"\\operatorname\s*\*", r"\\operatorname"),
-    (r"\^\s*\{?\s*\\circ(?![a-zA-Z])\s*\}?", r"\\degree "),
+    (r"\\lg(?!A)", r"\\log "),
+    (r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\\AA(?!A)|\\mathring\s*\{?A\}?", r"\\text{ angstrom}"),
     (
-        r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\s*\}?|\^\s*(?:\{o\}|o(?![a-z]))",
+        r"\\mu ?\\(?:text|mathrm)\s*\{\s*([a-zA-Z]+)\s*\}|[µμ]([a-zA-Z])",
+        r"\\text{u\1\2}",
+    ),
+    (
+        r"\\p?mod(?!A)\s*\{?\s*(\d+)\s*\}?|\\bmod(?!A)\s*\{?\s*(\d+)\s*\}?",
+        r"\\text{mod\1\2}",
+    ),
+    (
+        r"\(\s*(?:\\(?:text|mathrm|operatorname)\s*\{\s*)?mod\s*\}?\s*(\d+)\s*\}?\s*\)",
+        r"\\text{mod\1}",
+    ),
+    # Degrees, of angle and of temperature.
+    (r"\^\s*\{?\s*\\circ(?!A)\s*\}?|\\degrees?(?!A)", r"\\degree "),
+    (
+        r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\s*\}?|\^\s*(?:\{o\}|o(?!A))",
         r"\\degree ",
     ),
-    (r"\\degrees?(?![a-zA-Z])\s*", r"\\degree "),
-    (r"\^\s*\\degree", r"\\degree"),
-    (r"\\degree \\(?:text|mathrm)\s*\{\s*([CF])\s*\}", r"\\degree \1"),
+    (r"\^\s*\\degree|\\degree\s+", r"\\degree "),
+    (r"\\degree ?\\(?:text|mathrm)\s*\{\s*([CF])\s*\}", r"\\degree \1"),
     (
-        r"(?<=\\in)\s*(?:\\math\w+\s*|\\bf\s*)?\{?\s*([ZRNQC])\s*\}?(?![A-Za-z])",
-        r" \\mathbb{\1}",
+        r"(?i)(?:\\degree|\bdegrees?) ?(c|f)(?:elsius|ahrenheit)\b",
+        lambda m: rf"\degree {m[1].upper()}",
     ),
+    # Bases in words.
+    (r"([_^])\s*(\\text\s*\{[^{}]*\})", r"\1{\2}"),
+    (r"(?<=\w) ?\\text\s*\{\s*\(?\s*base\s*\}? ?(\w+)\)?\s*\}?", r"_{\1}"),
+    # Times of day.
+    (
+        r"(?i)(?<=\d) ?(?:\\(?:text|mathrm)\s*\{\s*)?\b([ap])\.?\s?m\b\.?(?:\s*\})?",
+        lambda m: rf"\text{{{m[1].lower()}m}}",
+    ),
+    (r"(?i)(?:\\text\s*\{\s*)?\binfinity\b(?:\s*\})?", r"\\infty "),
+    (
+        r"(?i)(?:\\text\s*\{\s*)?\ball (?:real numbers|reals)\b(?:\s*\})?",
+        r"\\mathbb{R}",
+    ),
+    (r"(?i)(?:\\text\s*\{\s*)?\ball integers\b(?:\s*\})?$", r"\\mathbb{Z}"),
 )
 
 # How many arguments a command takes; each gets its braces.
-_ARGUMENTS = {
-    **dict.fromkeys(("frac", "binom"), 2),
-    **dict.fromkeys(
-        ("sqrt", "dot", "ddot", "vec", "hat", "bar", "tilde", "widehat"), 1
-    ),
-    **dict.fromkeys(
-        ("overline", "underline", "overrightarrow", "mathbb", "mathcal"), 1
-    ),
-    **dict.fromkeys(
-        ("mathrm", "mathbf", "mathit", "mathsf", "mathtt", "mathnormal"), 1
-    ),
-    **dict.fromkeys(("boldsymbol", "bm", "pmb", "operatorname", "boxed", "fbox"), 1),
-    **dict.fromkeys(("text", "textbf", "textit", "textrm", "textsf", "texttt"), 1),
-    **dict.fromkeys(("textnormal", "textup", "emph", "mbox", "hbox"), 1),
-}
+_ARGUMENTS = {"frac": 2, "binom": 2} | dict.fromkeys(
+    [
+        "sqrt",
+        "dot",
+        "ddot",
+        "vec",
+        "hat",
+        "bar",
+        "tilde",
+        "widehat",
+        "overline",
+        "underline",
+        "overrightarrow",
+        "mathbb",
+        "mathcal",
+        "mathrm",
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "mathtt",
+        "mathnormal",
+        "boldsymbol",
+        "bm",
+        "pmb",
+        "operatorname",
+        "boxed",
+        "fbox",
+        "text",
+        "textbf",
+        "textit",
+        "textrm",
+        "textsf",
+        "texttt",
+        "textnormal",
+        "textup",
+        "emph",
+        "mbox",
+        "hbox",
+        "ensuremath",
+    ],
+    1,
+)
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_ARGUMENTS, reverse=True))})(?![a-zA-Z])")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[^\\]", re.DOTALL)
 # People write 10^10 and x^-1 where TeX would take one character.
@@ -137,10 +265,13 @@ _SCRIPT = re.compile(
     rf"([\^_])\s*([-+]?(?:\d+(?:\.\d+)?|[a-zA-Z]|(?!{_COMMAND.pattern})\\[a-zA-Z]+))"
 )
 
+# Commands of words, and commands of bold or framed mathematics.
 _FONTS = re.compile(
-    r"\\(?:math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|pmb|operatorname|emph|mbox|hbox|underline"
-    r"|text(?:bf|it|rm|sf|tt|normal|up)?|boxed|fbox)\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"\\(?:(?P<math>boldsymbol|bm|pmb|mathbf|boxed|fbox|underline|ensuremath)|math(?:rm|it|sf|tt|normal)"
+    r"|operatorname|emph|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|up)?)\{(?P<content>(?:[^{}]|\{[^{}]*\})*)\}"
 )
+_UNIT_LIKE = re.compile(r"(?:[a-zA-Z]+\.?(?:\^-?\d)?(?: |/|\\cdot ?)*)+")
+_MATH = re.compile(r"[+=<>\\^_]|(?<![a-zA-Z]{2})-|-(?![a-zA-Z]{2})")
 _FUNCTIONS = frozenset(
     [
         "sin",
@@ -157,7 +288,6 @@ _FUNCTIONS = frozenset(
         "tanh",
         "ln",
         "log",
-        "lg",
         "exp",
         "gcd",
         "lcm",
@@ -171,40 +301,56 @@ _FUNCTIONS = frozenset(
         "deg",
         "dim",
         "ker",
-        "mod",
         "sgn",
-        "floor",
-        "ceil",
     ]
 )
+_UNIT_OR_FUNCTION = ("sec", "min", "deg")
 
 # Words that only introduce an answer, repeat that it is one, or explain it.
-_FILLERS = _rules(
+_FILLERS = rules(
     (
-        r"(?i)\\text\{(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final )?"
-        r"(?:answers?|results?|solutions?|value)(?: is| are)? ?[:=]?\}",
-        " ",
+        r"(?i)^(?:\\text\{)?(?:(?:the )?(?:final )?(?:answer|option|choice)s?(?: is| are)? ?[:=]?) (?=\S)(?!\})",
+        lambda m: r"\text{" if m[0][0] == "\\" else "",
     ),
-    (r"(?i)^(?:the )?(?:final )?answer(?: is)? ?[:=]?\s+(?=\S)", ""),
     (
-        r"(?i)\\text\{(?:is|are) (?:the )?(?:final |correct )?(?:answers?|solutions?|correct)\.?\}",
-        " ",
+        r"^\\text\{[A-Za-z ,']+(?: is| are| ?[:=])\} ?:?|^\\text\{(?i:answer|therefore|thus|hence|so|then|total),?\} ?:?",
+        lambda m: m[0] if DECIDING.search(re.sub(r" (?:is|are)\}", "", m[0])) else "",
     ),
-    (r"(?i)\\text\{[(,]? ?(?:since|because)\b.*$", ""),
+    (
+        r"(?i)\s(?:\\text\{)?(?:is|are) (?:the )?(?:final |correct )?(?:answers?|solutions?|correct)\.?\}?$",
+        "",
+    ),
+    (
+        r"(?i)\\text\{[(,]? ?(?:since|because)\b.*$|\\text\{\((?:approx\w*|exact\w*|rounded)\)\}",
+        "",
+    ),
     (r"(?i)\\text\{(?:is|are|an?) (?=\w)", r"\\text{"),
-    (r"(?i)^\\text\{(?:approximately|about|roughly)\}", " "),
+    (r"(?i)^\\text\{(?:approximately|about|roughly|only)\}| only(?=\}$)", " "),
     (r"\\text\{[ .;:]*\}", " "),
 )
+# Families such as k \pi for every integer k.
+_FAMILIES = rules(
+    (r"\( ?([a-z]) ?\\in ?(\\mathbb\{[ZN]\}) ?\)$", r", \1\\in \2"),
+    (
+        r",? ?\\text\{,? ?(?:where|for|with)(?: (?:any|all|some|every))?(?: integers?)?\} ?(?=[a-z] ?(?:\\in|\\text))",
+        ", ",
+    ),
+    (r"([a-z]) ?\\text\{(?:an )?integer\}$", r"\1\\in \\mathbb{Z}"),
+    (
+        r"^\\\{(.*)(?:\\mid|\\vert|:|\|) ?([a-z] ?\\in ?\\mathbb\{[ZN]\})\\\}$",
+        r"\1, \2",
+    ),
+)
 
-_SEPARATORS = _rules(
+_SEPARATORS = rules(
     (r"\{ ?, ?\}", ","),
-    (r"\s*,?\s*\\text\{ ?,? ?(?:and|or) ?,? ?\}\s*,?\s*", ", "),
+    (r"\s*,?\s*\\text\{ ?,? ?(?:and|or|\\&|&) ?,? ?\}\s*,?\s*", ", "),
     (r"\s*,?\s*(?<![a-zA-Z\\{])(?:and|or)(?![a-zA-Z])\s*,?\s*", ", "),
     (r"\s*([,;])[\s,;]*", r"\1 "),
 )
 
 _GROUPS = r"(?<![\d.,])(\d{1,3}(?:(?:,| |\{ ?, ?\})\d{3})+)(?!\d|,\d)"
-_WHOLE = r"(?P<whole>\d*)\.(?P<fixed>\d*?)"
+_WHOLE = r"(?P<whole>\d{0,50})\.(?P<fixed>\d{0,50}?)"
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -224,62 +370,73 @@ def _fraction(value: Fraction) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-_POWERS = (
-    *(
-        ("hundred", r"\\cdot 10^{2}\\text{\1}"),
-        ("thousand", r"\\cdot 10^{3}\\text{\1}"),
-    ),
-    *(("million", r"\\cdot 10^{6}\\text{\1}"), ("billion", r"\\cdot 10^{9}\\text{\1}")),
-    ("trillion", r"\\cdot 10^{12}\\text{\1}"),
-)
-_NUMBERS = _rules(
+def _power(word: str, exponent: int) -> tuple[str, str]:
+    """5 million as 5 times a power of ten, with the unit that stands in the same text."""
+    pattern = rf"(?i)(?<=[\d}}]) ?(?:\\text\{{ ?{word} ?([^{{}}]*)\}}|{word}(?!A))"
+    return pattern, rf"\\cdot 10^{{{exponent}}}\\text{{\1}}"
+
+
+_NUMBERS = rules(
     (
         r"(?i)(?:\\text\{ ?)?\bper ?cent(?:age)?(?: points?)?\b(?: ?\})?|\\text\{ ?pct ?\}",
         r"\\%",
     ),
     (r"(?<!\\)%", r"\\%"),
     (r"(?<![\w.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
-    (_WHOLE + r"\\(?:overline|bar|dot)\{(?P<period>\d+)\}", _repeating),
-    (_WHOLE + r"\((?P<period>\d+)\)", _repeating),
+    (_WHOLE + r"\\(?:overline|bar|dot)\{(?P<period>\d{1,50})\}", _repeating),
+    (_WHOLE + r"\((?P<period>\d{1,50})\)", _repeating),
     (_WHOLE + r"(?P<period>\d{1,6})(?P=period){2,}\s*\\ldots", _repeating),
     (r"(?<![\d\w}])\.(?=\d)", "0."),
     (r"(\d+(?:\.\d+)?)\\degree ?(\d+(?:\.\d+)?)'(?!') ?(?:(\d+(?:\.\d+)?)'')?", _arc),
     (r"^\+ ?(?=[\d.\\])", ""),
     *(
-        (
-            rf"(?i)(?<=[\d}}]) ?(?:\\text\{{ ?{word} ?([^{{}}]*)\}}|{word}(?![a-z]))",
-            power,
+        _power(*item)
+        for item in zip(
+            ["hundred", "thousand", "million", "billion", "trillion"],
+            (2, 3, 6, 9, 12),
+            strict=True,
         )
-        for word, power in _POWERS
     ),
-)
-
-_ENDS = _rules(
-    (r"^[\s\"`*]+|[\s\"`*]+$", ""),
-    (r"^'([^']*)'$", r"\1"),
-    (r"\\+$", ""),
-    (r"^(?:=|\\approx(?![a-z])|\\equiv(?![a-z]))\s*", ""),
-    (r"(?<![.\s])[\s.;:,]+$", ""),
-    (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
+    (r"\\text\{ *\}", ""),
 )
 
 
 def spell(text: str) -> str:
-    r"""The answer in the one spelling that `units` and `equivalence` read.
+    r"""The answer in the one spelling that the next modules read.
 
-    Every argument has its braces, several letters that are no mathematics are
-    `\text{...}`, a degree is `\degree `, primes are `'`, lists are separated by ", ",
-    thousands by nothing.
+    Every argument has its braces, words are `\text{...}`, a degree is `\degree `, primes
+    are `'`, lists are separated by ", ", thousands by nothing.
     """
     text = text.replace("...", r"\ldots ").translate(_CHARACTERS)
-    text = unicodedata.normalize("NFKC", text)
+    # After 5² has become 5^{2}: this would make it 52.
+    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+    dollars = re.findall(r"(?<!\\)\$", text)
+    if len(dollars) % 2 == 0:  # around mathematics, not before an amount
+        text = re.sub(r"(?<!\\)\$", " ", text)
     text = apply(_ENDS, apply(_LAYOUT, text))
     text = _close_set(apply(_SYNONYMS, text))
     text = _unify_fonts(_brace_arguments(text))
-    text = apply(_FILLERS, re.sub(r"\s+", " ", text).strip())
+    text = apply(_FAMILIES, apply(_FILLERS, re.sub(r"\s+", " ", text).strip()).strip())
     text = _join_thousands(text)
     text = apply(_ENDS, apply(_NUMBERS, apply(_SEPARATORS, text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def elements(text: str) -> list[str]:
+    r"""The elements of a spelled list: `1, 2`, `\{1, 2\}`, `(1,2) \cup (3,4)`."""
+    text = re.sub(r"^\\\{((?:(?!\\\{).)*\S(?:(?!\\\{).)*)\\\}$", r"\1", text)
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(
+        r"\\[{}]|\\(?:begin|end)|\\cup(?![a-zA-Z])|[(\[{)\]}]|[,;]", text
+    ):
+        token = match[0]
+        if token in (",", ";", r"\cup"):
+            if depth == 0:
+                parts.append(text[start : match.start()].strip())
+                start = match.end()
+        else:
+            depth += 1 if token[-1] in "([{n" else -1
+    return [*parts, text[start:].strip()]
 
 
 def _close_set(text: str) -> str:
@@ -305,7 +462,7 @@ def _brace(text: str, place: int, count: int) -> str:
             rest = rest.lstrip()
         if not rest.startswith("{"):
             token = _TOKEN.match(rest)
-            if token is None or token[0] == "(":  # \\sqrt(2)
+            if token is None or token[0] in "()":
                 break
             end = token.end()
             if _COMMAND.fullmatch(token[0]):  # its own arguments have braces already
@@ -333,22 +490,44 @@ def _unify_fonts(text: str) -> str:
 
 
 def _unify_font(match: re.Match[str]) -> str:
+    content = _unify_fonts(match["content"])
     content = re.sub(
-        r"\s+", " ", re.sub(r"\$|(?<=\^)\{(-?\d)\}", r"\1", _unify_fonts(match[1]))
+        r"(?<!\\)\$|(?<=\^)\{(-?\d)\}", r"\1", re.sub(r"\s+", " ", content)
     )
     bare = content.strip(" .")
-    if bare in _FUNCTIONS:
+    before = match.string[: match.start()]
+    if bare in _FUNCTIONS and not (
+        bare in _UNIT_OR_FUNCTION and re.search(r"[\d}] *$", before)
+    ):
         return rf"\{bare} "
-    if match[0].startswith(r"\operatorname") or bare in ("e", "i", "d"):
+    if match[0].startswith(r"\operatorname"):
         return bare if len(bare) == 1 else match[0]
-    if not re.search("[a-zA-Z]", bare) or "\\" in content:
+    if bare in ("e", "i", "d"):
+        return f"{{{bare}}}" if bare == "e" else bare
+    if match["math"]:
+        return f" {content}" if content[:1].isalpha() else content
+    if not re.search("[a-zA-Z]", bare):
         return content
-    # Numbers among the words are mathematics: \text{5 or 6}.
-    parts = re.split(r"((?<![\w^.])(?<!\^-)\d+(?:[.,]\d+)*(?![\w]))", content)
+    if r"\text" in content or (_MATH.search(bare) and not _UNIT_LIKE.fullmatch(bare)):
+        return content
     return "".join(
-        part if i % 2 else rf" \text{{{part.strip()}}} " if part.strip() else part
-        for i, part in enumerate(parts)
+        map(
+            _words,
+            re.split(r"((?<![\w^.])(?<!\^-)\d+(?:[.,]\d+)*(?!\w)|[,;])", content),
+        )
     )
+
+
+def _words(part: str) -> str:
+    """A part of a text: a number and a comma as mathematics, words as one command."""
+    if not re.search("[a-zA-Z]", part):
+        return part
+    items = re.split(
+        r"\b(?:and|or|&)\b(?! (?:more|less|fewer|above|below|over|under|not)\b)", part
+    )
+    if len(items) > 1 and not DECIDING.search(" ".join(items)):
+        return ", ".join(map(_words, items)) or part
+    return rf" \text{{{part.strip()}}} "
 
 
 def _join_thousands(text: str) -> str:
