@@ -1,7 +1,8 @@
 """Rewards: is the answer of a solution equivalent to an accepted one?
 
-`spelling` and `units` bring answers into one form, `equivalence` compares two of them
-by math-verify, `worker` does so under limits, and `grader` passes responses to workers.
+`tex`, `spelling`, `units` and `marks` bring answers into one form, `agreement` parses and
+compares by math-verify, `equivalence` takes lists, choices and equations apart, `worker`
+compares under limits, and `grader` passes responses to workers.
 """
 
 from e1jax.rewards.grader import (

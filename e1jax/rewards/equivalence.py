@@ -16,13 +16,14 @@ import sympy.core.random
 
 from e1jax.rewards.agreement import close, equal, is_number, parse
 from e1jax.rewards.marks import IMAGINARY, mark_pair, marked, marks_of, name_parameter
-from e1jax.rewards.spelling import apply, elements, rules, spell
-from e1jax.rewards.units import conversion, is_angle, split_unit
+from e1jax.rewards.spelling import spell
+from e1jax.rewards.tex import apply, elements, rules
+from e1jax.rewards.units import conversion, is_angle, join_sums, split_unit
 
 # A letter of a multiple-choice answer, and the value that may stand behind it.
 _CHOICE = re.compile(
-    r"\\text\{ ?\(?([A-J])\)?[.:]? ?\}(?:[.:)])?\s*(.*)"
-    r"|\(([A-J])\)\s*(.*)|([A-J])[.:)]\s*(.*)|\[?([A-J])\]?()",
+    r"\\text\{\(?([A-J])\)?[.:]?\}(?:[.:)])?\s*((?!,).*)"
+    r"|\(([A-J])\)\s*((?!,).*)|([A-J])[.:)]\s*((?!,).*)|\[?([A-J])\]?()",
     re.DOTALL,
 )
 _LETTER = r"(?:\\(?:vec|hat)\{[a-zA-Z]\}|(?<![a-zA-Z\\])[a-zA-Z])"
@@ -31,6 +32,8 @@ _PRODUCT = re.compile(
 )
 _MOST_ELEMENTS = 30  # of lists that are matched element by element
 
+_NAMED = re.compile(r"^[a-zA-Z] ?= ?(\\\{.*\\\}|[(\[].*[)\]])$")  # S = \{1, 2\}
+_NAMED_TUPLE = re.compile(r"\(([^()]*)\) ?= ?\((.*)\)")
 # Forms of sets and of their members that say the same.
 _FORMS = rules(
     # {x | x < 3} is its condition.
@@ -48,7 +51,18 @@ def equivalent(answer: str, accepted: str) -> bool:
     Both are LaTeX or plain text. It can take any time and memory: call it in a worker.
     """
     sympy.core.random.seed(0)  # SymPy tests some equalities at random points
-    answer, accepted = spell(answer), spell(accepted)
+    texts = spell(answer), spell(accepted)
+    if _equivalent(*texts):
+        return True
+    # 120,150 is a list where a list is accepted.
+    is_list = len(elements(texts[1])) > 1 or texts[1].startswith("(")
+    listed = spell(answer, thousands=False), texts[1]
+    return (
+        is_list and listed != texts and ", 0" not in listed[0] and _equivalent(*listed)
+    )
+
+
+def _equivalent(answer: str, accepted: str) -> bool:
     letter, answer = _choice(answer)
     accepted_letter, accepted = _choice(accepted)
     if letter and accepted_letter and letter != accepted_letter:
@@ -60,6 +74,10 @@ def equivalent(answer: str, accepted: str) -> bool:
     products = [set(_PRODUCT.findall(text)) for text in (answer, accepted)]
     if all(products) and products[0] != products[1]:  # u \cdot v and u \times v
         return False
+    answer, accepted = map(_without_brackets, map(join_sums, (answer, accepted)))
+    answer, accepted = _spread(answer), _spread(accepted)
+    if ("=" in answer) != ("=" in accepted):
+        answer, accepted = (_NAMED.sub(r"\1", text) for text in (answer, accepted))
     answer, accepted = mark_pair(answer, accepted)
     return _same_list(
         *(name_parameter(apply(_FORMS, text)) for text in (answer, accepted))
@@ -73,6 +91,23 @@ def _choice(text: str) -> tuple[str, str]:
         return "", text
     letter, value = (part for part in match.groups() if part is not None)
     return letter, value
+
+
+def _without_brackets(text: str) -> str:
+    """(5) as 5, but neither a pair nor an interval."""
+    inner = re.fullmatch(r"\(([^()\[\],;]*)\)", text)
+    return inner[1] if inner else text
+
+
+def _spread(text: str) -> str:
+    """(x, y) = (1, 2) as x = 1, y = 2."""
+    match = _NAMED_TUPLE.fullmatch(text)
+    names, values = (elements(part) for part in match.groups()) if match else ([], [])
+    if not names or len(names) != len(values):
+        return text
+    return ", ".join(
+        f"{name}={value}" for name, value in zip(names, values, strict=True)
+    )
 
 
 def _same_text(answer: str, accepted: str) -> bool:
@@ -91,9 +126,10 @@ def _words(text: str) -> list[str] | None:
     """The items of a list of words, sorted, without case; None for mathematics."""
     plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).casefold()
     items = [
-        re.sub(r"[\s-]+", "", item) for item in re.split(r"[,;]|\b(?:and|or)\b", plain)
+        re.sub(r"(?<=[a-z]{3})-(?=[a-z]{3})|\s+", "", item)
+        for item in re.split(r"[,;]|\b(?:and|or)\b", plain)
     ]
-    items = [item for item in items if item]
+    items = [item.removesuffix("s") for item in items if item]
     if not items or not all(re.fullmatch(r"[^\W\d_][\w'.]+", item) for item in items):
         return None
     return sorted(items)
@@ -143,7 +179,7 @@ def _same_tuple(
     if (
         len(found) == 1
         and answer.startswith("(")
-        and len(_names(wanted)) == len(wanted)
+        and len(_names(wanted)) in (0, len(wanted))
     ):
         values = [_equation(part)[-1] for part in wanted]
         return _same_element(answer, f"({', '.join(values)})")
@@ -204,9 +240,9 @@ def _same_element(answer: str, accepted: str) -> bool:
     if len(accepted_sides) == 1:
         return any(_same_value(value, accepted) for value in _values(sides))
     if len(sides) == 1:
-        named = _is_name(accepted_sides[0]) and not re.search(
-            r"[-+]", accepted_sides[0]
-        )
+        # x + y = 5 and xy = 1 are more than 5 and 1; AB = 5 is not.
+        name = accepted_sides[0]
+        named = _is_name(name) and not re.search(r"[-+]|^[a-z]{2,}$", name)
         return named and _same_value(answer, accepted_sides[-1])
     return _same_value(answer, accepted)
 
@@ -227,14 +263,16 @@ def _values(sides: list[str]) -> list[str]:
 
 
 def _same_value(answer: str, accepted: str) -> bool:
-    if _same_readings(answer, accepted, Fraction(1)):
-        return True
     bare, unit = split_unit(answer)
     accepted_bare, accepted_unit = split_unit(accepted)
     if unit is None and not re.search(r"[a-zA-Z]", accepted):
         bare = re.sub(r"(?<=\d) ?(?:[mgshLNJWKVAC])$", "", bare)  # 12 m for 12
     factor = conversion(unit, accepted_unit)
-    if factor is None or (bare, accepted_bare) == (answer, accepted):
+    # `2 s` may be two seconds or twice s.
+    plain = r"\text" not in answer + accepted
+    if plain and _same_readings(answer, accepted, Fraction(1)):
+        return True
+    if factor is None:
         return False
     if is_angle(accepted_unit) and unit is None and r"\pi" in bare:
         bare = rf"\frac{{180}}{{\pi}} \cdot ({bare})"

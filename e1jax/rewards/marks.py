@@ -7,10 +7,11 @@ number and `d n` for a differential. Here each becomes a variable of its own,
 
 import re
 
-from e1jax.rewards.spelling import Rule, apply, rules
+from e1jax.rewards.tex import Rule, apply, rules
 
+_HEXADECIMAL = r"[0-9A-F]{2,}(?=\)?_\{ *\(?1[1-6])"
 _BASE = re.compile(
-    r"\(?\b([0-9][0-9A-F]*|[A-F][0-9A-F]+(?=\)?_\{\(?1[1-6]))\)?_\{ *\(?(\d+|\\text\{[a-z]+\} *)\)?\}"
+    rf"\(?\b([0-9]+|{_HEXADECIMAL})\)?_\{{ *\(?(\d+|\\text\{{[a-z]+\}} *)\)?\}}"
 )
 _BASES = dict(
     zip(
@@ -33,7 +34,7 @@ _BASES = dict(
 )
 _DERIVATIVE = re.compile(
     r"\\frac\{ ?(d|\\partial)(?:\^\{(\d)\})? ?([a-zA-Z](?:_\{\w+\})?)(?:\(([a-z])\))? ?\}"
-    r"\{ ?\1 ?([a-z])(?:\^\{\d\})? ?\}"
+    r"\{ ?\1 ?([a-z])(?(2)\^\{\2\}) ?\}"
 )
 _DIFFERENTIAL = re.compile(r"\\int(?![a-z])|\\frac\{ ?d(?:[^{}]|\{[^{}]*\})*\}\{ ?d")
 _CHAIN = re.compile(r"(\\[lg]e(?![a-z])|[<>])")
@@ -49,6 +50,7 @@ def symbol(name: str, letter: bool = False) -> str:
     return rf"\variable{{{'V' if letter else 'W'}{name.encode().hex()}}}"
 
 
+_WORDS = ("pi", "sin", "min", "lim", "inf", "if", "is", "in", "II", "III")
 IMAGINARY = symbol("imaginary unit", letter=True)
 
 
@@ -116,6 +118,15 @@ def _word(match: re.Match[str]) -> str:
     return f" {symbol(words)} " if words else " "
 
 
+def _letters(match: re.Match[str]) -> str:
+    """The imaginary unit among up to three letters, such as `bi` and `2it`; the parser
+    would take a current I for it."""
+    if match[0][0] == "\\" or match[0] in _WORDS:
+        return match[0]
+    letters = {"i": IMAGINARY, "I": symbol("I", letter=True)}
+    return "".join(letters.get(letter, letter) for letter in match[0])
+
+
 def _angle(match: re.Match[str]) -> str:
     """An angle by its vertex; its two rays have no order."""
     points = re.findall(r"[A-Z](?:_\{\w+\})?'*", match[1])
@@ -142,7 +153,8 @@ _FUNCTION_NAMES = (
     "sin|cos|tan|cot|sec|csc|ln|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh|max|min"
 )
 _MARKS: list[Rule] = rules(
-    (r"_\{\\text\{([^{}]*)\}\}", r"_{\1}"),
+    (r"_\{ *\\text\{([^{}]*)\} *\}", r"_{\1}"),
+    (r"_\{ *\\(max|min|sup|inf|lim|deg|det) *\}", r"_{\1}"),
     (r" ?\\text\{([^{}]*)\} ?", _word),
     (r"\\angle\s*\{?([A-Z](?:_\{\w+\}|'|[A-Z ])*)\}?", _angle),
     (
@@ -167,8 +179,10 @@ _MARKS: list[Rule] = rules(
     # The parser's gamma is the constant of Euler and Mascheroni, and its I the imaginary
     # unit. An index i is none.
     (r"\\gamma(?![a-z])|\\Gamma(?! ?\()(?![a-z])", lambda m: symbol(m[0], letter=True)),
-    (r"(?<![a-zA-Z\\])I(?![a-zA-Z_(])", lambda m: symbol("I", letter=True)),
-    (r"(?<![a-zA-Z\\_])(?<!_\{)i(?![a-zA-Z_=])", lambda m: IMAGINARY),
+    (
+        r"\\variable\{\w+\}|\\[a-zA-Z]+|(?<!_\{)(?<![a-zA-Z_])[a-zA-Z]{1,3}(?![a-zA-Z_(]| ?=)",
+        _letters,
+    ),
 )
 _DEGREES = re.compile(
     r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\}|[a-z]|\)) ?\\degree ?(?![CF])"

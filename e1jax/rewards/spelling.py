@@ -7,32 +7,23 @@ as `\text{...}`; the next modules of this package read them.
 
 import re
 import unicodedata
-from collections.abc import Callable
 from fractions import Fraction
 
-Rule = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]
-
-
-def rules(*table: tuple[str, str | Callable[[re.Match[str]], str]]) -> list[Rule]:
-    """A table of (pattern, replacement); `(?!A)` in a pattern ends a command's name."""
-    return [
-        (re.compile(old.replace("(?!A)", "(?![a-zA-Z])")), new) for old, new in table
-    ]
-
-
-def apply(table: list[Rule], text: str) -> str:
-    """The text after every replacement of a table, in order."""
-    for pattern, new in table:
-        text = pattern.sub(new, text)
-    return text
-
+from e1jax.rewards.tex import (
+    apply,
+    brace_arguments,
+    close_set,
+    group_end,
+    rules,
+    without_group,
+)
 
 # A text with one of these words is more than a unit, a noun or an introduction.
 DECIDING = re.compile(
     r"(?i)\b(?:not?|non|or|and|n?either|nor|but|more|less|fewer|least|most|above|below|over"
     r"|under|even|odd|wrong|incorrect|false|true|except|between|is|are|if|when|only|than"
     r"|prime|composite|positive|negative|a\.?m|p\.?m|mod|base|squared|cubed|doubled|tripled"
-    r"|half|halved|too|tens|dozens?|\w*ths?|\w*th|unknown|bad|grad\w*|percent\w*|pct|north\w*"
+    r"|half|halves|halved|thirds|quarters|too|tens|dozens?|\w*ths?|\w*th|unknown|bad|grad\w*|percent\w*|pct|north\w*"
     r"|south\w*|east|west|left|right|up|down|\w*clockwise|increase|decrease|loss|gain|all|any"
     r"|every|each|approx\w*|about|times|factorial|plus|minus)\b"
 )
@@ -140,7 +131,6 @@ _ENDS = rules(
     (r"\\+$", ""),
     (r"^(?:=|\\approx(?!A)|\\equiv(?!A))\s*", ""),
     (r"(?<![.\s])[\s.;:,]+$", ""),
-    (r"^\{((?:[^{}]|\{[^{}]*\})*)\}$", r"\1"),
 )
 
 # Synonyms among commands.
@@ -180,7 +170,7 @@ _SYNONYMS = rules(
         r"\\text{u\1\2}",
     ),
     (
-        r"\\p?mod(?!A)\s*\{?\s*(\d+)\s*\}?|\\bmod(?!A)\s*\{?\s*(\d+)\s*\}?",
+        r"\\pmod(?!A)\s*\{?\s*(\d+)\s*\}?|\\mod(?!A)\s*\{?\s*(\d+)\s*\}?",
         r"\\text{mod\1\2}",
     ),
     (
@@ -188,7 +178,11 @@ _SYNONYMS = rules(
         r"\\text{mod\1}",
     ),
     # Degrees, of angle and of temperature.
-    (r"\^\s*\{?\s*\\circ(?!A)\s*\}?|\\degrees?(?!A)", r"\\degree "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?!A))|\\degrees?(?!A)", r"\\degree "),
+    (r"\\\{\s*\\\}|\\text\s*\{\s*[Ee]mpty set\s*\}", r"\\emptyset "),
+    (r"\\[ij]math(?!A)", "i"),
+    (r"(?<![a-zA-Z\\{])(sin|cos|tan|ln|log|exp)(?=[ (\\\d])", r"\\\1"),
+    (r"\^\{(\d)\}\^\{(\d)\}", r"^{\1\2}"),  # 10²³
     (
         r"\^\s*\{?\s*\\(?:text|mathrm)\s*\{\s*o\s*\}\s*\}?|\^\s*(?:\{o\}|o(?!A))",
         r"\\degree ",
@@ -209,66 +203,16 @@ _SYNONYMS = rules(
     ),
     (r"(?i)(?:\\text\s*\{\s*)?\binfinity\b(?:\s*\})?", r"\\infty "),
     (
-        r"(?i)(?:\\text\s*\{\s*)?\ball (?:real numbers|reals)\b(?:\s*\})?",
+        r"(?i)(?:\\text\s*\{\s*)?\ball (?:real numbers|reals)\b(?:\.?\s*\})?(?!\s*\w)",
         r"\\mathbb{R}",
     ),
     (r"(?i)(?:\\text\s*\{\s*)?\ball integers\b(?:\s*\})?$", r"\\mathbb{Z}"),
 )
 
-# How many arguments a command takes; each gets its braces.
-_ARGUMENTS = {"frac": 2, "binom": 2} | dict.fromkeys(
-    [
-        "sqrt",
-        "dot",
-        "ddot",
-        "vec",
-        "hat",
-        "bar",
-        "tilde",
-        "widehat",
-        "overline",
-        "underline",
-        "overrightarrow",
-        "mathbb",
-        "mathcal",
-        "mathrm",
-        "mathbf",
-        "mathit",
-        "mathsf",
-        "mathtt",
-        "mathnormal",
-        "boldsymbol",
-        "bm",
-        "pmb",
-        "operatorname",
-        "boxed",
-        "fbox",
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "textsf",
-        "texttt",
-        "textnormal",
-        "textup",
-        "emph",
-        "mbox",
-        "hbox",
-        "ensuremath",
-    ],
-    1,
-)
-_COMMAND = re.compile(rf"\\({'|'.join(sorted(_ARGUMENTS, reverse=True))})(?![a-zA-Z])")
-_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|[^\\]", re.DOTALL)
-# People write 10^10 and x^-1 where TeX would take one character.
-_SCRIPT = re.compile(
-    rf"([\^_])\s*([-+]?(?:\d+(?:\.\d+)?|[a-zA-Z]|(?!{_COMMAND.pattern})\\[a-zA-Z]+))"
-)
-
 # Commands of words, and commands of bold or framed mathematics.
 _FONTS = re.compile(
     r"\\(?:(?P<math>boldsymbol|bm|pmb|mathbf|boxed|fbox|underline|ensuremath)|math(?:rm|it|sf|tt|normal)"
-    r"|operatorname|emph|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|up)?)\{(?P<content>(?:[^{}]|\{[^{}]*\})*)\}"
+    r"|operatorname|emph|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|up)?)\{"
 )
 _UNIT_LIKE = re.compile(r"(?:[a-zA-Z]+\.?(?:\^-?\d)?(?: |/|\\cdot ?)*)+")
 _MATH = re.compile(r"[+=<>\\^_]|(?<![a-zA-Z]{2})-|-(?![a-zA-Z]{2})")
@@ -309,11 +253,11 @@ _UNIT_OR_FUNCTION = ("sec", "min", "deg")
 # Words that only introduce an answer, repeat that it is one, or explain it.
 _FILLERS = rules(
     (
-        r"(?i)^(?:\\text\{)?(?:(?:the )?(?:final )?(?:answer|option|choice)s?(?: is| are)? ?[:=]?) (?=\S)(?!\})",
+        r"(?i)^(?:\\text\{)?(?:(?:the )?(?:final )?(?:answer|option|choice)s?(?: is| are)? ?[:=]?) (?=\S)(?!\}|is\b|are\b)",
         lambda m: r"\text{" if m[0][0] == "\\" else "",
     ),
     (
-        r"^\\text\{[A-Za-z ,']+(?: is| are| ?[:=])\} ?:?|^\\text\{(?i:answer|therefore|thus|hence|so|then|total),?\} ?:?",
+        r"^\\text\{[A-Za-z ,']+(?: is| are| ?[:=])\} ?:?|^\\text\{(?i:answer|therefore|thus|hence|so|then|total)\} ?[:,]?",
         lambda m: m[0] if DECIDING.search(re.sub(r" (?:is|are)\}", "", m[0])) else "",
     ),
     (
@@ -327,6 +271,13 @@ _FILLERS = rules(
     (r"(?i)\\text\{(?:is|are|an?) (?=\w)", r"\\text{"),
     (r"(?i)^\\text\{(?:approximately|about|roughly|only)\}| only(?=\}$)", " "),
     (r"\\text\{[ .;:]*\}", " "),
+)
+# Bare words behind a number, as a text.
+_NOUNS = rules(
+    (
+        rf"(?<=\d) (?!(?:{'|'.join(sorted(_FUNCTIONS))}|times|mod)(?!A))([a-z]{{3,}}(?: [a-z]+)*)$",
+        r" \\text{\1}",
+    ),
 )
 # Families such as k \pi for every integer k.
 _FAMILIES = rules(
@@ -382,6 +333,7 @@ _NUMBERS = rules(
         r"\\%",
     ),
     (r"(?<!\\)%", r"\\%"),
+    (r"(\d+\.\d+) ?\{e\} ?(?=[+-]?\d)|(\d)\{e\}(?=\d)", r"\1\2e"),  # 2.5\\mathrm{e}3
     (r"(?<![\w.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (_WHOLE + r"\\(?:overline|bar|dot)\{(?P<period>\d{1,50})\}", _repeating),
     (_WHOLE + r"\((?P<period>\d{1,50})\)", _repeating),
@@ -401,11 +353,12 @@ _NUMBERS = rules(
 )
 
 
-def spell(text: str) -> str:
+def spell(text: str, thousands: bool = True) -> str:
     r"""The answer in the one spelling that the next modules read.
 
     Every argument has its braces, words are `\text{...}`, a degree is `\degree `, primes
-    are `'`, lists are separated by ", ", thousands by nothing.
+    are `'`, lists are separated by ", ", thousands by nothing; without `thousands`, 1,234
+    is a list.
     """
     text = text.replace("...", r"\ldots ").translate(_CHARACTERS)
     # After 5² has become 5^{2}: this would make it 52.
@@ -413,95 +366,37 @@ def spell(text: str) -> str:
     dollars = re.findall(r"(?<!\\)\$", text)
     if len(dollars) % 2 == 0:  # around mathematics, not before an amount
         text = re.sub(r"(?<!\\)\$", " ", text)
-    text = apply(_ENDS, apply(_LAYOUT, text))
-    text = _close_set(apply(_SYNONYMS, text))
-    text = _unify_fonts(_brace_arguments(text))
-    text = apply(_FAMILIES, apply(_FILLERS, re.sub(r"\s+", " ", text).strip()).strip())
-    text = _join_thousands(text)
-    text = apply(_ENDS, apply(_NUMBERS, apply(_SEPARATORS, text)))
+    text = without_group(apply(_ENDS, apply(_LAYOUT, text)))
+    text = close_set(apply(_SYNONYMS, text))
+    text = _unify_fonts(brace_arguments(text))
+    text = re.sub(r"\s+", " ", text).strip()
+    for table in (_FILLERS, _NOUNS, _FAMILIES):
+        text = apply(table, text).strip()
+    text = _join_thousands(text) if thousands else text
+    text = without_group(apply(_ENDS, apply(_NUMBERS, apply(_SEPARATORS, text))))
     return re.sub(r"\s+", " ", text).strip()
-
-
-def elements(text: str) -> list[str]:
-    r"""The elements of a spelled list: `1, 2`, `\{1, 2\}`, `(1,2) \cup (3,4)`."""
-    text = re.sub(r"^\\\{((?:(?!\\\{).)*\S(?:(?!\\\{).)*)\\\}$", r"\1", text)
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(
-        r"\\[{}]|\\(?:begin|end)|\\cup(?![a-zA-Z])|[(\[{)\]}]|[,;]", text
-    ):
-        token = match[0]
-        if token in (",", ";", r"\cup"):
-            if depth == 0:
-                parts.append(text[start : match.start()].strip())
-                start = match.end()
-        else:
-            depth += 1 if token[-1] in "([{n" else -1
-    return [*parts, text[start:].strip()]
-
-
-def _close_set(text: str) -> str:
-    r"""Closes `\{1, 2`, left open where `\right.` stood for the brace."""
-    return text + r"\}" * (text.count(r"\{") - text.count(r"\}"))
-
-
-def _brace_arguments(text: str) -> str:
-    r"""`\frac1e` as `\frac{1}{e}`, `x_0` as `x_{0}`."""
-    for match in reversed(list(_COMMAND.finditer(text))):
-        text = _brace(text, match.end(), _ARGUMENTS[match[1]])
-    return _SCRIPT.sub(r"\1{\2}", text)
-
-
-def _brace(text: str, place: int, count: int) -> str:
-    """The text with braces around the `count` arguments that begin at `place`."""
-    for _ in range(count):
-        rest = text[place:].lstrip()
-        if rest.startswith("["):  # the degree of a root
-            degree, bracket, rest = rest.partition("]")
-            text = text[:place] + degree + bracket + rest
-            place += len(degree + bracket)
-            rest = rest.lstrip()
-        if not rest.startswith("{"):
-            token = _TOKEN.match(rest)
-            if token is None or token[0] in "()":
-                break
-            end = token.end()
-            if _COMMAND.fullmatch(token[0]):  # its own arguments have braces already
-                for _ in range(_ARGUMENTS[token[0][1:]]):
-                    end = _group_end(rest, end)
-            rest = f"{{{rest[:end]}}}{rest[end:]}"
-        text = text[:place] + rest
-        place += _group_end(rest, 0)
-    return text
-
-
-def _group_end(text: str, start: int) -> int:
-    """The place behind the brace that closes the one at `start`, or the text's end."""
-    depth = 0
-    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
-        if depth == 0 and match[0] == "}":
-            return match.end()
-    return len(text)
 
 
 def _unify_fonts(text: str) -> str:
     r"""Fonts removed: mathematics as it is, a function as `\ln `, words as `\text{...}`."""
-    return _FONTS.sub(_unify_font, text)
+    for match in reversed(list(_FONTS.finditer(text))):  # from the innermost
+        end = group_end(text, match.end() - 1)
+        content = text[match.end() : end - 1]
+        text = text[: match.start()] + _unify_font(match, content) + text[end:]
+    return text
 
 
-def _unify_font(match: re.Match[str]) -> str:
-    content = _unify_fonts(match["content"])
+def _unify_font(match: re.Match[str], content: str) -> str:
     content = re.sub(
         r"(?<!\\)\$|(?<=\^)\{(-?\d)\}", r"\1", re.sub(r"\s+", " ", content)
     )
     bare = content.strip(" .")
     before = match.string[: match.start()]
-    if bare in _FUNCTIONS and not (
-        bare in _UNIT_OR_FUNCTION and re.search(r"[\d}] *$", before)
-    ):
-        return rf"\{bare} "
+    is_unit = bare in _UNIT_OR_FUNCTION and re.search(r"[\d}] *$", before)
+    if bare in _FUNCTIONS and not is_unit:
+        return bare if before.endswith("_{") else rf"\{bare} "
     if match[0].startswith(r"\operatorname"):
-        return bare if len(bare) == 1 else match[0]
+        return bare if len(bare) == 1 else rf"\operatorname{{{content}}}"
     if bare in ("e", "i", "d"):
         return f"{{{bare}}}" if bare == "e" else bare
     if match["math"]:
@@ -510,12 +405,8 @@ def _unify_font(match: re.Match[str]) -> str:
         return content
     if r"\text" in content or (_MATH.search(bare) and not _UNIT_LIKE.fullmatch(bare)):
         return content
-    return "".join(
-        map(
-            _words,
-            re.split(r"((?<![\w^.])(?<!\^-)\d+(?:[.,]\d+)*(?!\w)|[,;])", content),
-        )
-    )
+    parts = re.split(r"((?<![\w^.])(?<!\^-)\d+(?:[.,]\d+)*(?!\w)|[,;])", content)
+    return "".join(map(_words, parts))
 
 
 def _words(part: str) -> str:

@@ -125,14 +125,12 @@ def split_unit(text: str) -> tuple[str, Unit | None]:
         return match[1] + text[match.end() :], parse_unit(
             r"\$" if "$" in name else name
         )
-    if match := _SUM.fullmatch(text):
-        return _sum(text, match)
     text = re.sub(
         r"(?<=\d)\s*(?:\\?\$|(€))$",
         lambda m: r" \text{euro}" if m[1] else r" \text{dollar}",
         text,
     )
-    text = _UNIT_FRACTION.sub(r"\1/\2", text)
+    text = _UNIT_FRACTION.sub(r"\1/\2", text).strip()
     match = _TAIL.search(text)
     # A prime behind a letter is a derivative, not a minute of arc.
     while (
@@ -157,13 +155,19 @@ def _is_noun(text: str) -> bool:
     )
 
 
-def _sum(text: str, match: re.Match[str]) -> tuple[str, Unit | None]:
+def join_sums(text: str) -> str:
     """2 hours 30 minutes as 2.5 hours."""
+    return _SUM.sub(_sum, text)
+
+
+def _sum(match: re.Match[str]) -> str:
     first, second = parse_unit(match[2]), parse_unit(match[4])
     if first is None or second is None or first.powers != second.powers:
-        return text, None
+        return match[0]
+    if first.size <= second.size:  # a list of lengths
+        return match[0]
     value = Fraction(match[1]) + Fraction(match[3]) * second.size / first.size
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}", first
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}} \text{{{match[2]}}}"
 
 
 def conversion(answer: Unit | None, accepted: Unit | None) -> Fraction | None:
