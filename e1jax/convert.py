@@ -62,7 +62,7 @@ from e1jax.hosts import is_first
 from e1jax.model import Params
 from e1jax.quantize import KERNELS, int8_on_host
 from e1jax.sharding import make_mesh
-from e1jax.tokenizer import FILES, Tokenizer, read_json
+from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files, read_json
 
 # Our parameter: its Hugging Face name ({}: the layer) and whether the weight [out, in]
 # of a torch Linear is turned to our [in, out]. Layers are stacked on a new first dim.
@@ -210,7 +210,11 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model, checked to have no id beyond the model's."""
+    """The tokenizer of a model, checked to have no id beyond the model's.
+
+    A response ends at its own EOS and at each that `generation_config.json` or
+    `config.json` names. Raises UserError for one that is not an id of the model.
+    """
     tokenizer = Tokenizer.from_dir(path)
     largest = max(tokenizer.backend.get_vocab().values())
     vocab_size = read_config(path).vocab_size
@@ -219,7 +223,25 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"{path / 'tokenizer.json'} has the id {largest}, but vocab_size in "
             f"config.json is {vocab_size}; the two are of different models"
         )
-    return tokenizer
+    named = [
+        token
+        for name in (GENERATION, "config.json")
+        for token in _named_eos_ids(path / name, vocab_size)
+    ]
+    more = [token for token in dict.fromkeys(named) if token != tokenizer.eos_id]
+    return dataclasses.replace(tokenizer, more_eos_ids=tuple(more))
+
+
+def _named_eos_ids(file: Path, vocab_size: int) -> list[int]:
+    """The ids under `eos_token_id`, one or a list; none without such a file or key."""
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise UserError(
+            f"{file}: eos_token_id={reprlib.repr(value)} must be an id of this model (0 "
+            f"to {vocab_size - 1}) or a list of them"
+        )
+    return ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -584,12 +606,7 @@ def to_hf(source: str, dst: Path) -> None:
 
             write_hf_weights(new, config, dtype, arrays, written)
         _copy_files(files_dir, new, str(dtype), config)
-        bos = tokenizer.special_tokens.get("bos_token")
-        ids = {
-            "bos_token_id": tokenizer.backend.token_to_id(bos) if bos else None,
-            "eos_token_id": tokenizer.eos_id,
-        }
-        _write_json(new / "generation_config.json", ids)
+        _name_eos_ids(new / GENERATION, tokenizer)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -714,12 +731,23 @@ def _hf_blocks(name: str, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
         yield turn(block) if turned else np.ascontiguousarray(block)
 
 
+def _name_eos_ids(file: Path, tokenizer: Tokenizer) -> None:
+    """Completes a generation_config.json that does not say where a response ends."""
+    there = read_json(file) if file.is_file() else {}
+    if there.get("eos_token_id") not in (None, []):
+        return
+    if there.get("_from_model_config"):  # transformers would make it again, without ids
+        there = {}
+    bos = tokenizer.special_tokens.get("bos_token")
+    bos_id = tokenizer.backend.token_to_id(bos) if bos else None
+    eos_ids = list(tokenizer.eos_ids) if tokenizer.more_eos_ids else tokenizer.eos_id
+    _write_json(file, {"bos_token_id": bos_id, **there, "eos_token_id": eos_ids})
+
+
 def _copy_files(src: Path, dst: Path, dtype: str, sizes: ModelConfig) -> None:
-    """Copies the tokenizer, and config.json with the dtype of the new weights, and
-    without a tie that the weights do not have."""
-    for name in FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
+    """Copies the files beside the weights; config.json gets the dtype of the new ones,
+    and loses a tie that they do not have."""
+    copy_files(src, dst)
     config = read_json(src / "config.json")
     # transformers 5 writes dtype, and still reads torch_dtype, the name of 4.
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype

@@ -456,10 +456,10 @@ class Sampler(NamedTuple):
         return self._whole(engine.empty_rows(self.slots, engine.SHORTEST_FORCED))
 
     def decode(self) -> Program:
-        number = self._whole(np.int32(0))
+        number, eos_ids = self._whole((np.int32(0), np.zeros(1, np.int32)))
         return compile_for_tpu(
             engine.decode.trace(
-                *(self.sizes, self.mesh, self.params, TokenIds(number, number)),
+                *(self.sizes, self.mesh, self.params, TokenIds(eos_ids, number)),
                 *(self.cache, self._rows, number, number),
             )
         )

@@ -17,7 +17,6 @@ checkpoint holds no generator.
 """
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -57,7 +56,7 @@ from e1jax.config import (
     stop_signals,
     writing,
 )
-from e1jax.convert import LoadedModel, load_model
+from e1jax.convert import LoadedModel, load_model, read_config
 from e1jax.data import (
     EncodedProblem,
     Prompt,
@@ -96,7 +95,7 @@ from e1jax.sharding import (
     sum_over_data,
     use_compilation_cache,
 )
-from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
+from e1jax.tokenizer import INSTRUCTION_KEY, copy_files, read_json
 
 # The prompts of a step are padded to one of this many lengths, and its responses too: each
 # pair is a compilation.
@@ -324,23 +323,21 @@ def prepare(
     evaluates the model, wherever it is converted to.
     """
     record_config(config, run_dir)
-    sizes = loaded.config.to_hf(config.update.param_dtype)
-    file = run_dir / "config.json"
-    if file.exists() and read_json(file) != sizes:
+    if (run_dir / "config.json").exists() and read_config(run_dir) != loaded.config:
         raise UserError(
             f"{run_dir} was begun with a model of other sizes than {config.model} has "
             "now; bring that model back, or take another --run-dir"
         )
     source = (find_params(loaded.path) or (None, loaded.path))[1]
+    ids = ("bos_token_id", "eos_token_id")
+    named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
     values = read_json(source / "tokenizer_config.json")
     values = {
         "tokenizer_config.json": {**values, INSTRUCTION_KEY: instruction},
-        "config.json": sizes,
+        "config.json": loaded.config.to_hf(config.update.param_dtype) | named,
     }
     with writing(run_dir):
-        for name in FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, run_dir / name)
+        copy_files(source, run_dir)
         for name, value in values.items():
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
             new = run_dir / f"{name}.new"

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import edit_json
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from e1jax import checkpoint, convert
 from e1jax.checkpoint import (
@@ -132,6 +132,58 @@ def test_manifest_and_generation_config(tiny_hf, tmp_path, command):
     }
 
 
+@pytest.mark.parametrize(
+    ("in_generation", "in_config", "ends"),
+    [
+        ([256, 97], None, (256, 97)),
+        (97, None, (256, 97)),
+        ([97, 98], [98, 99, 256], (256, 97, 98, 99)),
+        (None, [99, 256], (256, 99)),
+        (259, 259, (256, 259)),  # also if it is named as BOS
+        ([], 256, (256,)),
+    ],
+)
+def test_every_eos_id_comes_back(
+    tiny_hf, tmp_path, command, in_generation, in_config, ends
+):
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    edit_json(source / "config.json", eos_token_id=in_config, bos_token_id=259)
+    generation = {"bos_token_id": 259, "eos_token_id": in_generation, "top_k": 7}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    command("from-hf", source, tmp_path / "e1")
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    for name in ("hf", "e1", "back"):
+        assert convert.read_tokenizer(tmp_path / name).eos_ids == ends
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config.get("eos_token_id"), config["bos_token_id"]) == (in_config, 259)
+    theirs = GenerationConfig.from_pretrained(tmp_path / "back")
+    named = in_generation or (list(ends) if len(ends) > 1 else ends[0])
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.top_k) == (named, 259, 7)
+
+
+def test_a_checkpoint_without_generation_config(tiny_hf, tmp_path, command):
+    """As older versions wrote it: it loads, and to-hf names the EOS of its tokenizer."""
+    command("from-hf", tiny_hf(), tmp_path / "e1")
+    (tmp_path / "e1/generation_config.json").unlink()
+    assert convert.load_model(str(tmp_path / "e1")).tokenizer.eos_ids == (256,)
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == 256
+
+
+def test_named_templates_come_back(tiny_hf, tmp_path, command):
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    command("from-hf", source, tmp_path / "e1")
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    templates = [
+        AutoTokenizer.from_pretrained(path).chat_template
+        for path in (source, tmp_path / "back")
+    ]
+    assert templates[0] == templates[1] and set(templates[0]) == {"default", "rag"}
+
+
 def test_dtype_of_the_written_weights(tiny_hf, tmp_path, command):
     source = tiny_hf()
     command("from-hf", source, tmp_path / "e1", "--dtype", "bfloat16")
@@ -206,6 +258,24 @@ def test_a_subdirectory_makes_no_run_of_a_hugging_face_directory(
     assert same_params(convert.load_model(str(path)).params, expected)
     (tmp_path / "project" / name).mkdir(parents=True)
     refused(command("inspect", tmp_path / "project"), "no config.json", tmp_path)
+
+
+def test_stray_files_hide_no_model(tiny_hf, tmp_path, command):
+    """What training leaves in a directory, whatever its name ends in."""
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    command("from-hf", source, tmp_path / "e1")
+    run_dir = shutil.copytree(source, tmp_path / "run")
+    (run_dir / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "e1/params", run_dir / "checkpoints/10/params")
+    expected = convert.load_model(str(source)).params
+    for path in (source, tmp_path / "e1", run_dir):
+        for name in ("training_args.bin", "optimizer.bin", "scheduler.safetensors"):
+            (path / name).write_bytes(b"0")
+        assert same_params(convert.load_model(str(path)).params, expected)
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    assert "kind                    run directory" in command("inspect", run_dir)[1]
+    result = command("from-hf", tmp_path / "e1", tmp_path / "dst")
+    refused(result, "is an e1jax checkpoint already", tmp_path)
 
 
 def test_tensors_without_a_use_are_skipped(tiny_hf, tmp_path):
@@ -385,6 +455,18 @@ BAD_SOURCES = {
     "fewer layers": (
         lambda p: edit_json(p / "config.json", num_hidden_layers=1),
         "model.layers.1.input_layernorm.weight",
+    ),
+    **{
+        f"{name} of {json.dumps(value)}": (
+            lambda p, name=name, value=value: edit_json(p / name, eos_token_id=value),
+            f"{name}: eos_token_id={value!r} must be an id of this model (0 to 264) or a list",
+        )
+        for name in ("generation_config.json", "config.json")
+        for value in ("<eos>", 265, -1, True, 1.0, [256, "<eos>"], [[256]])
+    },
+    "generation config is no JSON": (
+        lambda p: truncate(p / "generation_config.json"),
+        "generation_config.json is not JSON",
     ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
     "no tokenizer config": (

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 import yaml
-from conftest import several_devices
+from conftest import edit_json, several_devices
 from interrupt import interrupt
 from tensorboardX.proto.event_pb2 import Event
 from test_sft import torch_parts
@@ -309,6 +309,23 @@ def test_other_settings_are_refused_by_name(workplace, unbroken):
     for part in ("steps (6 there, 7 now)", "loss.clip_low (0.2 there, 0.1 now)"):
         assert part in str(error.value)
     assert before == {file: file.read_bytes() for file in before}
+
+
+def test_a_run_ends_responses_where_its_model_does(workplace, tmp_path):
+    """The ids that the model's files name go into the run directory."""
+    source = shutil.copytree(NANO, tmp_path / "model")
+    edit_json(source / "generation_config.json", eos_token_id=[256, 97])
+    edit_json(source / "config.json", eos_token_id=[98], bos_token_id=259)
+    config = settings(workplace, "--model", str(source), "--data.instruction", "")
+    loaded = convert.load_model(config.model)
+    run_dir = tmp_path / "run"
+    train.prepare(config, loaded, "", run_dir)
+    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
+    # A run that was begun before these ids were noted goes on.
+    edit_json(run_dir / "config.json", eos_token_id=None, bos_token_id=None)
+    (run_dir / "generation_config.json").unlink()
+    train.prepare(config, loaded, "", run_dir)
+    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
 
 
 def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
