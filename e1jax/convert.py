@@ -59,9 +59,9 @@ from e1jax.config import (
     stop_signals,
 )
 from e1jax.hosts import is_first
-from e1jax.model import Params
+from e1jax.model import Params, abstract_params
 from e1jax.quantize import KERNELS, int8_on_host
-from e1jax.sharding import make_mesh
+from e1jax.sharding import make_mesh, note_undivided
 from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files, read_json
 
 # Our parameter: its Hugging Face name ({}: the layer) and whether the weight [out, in]
@@ -154,6 +154,7 @@ def load_model(
         quantize = quantized(check_saved(saved[0], config)) or quantize
     else:
         config, tensors = open_hf(path)
+    note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
     return LoadedModel(
         *(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize, tensors)
     )

@@ -91,6 +91,7 @@ from e1jax.sharding import (
     enough_memory,
     make_whole,
     map_over_data,
+    note_undivided,
     over_data,
     sum_over_data,
     use_compilation_cache,
@@ -278,9 +279,12 @@ def make_engine(
         )
     longest_prompt = max(len(example.prompt_ids) for example in examples)
     cache_len = rollout_cache_len(config, longest_prompt)
+    mesh = local_mesh(loaded.config, loaded.mesh)
+    if mesh.shape != loaded.mesh.shape:
+        shapes = abstract_params(loaded.config, mesh, computed_in(config))
+        note_undivided(loaded.config, shapes)
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer),
-        local_mesh(loaded.config, loaded.mesh),
+        *(loaded.config, None, loaded.tokenizer, mesh),
         cache_len=cache_len,
         slots=rollout.slots,
     )
@@ -482,6 +486,12 @@ def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int,
     return seen + 1, response_len
 
 
+def computed_in(config: GRPOConfig) -> Any:
+    """The dtype of the computation, and of the parameters that the engine samples from."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+
+
 class Learner:
     """The policy in training: its parameters, the optimizer's state, the reference.
 
@@ -495,8 +505,7 @@ class Learner:
         loaded: LoadedModel,
         longest: tuple[int, int],
     ):
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+        self.dtype = computed_in(config)
         self.config, self.loaded = config, loaded
         self.longest = longest  # prompt and response, in tokens
         self.optimizer = make_optimizer(config)
