@@ -38,7 +38,9 @@ from e1jax.config import (
     SamplingParams,
     UserError,
     aligned,
+    check_backslashes,
     parse_budget,
+    parse_json,
     quantize_flags,
     run_command,
 )
@@ -96,6 +98,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """Samples every problem at every budget; goes on from what DIR holds already."""
     args = _evaluate_parser().parse_args(argv)
     params = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
+    check_backslashes(args.instruction, "--instruction")
     problems = data.load_problems(args.dataset, args.limit)
     output = _output(args.output, problems)
     outcomes = output.done if output else {}
@@ -309,7 +312,7 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     for number, line in lines:
         at = f"{path} line {number}"
-        record = _checked_record(line, at)
+        record = _checked_record(parse_json(line.rstrip(), path, number), at)
         identity = record["id"]
         index = indices.get(identity, indices.get(str(identity)))
         if index is None:
@@ -331,11 +334,7 @@ def _read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
     return found
 
 
-def _checked_record(line: bytes, at: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{at} is not JSON: {error}") from None
+def _checked_record(record: Any, at: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{at} is not a JSON object but a {type(record).__name__}")
     for name, (types, rule) in _FIELDS.items():

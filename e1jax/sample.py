@@ -22,8 +22,10 @@ from e1jax.config import (
     Parser,
     SamplingParams,
     UserError,
+    check_backslashes,
     check_known,
     parse_budget,
+    parse_json,
     quantize_flags,
     run_command,
 )
@@ -197,10 +199,7 @@ def read_items(
         if not line.strip():
             continue
         at = f"{where} line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{at} is not JSON: {error}") from None
+        fields = parse_json(line, where, number)
         if not isinstance(fields, dict):
             raise UserError(f"{at} is not a JSON object but a {type(fields).__name__}")
         items.append(_item(fields, len(items), at, defaults, raw))
@@ -233,6 +232,7 @@ def _item(
         raise UserError(f"{at}: {kind} must be {rule}, not {prompt!r}")
     if not prompt:
         raise UserError(f"{at}: {kind} is empty")
+    check_backslashes(prompt, f"{at}: {kind}")
     identity = fields.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise UserError(f"{at}: id must be a text or a whole number, not {identity!r}")

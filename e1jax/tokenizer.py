@@ -18,7 +18,7 @@ from typing import Any
 
 import tokenizers
 
-from e1jax.config import UserError
+from e1jax.config import UserError, check_backslashes, parse_json
 
 THINK_END = "</think>"
 # In tokenizer_config.json, beside the chat template: the text that training ended its
@@ -87,6 +87,9 @@ class Tokenizer:
                 f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY} must be a text, "
                 f"not {reprlib.repr(instruction)}"
             )
+        check_backslashes(
+            instruction, f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY}"
+        )
         return cls(
             backend,
             eos_id,
@@ -150,7 +153,9 @@ def extract_boxed(text: str) -> str | None:
     r"""The content of the last complete `\boxed{...}` of a text, or None."""
     # One pass over the braces: a model that never closes its boxes must not cost more.
     opened, best, found = [], -1, None
-    for match in re.finditer(r"(\\boxed)?\{|\}", text):
+    for match in re.finditer(r"\\[\\{}](?!boxed)|(\\boxed\s*)?\{|\}", text):
+        if match[0][0] == "\\" and match[1] is None:
+            continue  # an escaped brace opens and closes nothing
         if match[0] != "}":
             opened.append((match.end(), match[1] is not None))
         elif opened:
@@ -163,10 +168,7 @@ def extract_boxed(text: str) -> str | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises UserError if it is missing or is not one."""
     text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    value = parse_json(text, path)
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value

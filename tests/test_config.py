@@ -19,8 +19,10 @@ from e1jax.config import (
     UpdateConfig,
     UserError,
     ValidationConfig,
+    check_backslashes,
     load_config,
     load_config_and_flags,
+    parse_json,
     read_yaml,
     record_config,
 )
@@ -294,3 +296,185 @@ def test_a_value_of_another_type_is_one_sentence(line, flags, message, tmp_path)
     with pytest.raises(UserError) as error:
         load_config_and_flags(GRPOConfig, HostsConfig, argv, "train")
     assert str(error.value) == message.format(path=path)
+
+
+# LaTeX as it is meant, in whose JSON every backslash is single.
+LATEX = [
+    r"\frac{1}{2}",
+    r"\boxed{}",
+    r"\beta + \binom{n}{k}",
+    r"\forall x",
+    r"$\theta$",
+    r"3\times 4",
+    r"\text{units}",
+    r"\textbf{(A)}",
+    r"\tan x",
+    r"\tan DAB",
+    r"\tan^{-1} 2",
+    r"\tanh 1",
+    r"\triangle ABC",
+    r"\tfrac12",
+    r"x \to 0",
+    r"\tau_1",
+    r"x \neq 0",
+    r"\neq\nu",
+    r"\nabla f",
+    r"x \notin A",
+    r"x \not= y",
+    r"a \nleq b",
+    r"$x \ne 0$",
+    r"Let $x \ne 0$ and $y \ne 1$.",
+    r"with speed $\nu$",
+    r"$p \nmid q$",
+    r"$\neg p$",
+    r"\rho r",
+    r"\right)",
+    r"\rangle",
+    r"\rfloor",
+    r"\rightarrow",
+    r"\rm kg",
+]
+ORDINARY = [
+    "under\nunder the tree",
+    "1\nor 2\nnot only\nnext\nno\nnew\nnearly\nequal\noted",
+    "i) first\nii) second\ne.g. this\ni.e. that",
+    "$$\nu = x^2,\ne = 2$$ and $5\nis less than $6",
+    "Given $x$ and\ni) $y$\nmid $z$ of $$a$$\ne $5,\ni) $6",
+    "lines\nparallel to the others, and\nless than half of them\nmid = 3",
+    "eq = Eq(x, y)\neq1 = eq\neq_2 = eq1\nu = 3\ne = 2.7\ni = 0",
+    "x\ty\tan apple\tor\tto\ttext\textra\ttop\ttan",
+    "x\to\tx\no\to\n\to",
+    "\treturn x\n\tfor i in x:\n\t\timport os\n\tint n;",
+    "ends\r\nright here\r\nrho\r\nangle\r\nm",
+    "page 1\f\npage 2\n\f\n\x1b[31mred\x1b[0m\v\n\b\a",
+    "C:\\new\\table and \\frac{1}{2}",
+    r"\\begin \\ \[ \] \{ \} \neq \theta \rho \beta \frac",
+    "no-break\xa0space, line\u2028separator, \x85, \u2029",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", LATEX)
+def test_latex_whose_backslash_was_read_as_an_escape_is_refused(text):
+    check_backslashes(text, "here")
+    for lost in (json.loads(f'"{text}"'), json.loads(f'"So {text}."')):
+        for value in (lost, ["1", lost], [{"role": "user", "content": lost}]):
+            with pytest.raises(UserError) as error:
+                check_backslashes(value, "here")
+            message = str(error.value)
+            command = text[text.index("\\") :].partition(" ")[0].rstrip("{}1x$^-+_)(A")
+            assert message.startswith("here holds a") and "\n" not in message
+            assert rf"write \{command}"[:10] in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\x0crac12", r"a form feed where \frac seems to be meant; in JSON, YAML and Python write \\frac,"),
+        ("\x07lpha", r"a bell where \alpha"),
+        ("\x0bec{v}", r"a vertical tab where \vec"),
+        ("\x0b{c}", r"a vertical tab where \v{ "),
+        ("\x1bpsilon", r"an escape character where \epsilon"),
+        ("\x08" + "z" * 10**6, r"a backspace where \b" + "z" * 20 + " seems"),
+    ],
+)  # fmt: skip
+def test_the_lost_command_is_named(text, message):
+    with pytest.raises(UserError) as error:
+        check_backslashes(text, "x.jsonl line 3: problem")
+    assert str(error.value).startswith(f"x.jsonl line 3: problem holds {message}")
+
+
+@pytest.mark.parametrize("text", ORDINARY, ids=range(len(ORDINARY)))
+def test_ordinary_texts_keep_their_tabs_and_newlines(text):
+    check_backslashes(text, "here")
+    check_backslashes({"a": [text], "b": 5, "c": None}, "here")
+
+
+def test_other_values_are_no_texts():
+    for value in (None, 5, 1.5, True, [], {}):
+        check_backslashes(value, "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            r'{"a": "\sqrt{2}"}',
+            r"x line 7 is not JSON (Invalid \escape at column 8); "
+            r"write \\sqrt, with two backslashes",
+        ),
+        ('{"a":\n\n "b\\(c"}', r"x line 9 is not JSON (Invalid \escape at column 4)"),
+        ('{"a":\n\n "b\\(c"}', r"write \\(, with two"),
+        (r'"\uparrow"', r"write \\uparrow, with two"),
+        (r'"\\\xi"', r"write \\xi, with two"),
+        (
+            "{",
+            "(Expecting property name enclosed in double quotes at column 2); a hint",
+        ),
+        ("9" * 5000, "line 7 is not JSON (Exceeds the limit"),
+        ("[" * 200_000, "line 7 is not JSON (maximum recursion"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_what_is_not_json(text, message):
+    for form in (text, text.encode()):
+        with pytest.raises(UserError) as error:
+            parse_json(form, "x", 7, "a hint")
+        assert message in str(error.value)
+
+
+def load_yaml(tmp_path, text: str, *flags: str) -> GRPOConfig:
+    (tmp_path / "some.yaml").write_text(f"model: nano\nsteps: 7\n{text}\n")
+    argv = ["--config", str(tmp_path / "some.yaml"), *flags]
+    return load_config(GRPOConfig, argv, "train")[0]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(r"\boxed", r"\frac", r"\alpha", r"\vec", r"\epsilon", r"\text", r"\neq"),
+        *(r"\rho", r"\_", r"\Nabla", r"\Lambda", r"\Phi", r"\0", r"\sqrt", r"\("),
+        *(r"\uparrow", r"\xi"),
+    ],
+)
+def test_yaml_reads_escapes_in_double_quotes(tmp_path, command):
+    single = f"data: {{instruction: 'Use {command}{{}}.'}}"
+    instruction = f"Use {command}{{}}."
+    assert load_yaml(tmp_path, single).data.instruction == instruction
+    double = single.replace("'", '"')
+    twice = double.replace("\\", "\\\\")
+    assert load_yaml(tmp_path, twice).data.instruction == instruction
+    plain = f"data:\n  instruction: Use {command}{{}}."
+    assert load_yaml(tmp_path, plain).data.instruction == instruction
+    with pytest.raises(UserError) as error:
+        load_yaml(tmp_path, f"# a comment\n{double}")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'some.yaml'} line 4")
+    assert f"write \\{command}" in message and "\n" not in message
+
+
+def test_yaml_keeps_other_escapes(tmp_path):
+    text = r'data: {instruction: "Think.\n\tThen \"answer\", \u00e9\xe9\\\/.\r\n"}'
+    instruction = load_yaml(tmp_path, text).data.instruction
+    assert instruction == 'Think.\n\tThen "answer", éé\\/.\r\n'
+
+
+def test_an_instruction_from_the_shell(tmp_path):
+    right = load_yaml(tmp_path, "", "--data.instruction", r"Use \boxed{}.")
+    assert right.data.instruction == r"Use \boxed{}."
+    with pytest.raises(UserError, match=r"data\.instruction holds a backspace"):
+        load_yaml(tmp_path, "", "--data.instruction", "Use \boxed{}.")
+
+
+@pytest.mark.parametrize("instruction", ["no-break\xa0space", "a\u2028b", r"\boxed{}"])
+def test_a_recorded_configuration_can_be_given_again(tmp_path, instruction):
+    config = load_yaml(tmp_path, "", "--data.instruction", instruction)
+    record_config(config, tmp_path / "run")
+    argv = ["--config", str(tmp_path / "run" / "config.yaml")]
+    assert load_config(GRPOConfig, argv, "train")[0] == config
+
+
+def test_a_text_inserted_before_the_end_of_thinking():
+    assert SamplingParams(end_of_thinking_text=r"so \boxed{").top_k == 0
+    with pytest.raises(UserError, match="end_of_thinking_text holds a backspace"):
+        SamplingParams(end_of_thinking_text="so \boxed{")

@@ -271,6 +271,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(run, whole, tmp_path)
     refused(run(*flags, "--seed", 4), "seed=0", "seed=4")
     refused(run(*flags, "--solution-budget", 13), "solution_budget=12", "13")
     refused(run(*flags, "--instruction", "x"), "instruction=''", "'x'")
+    refused(run(*flags, "--instruction", "\boxed"), "--instruction holds a backspace")
     refused(run(*flags, "--cache-len", 299), "cache_len=300", "299")
     refused(run(*flags, "--dtype", "bfloat16"), "dtype='float32'", "bfloat16")
     refused(run(*flags, "--top-k", 5, "--top-p", 1), "top_p=0.95, top_k=0", "top_k=5")
@@ -385,6 +386,7 @@ def without(name):
     "line, words",
     [
         ('{"id": 0', ["line 3", "not JSON"]),
+        (r'{"solution": "\sqrt2"}', ["line 3", "not JSON", r"write \\sqrt"]),
         (b"\xff\xfe\x00", ["line 3", "not JSON"]),
         ("[" * 100000, ["line 3", "not JSON"]),
         ("[1]", ["line 3", "list"]),

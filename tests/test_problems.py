@@ -1,6 +1,7 @@
 """Problems from files, hub datasets and the nano task; prompts and their batches."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from conftest import edit_json
 from hypothesis import HealthCheck, given, settings
 
 from e1jax import data
-from e1jax.config import UserError
+from e1jax.config import UserError, check_backslashes
 from e1jax.data import (
     DEFAULT_INSTRUCTION,
     EncodedProblem,
@@ -71,8 +72,21 @@ def test_a_limit_takes_the_first_problems(name):
 
 # Files
 
-texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
-plain = texts.filter(lambda text: "boxed" not in text)  # an answer that stays as it is
+
+def has_its_backslashes(text: str) -> bool:
+    try:
+        check_backslashes(text, "")
+    except UserError:
+        return False
+    return True
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+texts = texts.filter(str.strip).filter(has_its_backslashes)
+# Answers that stay as they are.
+plain = texts.filter(
+    lambda text: not re.search(r"boxed|####|\n", text.strip(), re.DOTALL)
+)
 numbers = st.integers(-(10**30), 10**30)
 
 
@@ -195,6 +209,13 @@ def test_problems_are_plain_values_from_parquet_too(tmp_path):
     assert {type(p.id) for p in problems} == {int}
 
 
+def test_worked_solutions_are_answers(tmp_path):
+    """As in GSM8K, and in the MATH dataset."""
+    worked = ["48/2 = <<48/2=24>>24 clips.\n#### 24", "So $x=2$ or\n$\\boxed{x=3}$."]
+    path = write(tmp_path / "x.jsonl", [{"question": "q", "answer": worked}])
+    assert [a.strip() for a in load_problems(path)[0].answers] == ["24", "x=3"]
+
+
 BAD_ROWS = [
     ("p", "not 'p'"),
     ([{"problem": "p"}], "a problem is an object"),
@@ -227,6 +248,8 @@ BAD_ROWS = [
     ({"problem": "p", "answer": float("nan")}, "not nan"),
     ({"problem": "p", "answer": float("inf")}, "not inf"),
     ({"problem": "p", "answer": r"\boxed{}"}, "not ''"),
+    ({"problem": "p", "answer": "48\n72"}, "answer has several lines"),
+    ({"problem": "p", "answer": "48\n####"}, "not ''"),
     ({"problem": "p", "answer": "\udcff"}, "answer is not valid Unicode"),
     ({"problem": "p", "answer": "1", "id": True}, "id must be a text or a whole"),
     ({"problem": "p", "answer": "1", "id": 1.0}, "id must be a text or a whole"),
@@ -248,6 +271,51 @@ def test_a_bad_row_is_named(tmp_path, row, message, name, place):
         load_problems(file)
     assert str(error.value).startswith(file + place)
     assert "\n" not in str(error.value)
+
+
+# Without its double backslashes this is JSON, but no longer the problem.
+LATEX = [
+    {"problem": r"If $\tan x=\frac{1}{2}$, what is $x$?", "answer": "1"},
+    {"question": r"Is $a \neq b$, $\boxed{1}$ or $x \ne 0$?", "final_answer": ["1"]},
+    {"prompt": "p", "answer": r"\text{east}"},
+    {"problem": "p", "answer": ["1", r"\frac{1}{2}"]},
+    {"problem": "p", "final_answer": r"\boxed{\theta}"},
+]
+
+
+@pytest.mark.parametrize("row", LATEX)
+@pytest.mark.parametrize(
+    ("name", "place"), [("x.json", " index 1"), ("x.jsonl", " line 2")]
+)
+def test_a_lost_backslash_is_named(tmp_path, row, name, place):
+    good = {"problem": "p", "answer": "1"}
+    file = Path(write(tmp_path / name, [good, row]))
+    assert len(load_problems(str(file))) == 2
+    file.write_text(file.read_text().replace("\\\\", "\\"))
+    with pytest.raises(UserError, match=r"seems to be meant; in JSON") as error:
+        load_problems(str(file))
+    assert str(error.value).startswith(f"{file}{place}: ")
+    assert len(load_problems(str(file), limit=1)) == 1
+    broken = [json.loads(json.dumps(row).replace("\\\\", "\\"))]
+    file = write(tmp_path / "x.parquet", broken)
+    with pytest.raises(UserError, match=r"parquet index 0: \w+ holds a"):
+        load_problems(file)
+
+
+def test_fields_that_are_not_used_are_not_looked_at(tmp_path):
+    row = {"problem": "p", "answer": "1", "solution": "\frac12", "id": "\textbf"}
+    assert len(load_problems(write(tmp_path / "x.json", [row]))) == 1
+
+
+def test_a_single_backslash_that_is_not_json(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"problem": "p", "answer": "1"}\n{"problem": "$\\sqrt2$"}')
+    with pytest.raises(UserError) as error:
+        load_problems(str(path))
+    assert str(error.value) == (
+        rf"{path} line 2 is not JSON (Invalid \escape at column 15); write \\sqrt, with "
+        "two backslashes"
+    )
 
 
 def test_a_bad_row_of_parquet_is_named(tmp_path):
@@ -459,6 +527,21 @@ def test_deepscaler_without_its_problems_that_have_no_answer(hub, tmp_path):
     assert len(load_problems("deepscaler", limit=3)) == 3
     with pytest.raises(UserError, match="index 1: answer is empty"):
         load_problems(write(tmp_path / "copy.json", rows))
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.parquet"])
+def test_a_dataset_of_the_hub_is_taken_as_it_is_published(hub, name, capsys):
+    """Those who use it cannot mend it, and others were measured on the same texts."""
+    whole = {"problem": r"\textbf{A}", "answer": "1"}
+    rows = [whole, {"problem": "\textbf{A}", "answer": "1"}, whole]
+    hub("owner/name", {name: [*rows, {"problem": "p", "answer": "\frac12"}]})
+    problems = load_problems("owner/name")
+    assert [p.text for p in problems] == [*(row["problem"] for row in rows), "p"]
+    note = capsys.readouterr().err
+    assert note.startswith("note: owner/name is used as it is published, with 2 of its")
+    assert f"{name} index 1: problem holds a tab where \\textbf seems" in note
+    load_problems("owner/name", limit=1)
+    assert capsys.readouterr().err == ""
 
 
 def rows_named(*names: str) -> list[dict[str, str]]:

@@ -16,9 +16,9 @@ import math_verify
 import numpy as np
 import pytest
 
-from e1jax import rewards
 from e1jax.config import UserError
 from e1jax.rewards import Grader, accepted_texts, grade, score
+from e1jax.rewards import grader as rewards
 
 # Accepted answer, then spellings of it that a solution may box.
 SPELLINGS = {
@@ -192,6 +192,18 @@ def test_unusable_accepted_answers_are_refused(bad):
         accepted_texts(float("nan"), "not a number")
 
 
+def test_the_end_of_a_worked_solution_is_accepted():
+    worked = "She sells 48 / 2 = <<48/2=24>>24.\nThat is 48 + 24 = 72.\n#### 72"
+    assert accepted_texts([worked, "#### 1,000 "], "here") == ["72", "1,000"]
+    assert accepted_texts("48\n so \\boxed{72}\n#### 7", "here") == ["72"]
+    assert score([solved("72"), solved("24")], [worked] * 2) == [1.0, 0.0]
+    matrix = "\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n"
+    assert accepted_texts(matrix, "here") == [matrix.strip()]
+    for lines in ("48 + 24\n72", f"{matrix}x", "#### \n1\n2"):
+        with pytest.raises(UserError, match=r"answers\[0\] has several lines.*####"):
+            score([solved("72")], [lines])
+
+
 def test_unusable_arguments_are_refused():
     with pytest.raises(UserError, match="2 responses came with 1 answers"):
         score(["a", "b"], ["1"])
@@ -353,7 +365,7 @@ def test_workers_are_new_programs_without_jax():
     with Grader(workers=1) as grader:
         pid = only_worker(grader)
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        assert command[1:5] == ["-P", "-m", "e1jax.rewards", "5.0"]
+        assert command[1:5] == ["-P", "-m", "e1jax.rewards.worker", "5.0"]
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" in Path("/proc/self/maps").read_text()
         assert "jaxlib" not in maps and "torch" not in maps
@@ -408,11 +420,9 @@ def test_workers_go_with_their_parent(tmp_path, end, code):
 
 NOISY = """
 import sys
-LatexExtractionConfig = dict
-def parse(text, *_, **__):
-    print("noise", flush=True)
-    return text
+print("noise", flush=True)
 def verify(*pair, **_):
+    print("noise", flush=True)
     print("noise", file=sys.stderr)
     return True
 """
@@ -422,8 +432,8 @@ def test_what_libraries_print_is_lost(tmp_path, monkeypatch, capfd):
     (tmp_path / "math_verify.py").write_text(NOISY)
     monkeypatch.syspath_prepend(tmp_path)
     with Grader(workers=1) as grader:
-        assert grader.submit(solved("x"), "y").result(timeout=60) == 1
-        assert grader.submit(solved("x"), "y").result(timeout=60) == 1
+        assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
+        assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
         assert grader.failures == {"timeout": 0, "crash": 0}
     assert capfd.readouterr() == ("", "")
 

@@ -318,6 +318,16 @@ def test_mistakes_on_the_command_line(run, tiny_hf, args, words):
         ('{"prompt": "a", "n": null}', ["line 2", "n must"]),
         ('{"prompt": "a", "id": 0}', ["requests 0 and 1", "id 0"]),
         ('{"prompt": "a", "id": [1]}', ["line 2", "id must"]),
+        (r'{"prompt": "\sqrt2"}', ["line 2", "not JSON", r"write \\sqrt"]),
+        (r'{"prompt": "\frac12"}', ["line 2", "prompt", r"write \\frac"]),
+        (
+            r'{"messages": [{"role": "user", "content": "$\theta$"}]}',
+            ["line 2", "messages", r"write \\theta"],
+        ),
+        (
+            r'{"prompt": "a", "end_of_thinking_text": "\boxed{"}',
+            ["line 2", "end_of_thinking_text", r"write \\boxed"],
+        ),
     ],
 )
 def test_mistakes_in_the_prompts_file(run, tiny_hf, tmp_path, line, words):

@@ -312,6 +312,12 @@ def test_settings_of_a_training_run_are_off(path):
             lambda p: edit_json(p / "tokenizer_config.json", chat_template={"a": 1}),
             "chat_template must be",
         ),
+        (
+            lambda p: edit_json(
+                p / "tokenizer_config.json", e1jax_instruction="Use \boxed{}."
+            ),
+            r"e1jax_instruction holds a backspace where \boxed",
+        ),
     ],
 )
 def test_missing_or_broken_files(path, spoil, named):
@@ -329,6 +335,12 @@ def test_missing_or_broken_files(path, spoil, named):
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{1} and \boxed{2", "1"),
         (r"\boxed{}", ""),
+        (r"\boxed {4}", "4"),
+        ("\\boxed\n{4}", "4"),
+        (r"\boxed{\left\{ 1,2 \right.}", r"\left\{ 1,2 \right."),
+        (r"\boxed{\{1\}\cup\{2\}}", r"\{1\}\cup\{2\}"),
+        (r"\boxed{1\\}", r"1\\"),  # a line break, then the brace
+        (r"\} \\boxed{3} \{", "3"),
         (r"\boxed 7 and boxed{8}", None),
         ("", None),
     ],

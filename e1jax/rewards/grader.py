@@ -1,28 +1,20 @@
 r"""Rewards: 1 if the answer that a solution boxes is equivalent to an accepted one.
 
-Equal texts and whole numbers are compared at once. All else is left to `math-verify`,
-which can be made to compute for ever, to fill the memory or to crash by what a model
-writes (`9^{9^{9^{9}}}`). So it runs in worker processes, `python -m e1jax.rewards`:
-fresh interpreters that share nothing with this one, know nothing of JAX, and hold
-themselves to a time and a memory limit. They read a JSON line per comparison and
-answer with a line.
+Equal texts and whole numbers are compared at once. All else is compared by
+`e1jax.rewards.equivalence` in worker processes (`e1jax.rewards.worker`), which read a
+JSON line per comparison and answer with a line.
 """
 
 import atexit
 import collections
-import contextlib
-import ctypes
 import functools
 import json
-import logging
 import math
 import numbers
 import os
 import queue
 import re
 import reprlib
-import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -39,24 +31,12 @@ Accepted = str | float | Sequence[str | float]
 
 _MAX_WORKERS = 8
 _MAX_LENGTH = 2000  # characters; a longer answer is only right if it is the same text
-_MEMORY = 2 << 30  # bytes of address space of a worker
-_ROOM = 1 << 28  # bytes that a worker must have left; not touched, so it costs nothing
 _START_SECONDS = 60.0
 _START_ATTEMPTS = 3
 _GRACE_SECONDS = 5.0  # a worker that has not ended itself by then is killed
+READY = b"ready\n"  # the first line of a worker
 _AROUND = " \t\r\n$"  # what says nothing around an answer
-_READY = b"ready\n"
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
-# Spellings that math-verify does not know.
-_SPELLINGS = (
-    (re.compile(r"\s+"), " "),
-    (re.compile(r"\\(left|right) "), r"\\\1"),
-    (re.compile(r"(?<!\.)\.$"), ""),  # the end of a sentence
-    (re.compile(r"\\+$"), ""),  # what is left of a final `\$`
-    (re.compile(r"(?<=\d)\\,(?=\d{3}(?!\d))"), ""),  # 10\,000
-    (re.compile(r"\^?°"), r"^{\\circ}"),
-    (re.compile("\N{MINUS SIGN}"), "-"),
-)
 
 
 class Solved(Protocol):
@@ -139,11 +119,12 @@ def _graded(
 def accepted_texts(answer: Accepted, where: str) -> list[str]:
     r"""The accepted answers as texts, without `\boxed{}` and `$` around them.
 
-    Raises UserError naming `where` it stands if `answer` is not a text, a finite number
-    or a list of those, or is empty.
+    Of a worked solution, the last box or the text behind the last `####` (GSM8K) is the
+    answer. Raises UserError naming `where` it stands if `answer` is not a text, a finite
+    number or a list of those, is empty, or has several lines and neither mark.
     """
     items = answer if isinstance(answer, list | tuple) else [answer]
-    texts = [_unbox(_text(item, where)) for item in items]
+    texts = [final_answer(_text(item, where), where).strip(_AROUND) for item in items]
     if not texts or not all(texts):
         raise UserError(f"{where} is empty; write what answer is accepted")
     return texts
@@ -270,7 +251,7 @@ class Grader:
         for _ in range(_START_ATTEMPTS):
             process = self._spawn()
             reply = _ask(process, b"", _START_SECONDS)
-            if reply == _READY:
+            if reply == READY:
                 return process
             self._end(process)
             reason = reply.strip() or b"exit code %d" % process.returncode
@@ -291,7 +272,7 @@ class Grader:
             # Not forked, because JAX's threads hold locks, nor made by multiprocessing,
             # which runs the user's script again. Ctrl-C does not reach its session.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "e1jax.rewards", str(self.limit)],
+                [sys.executable, "-P", "-m", "e1jax.rewards.worker", str(self.limit)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -357,9 +338,25 @@ def _answer(response: str) -> str:
     return (extract_boxed(solution) or "").strip(_AROUND)
 
 
-def _unbox(text: str) -> str:
+def final_answer(text: str, where: str) -> str:
+    r"""The part of an accepted text that is the answer.
+
+    That is the content of its last `\boxed{}`, else what follows the last `####` (as in
+    GSM8K), else all of it. Raises UserError naming `where` for several lines without
+    either mark: a worked solution, which no answer could equal.
+    """
     boxed = extract_boxed(text)
-    return (text if boxed is None else boxed).strip(_AROUND)
+    if boxed is not None:
+        return boxed
+    _, mark, last = text.rpartition("####")
+    # A matrix may be written in several lines.
+    one_line = re.sub(r"\\begin\{.*\\end\{", "", last.strip(), flags=re.DOTALL)
+    if "\n" in one_line:
+        raise UserError(
+            f"{where} has several lines, and neither \\boxed{{}} nor #### says which part "
+            f"is the answer: {reprlib.repr(text)}; give the answer alone"
+        )
+    return last if mark else text
 
 
 def _reward_at_once(answer: str, accepted: list[str]) -> float | None:
@@ -371,66 +368,3 @@ def _reward_at_once(answer: str, accepted: list[str]) -> float | None:
     if all(map(_INTEGER.fullmatch, [answer, *accepted])):
         return float(int(answer) in map(int, accepted))
     return None
-
-
-def _work(limit: float) -> None:
-    """A worker: answers each line on stdin, a JSON [answer, accepted texts], with 1 or 0.
-
-    It ends when stdin does, and with its parent. The alarm that ends it after `limit`
-    seconds has no handler: a handler would wait for C code to return.
-    """
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-    for kind, most in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
-        # Some systems have no such limit, or a lower one already.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (most, most))
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    logging.disable()
-    try:
-        equivalent = _comparison()
-        equivalent("x+1", ["1+x"])  # the first one builds tables
-    except Exception as error:
-        replies.write(f"{error!r}\n".encode())
-        return
-    replies.write(_READY)
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, limit)
-        equal = equivalent(*json.loads(line))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        # Without memory SymPy finds nothing equal. A worker that is full, of what caches
-        # hold, ends here by MemoryError, and a fresh one compares again.
-        bytes(_ROOM)
-        replies.write(b"1\n" if equal else b"0\n")
-
-
-def _comparison():
-    """A function of an answer and accepted texts: is it equivalent to one of them?"""
-    import sympy.core.random  # here, because only workers may load it
-    from math_verify import LatexExtractionConfig, parse, verify  # likewise
-
-    # Only LaTeX: the other rules look for any number in a text that does not parse.
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
-
-    def expressions(text: str) -> list[Any]:
-        for pattern, spelling in _SPELLINGS:
-            text = pattern.sub(spelling, text)
-        return parse(rf"\boxed{{{text}}}", config, parsing_timeout=0)
-
-    def equivalent(answer: str, accepted: list[str]) -> bool:
-        # SymPy tests some equalities at random points.
-        sympy.core.random.seed(0)
-        target = expressions(answer)
-        # The option lets `x > 2` stand for `(2, \infty)` both ways round.
-        options = {"allow_set_relation_comp": True, "timeout_seconds": 0}
-        return any(verify(expressions(text), target, **options) for text in accepted)
-
-    return equivalent
-
-
-if __name__ == "__main__":
-    _work(float(sys.argv[1]))
