@@ -466,7 +466,7 @@ BAD_SOURCES = {
     },
     "generation config is no JSON": (
         lambda p: truncate(p / "generation_config.json"),
-        "generation_config.json is not JSON",
+        "generation_config.json line ",
     ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
     "no tokenizer config": (
