@@ -350,7 +350,8 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
     run: RUN_DIR/checkpoints/STEP or RUN_DIR/STEP. None if it is none of them; so is a
     Hugging Face directory, whatever subdirectories it has.
     """
-    if any(file.suffix in (".safetensors", ".bin") for file in path.glob("*")):
+    # By their names: training leaves other files behind, as training_args.bin.
+    if any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
         return None
     if (path / "config.json").is_file():
         if (path / CHECKPOINTS).is_dir():

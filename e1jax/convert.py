@@ -18,6 +18,7 @@ import os
 import re
 import reprlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ import safetensors
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from e1jax.attention import rope_frequencies
 from e1jax.checkpoint import (
     PARAMS,
     THREADS,
@@ -56,10 +58,11 @@ from e1jax.config import (
     run_command,
     stop_signals,
 )
-from e1jax.model import Params
+from e1jax.hosts import is_first
+from e1jax.model import Params, abstract_params
 from e1jax.quantize import KERNELS, int8_on_host
-from e1jax.sharding import make_mesh
-from e1jax.tokenizer import FILES, Tokenizer, read_json
+from e1jax.sharding import make_mesh, note_undivided
+from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files, read_json
 
 # Our parameter: its Hugging Face name ({}: the layer) and whether the weight [out, in]
 # of a torch Linear is turned to our [in, out]. Layers are stacked on a new first dim.
@@ -90,6 +93,8 @@ _DTYPES = {
 
 _BUNDLED = Path(__file__).parent / "models"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_BLOCK_BYTES = 2**24  # of each of two tensors, compared at a time
 _FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
 
 
@@ -104,6 +109,8 @@ class LoadedModel:
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
     quantize: str | None = None  # form of kernels and embedding, see quantize
+    # Of a Hugging Face directory, where each tensor is.
+    tensors: Mapping[str, "_Tensor"] = dataclasses.field(default_factory=dict)
 
     @property
     def params(self) -> Params:
@@ -112,7 +119,7 @@ class LoadedModel:
         if saved := find_params(self.path):
             arrays = open_params(saved[0], self.config)
         else:
-            arrays = _lazy_arrays(hf_tensors(self.path, self.config), self.config)
+            arrays = _lazy_arrays(self.tensors, self.config)
         if self.quantize and not quantized(arrays):
             arrays = as_int8(arrays)
         return place(arrays, self.config, self.mesh, self.dtype)
@@ -138,7 +145,7 @@ def load_model(
     saved = find_params(path)
     files = saved[1] if saved else path
     config, tokenizer = read_config(files), read_tokenizer(files)
-    mesh = make_mesh(mesh_text, config)
+    mesh, tensors = make_mesh(mesh_text, config), {}
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     # Names, shapes and sizes are checked now; the weights themselves can wait.
@@ -146,8 +153,11 @@ def load_model(
         read_manifest(files)
         quantize = quantized(check_saved(saved[0], config)) or quantize
     else:
-        hf_tensors(path, config)
-    return LoadedModel(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize)
+        config, tensors = open_hf(path)
+    note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
+    return LoadedModel(
+        *(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize, tensors)
+    )
 
 
 def resolve(model: str) -> Path:
@@ -201,7 +211,11 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model, checked to have no id beyond the model's."""
+    """The tokenizer of a model, checked to have no id beyond the model's.
+
+    A response ends at its own EOS and at each that `generation_config.json` or
+    `config.json` names. Raises UserError for one that is not an id of the model.
+    """
     tokenizer = Tokenizer.from_dir(path)
     largest = max(tokenizer.backend.get_vocab().values())
     vocab_size = read_config(path).vocab_size
@@ -210,7 +224,25 @@ def read_tokenizer(path: Path) -> Tokenizer:
             f"{path / 'tokenizer.json'} has the id {largest}, but vocab_size in "
             f"config.json is {vocab_size}; the two are of different models"
         )
-    return tokenizer
+    named = [
+        token
+        for name in (GENERATION, "config.json")
+        for token in _named_eos_ids(path / name, vocab_size)
+    ]
+    more = [token for token in dict.fromkeys(named) if token != tokenizer.eos_id]
+    return dataclasses.replace(tokenizer, more_eos_ids=tuple(more))
+
+
+def _named_eos_ids(file: Path, vocab_size: int) -> list[int]:
+    """The ids under `eos_token_id`, one or a list; none without such a file or key."""
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise UserError(
+            f"{file}: eos_token_id={reprlib.repr(value)} must be an id of this model (0 "
+            f"to {vocab_size - 1}) or a list of them"
+        )
+    return ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,10 +279,39 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
-    """The tensors of a Hugging Face directory, checked to be those of the model.
+def open_hf(path: Path) -> tuple[ModelConfig, dict[str, _Tensor]]:
+    """Sizes of the model in a Hugging Face directory, and its tensors, yet to be read.
 
-    Raises UserError listing the names of missing, unexpected or misshapen tensors.
+    A file may hold an output head although config.json says that the embedding is used
+    for it. Equal to the embedding bit for bit, the head is left out; else it is used, as
+    transformers does, and the sizes have `tie_word_embeddings` False. Raises UserError
+    listing the names of missing, unexpected or misshapen tensors, and for saved RoPE
+    frequencies that are not the ones of config.json.
+    """
+    config, tensors = read_config(path), _stored_tensors(path)
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        _check_frequencies(tensors.pop(name), config)
+    doubtful = config.tie_word_embeddings and _HEAD in tensors
+    if doubtful:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_same(shapes, hf_shapes(config), str(path))
+    if doubtful and _equal(tensors[_HEAD], tensors[_EMBEDDING]):
+        del tensors[_HEAD]
+        config = dataclasses.replace(config, tie_word_embeddings=True)
+    elif doubtful and is_first():
+        print(
+            f"note: {path / 'config.json'} has tie_word_embeddings true, but {_HEAD} is "
+            "not the embedding; it is used as the output head",
+            file=sys.stderr,
+        )
+    return config, tensors
+
+
+def _stored_tensors(path: Path) -> dict[str, _Tensor]:
+    """Every tensor in the weight files of a Hugging Face directory, by name.
+
+    Raises UserError for a file that is missing, cut off or at odds with the index.
     """
     index = {}
     if (path / _SINGLE).is_file():
@@ -277,16 +338,15 @@ def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
     else:
         raise UserError(f"{path} holds neither {_SINGLE} nor {_INDEX}, so no weights")
 
-    tensors, names = {}, {}
+    tensors: dict[str, _Tensor] = {}
     for file in files:
         header, start = _header(file)
-        names[file.name] = set(header)
         for name in sorted(header):
-            # Buffers of old files, and a copy of the embedding: nothing to load.
-            if name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                continue
+            if name in tensors:
+                raise UserError(
+                    f"{file} and {tensors[name].file.name} both hold {name}; "
+                    "download the model again"
+                )
             shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
             if dtype not in _DTYPES:
                 raise UserError(
@@ -296,17 +356,40 @@ def hf_tensors(path: Path, config: ModelConfig) -> dict[str, _Tensor]:
             offset = start + header[name]["data_offsets"][0]
             tensors[name] = _Tensor(file, name, shape, _DTYPES[dtype], offset)
     for name, file in index.items():
-        if name not in names[str(file)]:
+        if name not in tensors or tensors[name].file.name != str(file):
             raise UserError(
                 f"{path / _INDEX} says that {name} is in {file}, where it is not; "
                 "download both again"
             )
-    check_same(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        hf_shapes(config),
-        str(path),
-    )
     return tensors
+
+
+def _check_frequencies(tensor: _Tensor, config: ModelConfig) -> None:
+    """Refuses RoPE frequencies, which old versions of transformers saved with each layer,
+    if they do not follow from config.json; we compute them from it."""
+    expected = rope_frequencies(config.head_dim, config.rope_theta)
+    # They may have been cast to bfloat16 (8 bits) or float16 (nothing below 6e-8).
+    if tensor.shape != expected.shape or not np.allclose(
+        tensor.map().astype(np.float32), expected, rtol=2**-8, atol=6e-8
+    ):
+        raise UserError(
+            f"{tensor.file}: {tensor.name} is not what rope_theta={config.rope_theta:g} "
+            f"and head_dim={config.head_dim} in config.json give; config.json and the "
+            "weights are of different models"
+        )
+
+
+def _equal(a: _Tensor, b: _Tensor) -> bool:
+    """Whether two tensors of one shape are the same bit for bit, read by blocks of rows."""
+    if a.dtype != b.dtype:
+        return False
+    rows = max(1, _BLOCK_BYTES // (a.shape[1] * a.dtype.itemsize))
+
+    def bits(tensor: _Tensor, start: int) -> np.ndarray:
+        return tensor.map()[start : start + rows].view(np.uint8)
+
+    starts = range(0, a.shape[0], rows)
+    return all(np.array_equal(bits(a, i), bits(b, i)) for i in starts)
 
 
 def hf_names(config: ModelConfig, name: str) -> list[str]:
@@ -442,8 +525,8 @@ def from_hf(
             raise UserError(
                 f"{path} is an e1jax checkpoint already; nothing to convert"
             )
-        config, _ = read_config(path), read_tokenizer(path)
-        tensors = hf_tensors(path, config)
+        read_tokenizer(path)
+        config, tensors = open_hf(path)
         stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
         if dtype is None and len(stored) > 1:
             raise UserError(
@@ -478,7 +561,7 @@ def from_hf(
                 arrays = {name: arrays.get(name, packed[name]) for name in packed}
             save_params(new / PARAMS, as_tree(arrays, config))
         manifest["tensors"] = {name: described[name] for name in tensors}
-        _copy_files(path, new, dtype)
+        _copy_files(path, new, dtype, config)
         _write_json(new / "manifest.json", manifest)
 
 
@@ -523,13 +606,8 @@ def to_hf(source: str, dst: Path) -> None:
                 note(sizes[name])
 
             write_hf_weights(new, config, dtype, arrays, written)
-        _copy_files(files_dir, new, str(dtype))
-        bos = tokenizer.special_tokens.get("bos_token")
-        ids = {
-            "bos_token_id": tokenizer.backend.token_to_id(bos) if bos else None,
-            "eos_token_id": tokenizer.eos_id,
-        }
-        _write_json(new / "generation_config.json", ids)
+        _copy_files(files_dir, new, str(dtype), config)
+        _name_eos_ids(new / GENERATION, tokenizer)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -654,14 +732,28 @@ def _hf_blocks(name: str, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
         yield turn(block) if turned else np.ascontiguousarray(block)
 
 
-def _copy_files(src: Path, dst: Path, dtype: str) -> None:
-    """Copies the tokenizer, and config.json with the dtype of the new weights."""
-    for name in FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
+def _name_eos_ids(file: Path, tokenizer: Tokenizer) -> None:
+    """Completes a generation_config.json that does not say where a response ends."""
+    there = read_json(file) if file.is_file() else {}
+    if there.get("eos_token_id") not in (None, []):
+        return
+    if there.get("_from_model_config"):  # transformers would make it again, without ids
+        there = {}
+    bos = tokenizer.special_tokens.get("bos_token")
+    bos_id = tokenizer.backend.token_to_id(bos) if bos else None
+    eos_ids = list(tokenizer.eos_ids) if tokenizer.more_eos_ids else tokenizer.eos_id
+    _write_json(file, {"bos_token_id": bos_id, **there, "eos_token_id": eos_ids})
+
+
+def _copy_files(src: Path, dst: Path, dtype: str, sizes: ModelConfig) -> None:
+    """Copies the files beside the weights; config.json gets the dtype of the new ones,
+    and loses a tie that they do not have."""
+    copy_files(src, dst)
     config = read_json(src / "config.json")
     # transformers 5 writes dtype, and still reads torch_dtype, the name of 4.
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    if config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = sizes.tie_word_embeddings
     _write_json(dst / "config.json", config)
 
 
@@ -724,9 +816,11 @@ def inspect(model: str) -> str:
     path = resolve(model)
     saved = find_params(path)
     files = saved[1] if saved else path
-    config = read_config(files)
-    tensors = check_saved(saved[0], config) if saved else hf_tensors(path, config)
-    origin = read_manifest(files) if saved else {}
+    if saved:
+        config, origin = read_config(files), read_manifest(files)
+        tensors = check_saved(saved[0], config)
+    else:
+        origin, (config, tensors) = {}, open_hf(path)
     rows: dict[str, tuple[int, Any]] = {}  # one per kind of tensor: count, any of them
     for name, tensor in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", name)

@@ -353,7 +353,8 @@ class Engine:
         rows = empty_rows(self.slots, _next_power(longest, SHORTEST_FORCED))
         rows = jax.device_put(rows, replicated(self.mesh))
         think_end = self.tokenizer.think_end_id
-        ids = TokenIds(self.tokenizer.eos_id, -1 if think_end is None else think_end)
+        eos_ids = np.array(self.tokenizer.eos_ids, np.int32)
+        ids = TokenIds(eos_ids, -1 if think_end is None else think_end)
         # Steps per look of the host: as many as take about a second, so that progress
         # shows and Ctrl-C works on a slow device too.
         num_steps = 8
@@ -492,7 +493,7 @@ class Engine:
     def _texts(self, item: _Active) -> tuple[str, str, str]:
         """Thinking, solution, and the whole response, without a final EOS."""
         ids, decode_text = item.token_ids, self.tokenizer.decode
-        if ids[-1] == self.tokenizer.eos_id and not item.forced[-1]:
+        if ids[-1] in self.tokenizer.eos_ids and not item.forced[-1]:
             ids = ids[:-1]
         if not item.request.forced_ids:  # a model without `</think>`
             return "", decode_text(ids), decode_text(ids)

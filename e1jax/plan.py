@@ -53,7 +53,7 @@ from e1jax.config import (
 from e1jax.convert import LoadedModel, read_config, resolve
 from e1jax.hosts import make_copy_to_all
 from e1jax.sampling import TokenIds
-from e1jax.sharding import make_mesh, replicated, sharding
+from e1jax.sharding import make_mesh, replicated, sharding, undivided
 from e1jax.tokenizer import read_json
 from e1jax.train import (
     Batch,
@@ -456,10 +456,10 @@ class Sampler(NamedTuple):
         return self._whole(engine.empty_rows(self.slots, engine.SHORTEST_FORCED))
 
     def decode(self) -> Program:
-        number = self._whole(np.int32(0))
+        number, eos_ids = self._whole((np.int32(0), np.zeros(1, np.int32)))
         return compile_for_tpu(
             engine.decode.trace(
-                *(self.sizes, self.mesh, self.params, TokenIds(number, number)),
+                *(self.sizes, self.mesh, self.params, TokenIds(eos_ids, number)),
                 *(self.cache, self._rows, number, number),
             )
         )
@@ -511,6 +511,7 @@ def plan_sampling(
             f"sampling uses one host, in training each by itself: of {slice_.topology}, "
             f"plan for {host_slice(slice_).topology}"
         )
+    _warn_if_undivided(report, sizes, sampler.params)
     programs = sampling_programs(sampler)
     _note(report, programs)
     weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
@@ -719,6 +720,7 @@ def plan_training(
     report = _report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
+    _warn_if_undivided(report, sizes, learner.shapes)
     held = report.memory = resident(learner)
     state = sum(held.values())
     if state > report.hbm_limit_bytes:  # no need to compile for minutes
@@ -871,6 +873,7 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
         copied["copy"] = compile_for_tpu(traced)
         waiting = beside["optimizer"] + beside["reference"]
         phases["copy"] = copied["copy"].total + waiting
+        _warn_if_undivided(report, sampler.sizes, sampler.params)
     programs = sampling_programs(sampler)
     _note(report, copied | programs)
     most = max(sampling_phases(sampler, programs).values())
@@ -1066,6 +1069,11 @@ def _note(report: Report, programs: dict[str, Program]) -> None:
                 f"{name} does not fit: {program.total / GIB:.2f} GiB of "
                 f"{report.hbm_limit_bytes / GIB:.2f} GiB"
             )
+
+
+def _warn_if_undivided(report: Report, sizes: ModelConfig, params: Any) -> None:
+    if text := undivided(sizes, params):
+        report.warnings.append(text)
 
 
 def _count_seconds(report: Report, programs: Iterable[Program]) -> None:

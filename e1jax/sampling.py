@@ -39,11 +39,10 @@ STOP, SOLUTION_BUDGET, LENGTH = 1, 2, 3
 
 
 class TokenIds(NamedTuple):
-    """Special ids, read from the tokenizer. `think_end` is -1 in a model that has no
-    `</think>`."""
+    """Special ids, read from the tokenizer."""
 
-    eos: int
-    think_end: int
+    eos: Any  # [E] int32: any of them ends a response
+    think_end: int  # -1: the model has no `</think>`
 
 
 class Budget(NamedTuple):
@@ -154,12 +153,13 @@ def advance(
     next state).
 
     `sampled` is what the model drew. While thinking it is dropped, in favour of the
-    first forced token, where the budget is used up or where it is EOS; a dropped token
+    first forced token, where the budget is used up or where it is an EOS; a dropped token
     counts nowhere. A row that is DONE keeps its state, and its token means nothing.
     """
+    is_eos = jnp.isin(sampled, ids.eos)
     thinking, solving = state.phase == THINK, state.phase == SOLVE
     spent = thinking & (state.thinking_tokens >= budget.thinking)
-    stopped = thinking & ~budget.plain & (sampled == ids.eos)
+    stopped = thinking & ~budget.plain & is_eos
     forced = spent | stopped | (state.phase == FORCE)
     index = jnp.minimum(state.forced_tokens, budget.forced_ids.shape[1] - 1)
     next_forced = _at(budget.forced_ids, index)
@@ -175,7 +175,7 @@ def advance(
     solution_tokens = state.solution_tokens + solving
     num_tokens = state.num_tokens + 1
 
-    at_eos = (sampled == ids.eos) & (solving | (thinking & budget.plain))
+    at_eos = is_eos & (solving | (thinking & budget.plain))
     finish = jnp.where(num_tokens >= budget.total, LENGTH, 0)
     finish = jnp.where(
         (phase == SOLVE) & (solution_tokens >= budget.solution), SOLUTION_BUDGET, finish

@@ -50,7 +50,7 @@ from e1jax.data import (
     sft_batches,
 )
 from e1jax.model import Params, abstract_params, forward, init_params, unembed
-from e1jax.sharding import COMPILER_OPTIONS, make_mesh, sharding
+from e1jax.sharding import COMPILER_OPTIONS, make_mesh, note_undivided, sharding
 from e1jax.tokenizer import (
     INSTRUCTION_KEY,
     Tokenizer,
@@ -72,6 +72,7 @@ def train(config: SFTConfig, run_dir: Path) -> None:
     not a finite number; KeyboardInterrupt, after saving, if Ctrl-C came.
     """
     mesh = make_mesh(config.mesh, config.model)
+    check_rows(config, mesh)
     tokenizer = prepare(config, run_dir)
     styles = style_batches(nano_problems(EVALUATED, held_out=True), tokenizer)
     schedule = learning_rates(config.optimizer, config.steps)
@@ -81,6 +82,7 @@ def train(config: SFTConfig, run_dir: Path) -> None:
 
     checkpoints = RunCheckpoints(run_dir, config.checkpoint)
     shapes = abstract_params(config.model, mesh, jnp.float32)
+    note_undivided(config.model, shapes)
     state_shapes = abstract_state(optimizer, shapes, mesh)
     restored = checkpoints.restore(shapes, state_shapes)
     if restored:
@@ -112,6 +114,18 @@ def train(config: SFTConfig, run_dir: Path) -> None:
         print(f"{run_dir} is trained; python -m e1jax.sample --model {run_dir}")
     if signal.SIGINT in signals:
         raise KeyboardInterrupt
+
+
+def check_rows(config: SFTConfig, mesh: Mesh) -> None:
+    """Refuses a mesh that does not divide the rows of a batch: each device would compute
+    all of them."""
+    data = mesh.shape["data"]
+    for name, mix in (("first", config.first), ("second", config.second)):
+        if mix.batch_size % data:
+            raise UserError(
+                f"{name}.batch_size={mix.batch_size} is not a multiple of the mesh's "
+                f"data={data}; change one of them"
+            )
 
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,10 @@ def make_mesh(
     shape = _default_shape(config, len(devices)) if text is None else _parse(text)
     needed = math.prod(shape.values())
     if needed != len(devices):
-        axes = ",".join(f"{name}={size}" for name, size in shape.items())
         hosts = jax.process_count()
         where = f" on {hosts} hosts" if hosts > 1 else ""
         raise UserError(
-            f"mesh {axes} needs {needed} devices, and JAX sees {len(devices)}{where}; "
+            f"mesh {_text(shape)} needs {needed} devices, and JAX sees {len(devices)}{where}; "
             "make the sizes multiply to it"
         )
     check_divides(config, shape)
@@ -82,6 +81,72 @@ def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
             )
 
 
+def undivided(config: ModelConfig, params: Any) -> str | None:
+    """What it costs each device that the mesh does not divide all matrices, in words;
+    None if it does.
+
+    `params` are shapes with shardings, as model.abstract_params gives them. Matrices are
+    meant to be divided among all devices; biases and norms are small, and are not.
+    """
+    leaves, _ = jax.tree.flatten_with_path(params)
+    names = ("kernel", "embedding", "values")  # the last one: of int8
+    matrices = [leaf for keys, leaf in leaves if keys[-1].key in names]
+    mesh = matrices[0].sharding.mesh
+
+    def excess(leaf: Any) -> float:
+        """Bytes on a device beyond its share."""
+        held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        return (held - leaf.size / mesh.size) * leaf.dtype.itemsize
+
+    kept = [excess(leaf) for leaf in matrices if excess(leaf) > 0]
+    if not kept:
+        return None
+    sizes = [f"{name}={getattr(config, name)}" for name in _uncut(config, mesh.shape)]
+    better = _nearest(config, mesh.shape)
+    count = math.prod(better.values())
+    return (
+        f"mesh {_text(mesh.shape)} does not divide {' and '.join(sizes)}, so every device "
+        f"keeps {len(kept)} array{'s' * (len(kept) > 1)} of parameters whole in that "
+        f"dimension, {_amount(sum(kept))} more than its share"
+        + (f"; on {count} devices, {_text(better)} divides all" if count > 1 else "")
+    )
+
+
+def note_undivided(config: ModelConfig, params: Any) -> None:
+    """Says on stderr what `undivided` does, if it says something."""
+    text = undivided(config, params)
+    if text and jax.process_index() == 0:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _uncut(config: ModelConfig, shape: Mapping[str, int]) -> list[str]:
+    """The sizes that a mesh should divide and does not; see RULES."""
+    sizes = {"hidden_size": shape["data"], "vocab_size": math.prod(shape.values())}
+    return [name for name, parts in sizes.items() if getattr(config, name) % parts]
+
+
+def _nearest(config: ModelConfig, shape: Mapping[str, int]) -> dict[str, int]:
+    """The mesh that divides everything on as many devices as possible, not more than
+    this one has, and of such the one with the most similar `tensor`."""
+    tensors = [n for n in range(1, config.num_kv_heads + 1) if _divides_all(config, n)]
+    shapes = (
+        {"data": count // tensor, "tensor": tensor}
+        for count in range(math.prod(shape.values()), 0, -1)
+        for tensor in sorted(tensors, key=lambda n: abs(n - shape["tensor"]))
+        if count % tensor == 0
+    )
+    return next(shape for shape in shapes if not _uncut(config, shape))
+
+
+def _text(shape: Mapping[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in shape.items())
+
+
+def _amount(num_bytes: float) -> str:
+    unit, name = (2**30, "GiB") if num_bytes >= 2**27 else (2**20, "MiB")
+    return f"{num_bytes / unit:.3g} {name}"
+
+
 def on_tpu(mesh: Mesh | None) -> bool:
     """Whether arrays lie on TPUs, of this machine or of a topology to compile for."""
     return mesh is not None and mesh.devices.flat[0].platform == "tpu"
@@ -95,7 +160,7 @@ def sharding(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
     """Where an array whose dims have these logical axes lies. A dim that its mesh axes
-    do not divide (an odd vocabulary, say) stays whole."""
+    do not divide (an odd vocabulary, say) stays whole; see `undivided`."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         part = RULES[axis] if axis else None

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import reprlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ THINK_END = "</think>"
 # prompts with.
 INSTRUCTION_KEY = "e1jax_instruction"
 
-# Files that make up a tokenizer; conversion copies those that are there.
+# Files that a model has beside config.json and weights, each of which may be missing.
+GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"  # a directory, of NAME.jinja
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    f"{TEMPLATES}/*.jinja",
+    GENERATION,
 )
 
 _PROBE = "  two spaces,\n\na blank line,\ttabs, 3*(x+1)=\\boxed{7} and é漢🙂 \n"
@@ -40,23 +45,24 @@ class Tokenizer:
     """A Hugging Face tokenizer and the special ids that sampling needs."""
 
     backend: tokenizers.Tokenizer
-    eos_id: int
+    eos_id: int  # its own end of sequence, which training writes
     think_end_id: int | None  # None: the model has no `</think>`
     special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
     chat_template: str | None
     instruction: str | None  # what training ended its prompts with; None: not recorded
+    more_eos_ids: tuple[int, ...] = ()  # that the model's configuration names
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":
-        """Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
+        """Reads `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and
+        the chat template.
 
         Raises UserError if a file is missing or broken, if the EOS token is not known,
         or if the tokenizer loses characters of ordinary text.
         """
         backend = _load_backend(path / "tokenizer.json")
         config = read_json(path / "tokenizer_config.json")
-        texts = {k: _token_text(v) for k, v in config.items() if k.endswith("_token")}
-        special = {k: text for k, text in texts.items() if text is not None}
+        special = _special_tokens(path, config)
         if "eos_token" not in special:
             raise UserError(
                 f"{path / 'tokenizer_config.json'} names no eos_token, so no response could ever end"
@@ -92,6 +98,11 @@ class Tokenizer:
             _chat_template(path, config),
             instruction,
         )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids any of which ends a response."""
+        return self.eos_id, *self.more_eos_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text as it is; nothing is added.
@@ -172,17 +183,46 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
 
 
+def copy_files(src: Path, dst: Path) -> None:
+    """Copies FILES, those that are there, from one model directory to another."""
+    for pattern in FILES:
+        for file in filter(Path.is_file, src.glob(pattern)):
+            target = dst / file.relative_to(src)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ... as transformers reads them: `special_tokens_map.json` goes
+    before `tokenizer_config.json`, unless that lists its tokens itself, as newer ones do.
+    """
+    file = path / "special_tokens_map.json"
+    if file.is_file() and "added_tokens_decoder" not in config:
+        config = config | read_json(file)
+    texts = {k: _token_text(v) for k, v in config.items() if k.endswith("_token")}
+    return {k: text for k, text in texts.items() if text is not None}
+
+
 def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     """The template, from its own file or from `tokenizer_config.json`.
 
-    Older configs hold a list of named templates: then it is the one named "default".
+    Where there are several under names, it is the one named "default". As transformers
+    does, files go before the configuration, even if none of them is the default.
     """
+    files = {file.stem: file for file in (path / TEMPLATES).glob("*.jinja")}
     if (path / "chat_template.jinja").exists():
-        return _read_text(path / "chat_template.jinja")
+        files = {"default": path / "chat_template.jinja"} | files
+    if "default" in files:
+        return _read_text(files["default"])
+    if files:
+        raise UserError(
+            f"{path / TEMPLATES} has no template named 'default' but "
+            f"{', '.join(sorted(files))}; put the one to use in chat_template.jinja"
+        )
     value = config.get("chat_template")
     if isinstance(value, list):
         named = [t for t in value if isinstance(t, dict) and t.get("name") == "default"]
-        value = named[0].get("template", value) if named else value
+        value = named[-1].get("template", value) if named else value
     if not isinstance(value, str | None):
         raise UserError(
             f"{path / 'tokenizer_config.json'}: chat_template must be a text, or a list "

@@ -17,7 +17,6 @@ checkpoint holds no generator.
 """
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -57,7 +56,7 @@ from e1jax.config import (
     stop_signals,
     writing,
 )
-from e1jax.convert import LoadedModel, load_model
+from e1jax.convert import LoadedModel, load_model, read_config
 from e1jax.data import (
     EncodedProblem,
     Prompt,
@@ -92,11 +91,12 @@ from e1jax.sharding import (
     enough_memory,
     make_whole,
     map_over_data,
+    note_undivided,
     over_data,
     sum_over_data,
     use_compilation_cache,
 )
-from e1jax.tokenizer import FILES, INSTRUCTION_KEY, read_json
+from e1jax.tokenizer import INSTRUCTION_KEY, copy_files, read_json
 
 # The prompts of a step are padded to one of this many lengths, and its responses too: each
 # pair is a compilation.
@@ -279,9 +279,12 @@ def make_engine(
         )
     longest_prompt = max(len(example.prompt_ids) for example in examples)
     cache_len = rollout_cache_len(config, longest_prompt)
+    mesh = local_mesh(loaded.config, loaded.mesh)
+    if mesh.shape != loaded.mesh.shape:
+        shapes = abstract_params(loaded.config, mesh, computed_in(config))
+        note_undivided(loaded.config, shapes)
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer),
-        local_mesh(loaded.config, loaded.mesh),
+        *(loaded.config, None, loaded.tokenizer, mesh),
         cache_len=cache_len,
         slots=rollout.slots,
     )
@@ -324,23 +327,21 @@ def prepare(
     evaluates the model, wherever it is converted to.
     """
     record_config(config, run_dir)
-    sizes = loaded.config.to_hf(config.update.param_dtype)
-    file = run_dir / "config.json"
-    if file.exists() and read_json(file) != sizes:
+    if (run_dir / "config.json").exists() and read_config(run_dir) != loaded.config:
         raise UserError(
             f"{run_dir} was begun with a model of other sizes than {config.model} has "
             "now; bring that model back, or take another --run-dir"
         )
     source = (find_params(loaded.path) or (None, loaded.path))[1]
+    ids = ("bos_token_id", "eos_token_id")
+    named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
     values = read_json(source / "tokenizer_config.json")
     values = {
         "tokenizer_config.json": {**values, INSTRUCTION_KEY: instruction},
-        "config.json": sizes,
+        "config.json": loaded.config.to_hf(config.update.param_dtype) | named,
     }
     with writing(run_dir):
-        for name in FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, run_dir / name)
+        copy_files(source, run_dir)
         for name, value in values.items():
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
             new = run_dir / f"{name}.new"
@@ -485,6 +486,12 @@ def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int,
     return seen + 1, response_len
 
 
+def computed_in(config: GRPOConfig) -> Any:
+    """The dtype of the computation, and of the parameters that the engine samples from."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+
+
 class Learner:
     """The policy in training: its parameters, the optimizer's state, the reference.
 
@@ -498,8 +505,7 @@ class Learner:
         loaded: LoadedModel,
         longest: tuple[int, int],
     ):
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
+        self.dtype = computed_in(config)
         self.config, self.loaded = config, loaded
         self.longest = longest  # prompt and response, in tokens
         self.optimizer = make_optimizer(config)

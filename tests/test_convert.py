@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import edit_json
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from e1jax import checkpoint, convert
 from e1jax.checkpoint import (
@@ -29,6 +29,7 @@ from e1jax.checkpoint import (
     save_params,
 )
 from e1jax.config import ModelConfig, UserError, run_command
+from e1jax.model import forward, unembed
 from e1jax.tokenizer import write_byte_tokenizer
 
 
@@ -57,6 +58,13 @@ def logits(path: Path) -> torch.Tensor:
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         return model(torch.arange(40).reshape(2, 20)).logits
+
+
+def our_logits(loaded: convert.LoadedModel) -> jax.Array:
+    """Of the same tokens."""
+    tokens, positions = jnp.arange(40).reshape(2, 20), jnp.tile(jnp.arange(20), (2, 1))
+    hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
+    return unembed(loaded.config, loaded.params, hidden)
 
 
 @pytest.fixture
@@ -122,6 +130,58 @@ def test_manifest_and_generation_config(tiny_hf, tmp_path, command):
         "bos_token_id": tokenizer.backend.token_to_id("<｜begin▁of▁sentence｜>"),
         "eos_token_id": tokenizer.eos_id,
     }
+
+
+@pytest.mark.parametrize(
+    ("in_generation", "in_config", "ends"),
+    [
+        ([256, 97], None, (256, 97)),
+        (97, None, (256, 97)),
+        ([97, 98], [98, 99, 256], (256, 97, 98, 99)),
+        (None, [99, 256], (256, 99)),
+        (259, 259, (256, 259)),  # also if it is named as BOS
+        ([], 256, (256,)),
+    ],
+)
+def test_every_eos_id_comes_back(
+    tiny_hf, tmp_path, command, in_generation, in_config, ends
+):
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    edit_json(source / "config.json", eos_token_id=in_config, bos_token_id=259)
+    generation = {"bos_token_id": 259, "eos_token_id": in_generation, "top_k": 7}
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    command("from-hf", source, tmp_path / "e1")
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    for name in ("hf", "e1", "back"):
+        assert convert.read_tokenizer(tmp_path / name).eos_ids == ends
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config.get("eos_token_id"), config["bos_token_id"]) == (in_config, 259)
+    theirs = GenerationConfig.from_pretrained(tmp_path / "back")
+    named = in_generation or (list(ends) if len(ends) > 1 else ends[0])
+    assert (theirs.eos_token_id, theirs.bos_token_id, theirs.top_k) == (named, 259, 7)
+
+
+def test_a_checkpoint_without_generation_config(tiny_hf, tmp_path, command):
+    """As older versions wrote it: it loads, and to-hf names the EOS of its tokenizer."""
+    command("from-hf", tiny_hf(), tmp_path / "e1")
+    (tmp_path / "e1/generation_config.json").unlink()
+    assert convert.load_model(str(tmp_path / "e1")).tokenizer.eos_ids == (256,)
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == 256
+
+
+def test_named_templates_come_back(tiny_hf, tmp_path, command):
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    command("from-hf", source, tmp_path / "e1")
+    command("to-hf", tmp_path / "e1", tmp_path / "back")
+    templates = [
+        AutoTokenizer.from_pretrained(path).chat_template
+        for path in (source, tmp_path / "back")
+    ]
+    assert templates[0] == templates[1] and set(templates[0]) == {"default", "rag"}
 
 
 def test_dtype_of_the_written_weights(tiny_hf, tmp_path, command):
@@ -200,17 +260,74 @@ def test_a_subdirectory_makes_no_run_of_a_hugging_face_directory(
     refused(command("inspect", tmp_path / "project"), "no config.json", tmp_path)
 
 
+def test_stray_files_hide_no_model(tiny_hf, tmp_path, command):
+    """What training leaves in a directory, whatever its name ends in."""
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    command("from-hf", source, tmp_path / "e1")
+    run_dir = shutil.copytree(source, tmp_path / "run")
+    (run_dir / "model.safetensors").unlink()
+    shutil.copytree(tmp_path / "e1/params", run_dir / "checkpoints/10/params")
+    expected = convert.load_model(str(source)).params
+    for path in (source, tmp_path / "e1", run_dir):
+        for name in ("training_args.bin", "optimizer.bin", "scheduler.safetensors"):
+            (path / name).write_bytes(b"0")
+        assert same_params(convert.load_model(str(path)).params, expected)
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
+    assert "kind                    run directory" in command("inspect", run_dir)[1]
+    result = command("from-hf", tmp_path / "e1", tmp_path / "dst")
+    refused(result, "is an e1jax checkpoint already", tmp_path)
+
+
 def test_tensors_without_a_use_are_skipped(tiny_hf, tmp_path):
     """A copy of tied embeddings, and buffers that old transformers versions saved."""
     source = tiny_hf(tied=True)
     path = shutil.copytree(source, tmp_path / "hf")
     tensors = weights(path)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    tensors[name] = np.ones(8, np.float32)
+    for layer, dtype in enumerate((np.float16, jnp.bfloat16)):  # cast with the model
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = (1e4 ** -(np.arange(0, 16, 2) / 16)).astype(dtype)
     save_file(tensors, path / "model.safetensors")
     expected = convert.load_model(str(source)).params
     assert same_params(convert.load_model(str(path)).params, expected)
+    assert convert.load_model(str(path)).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("change", ["all", "last bit"])
+def test_a_head_of_its_own_in_a_model_that_says_tied(
+    tiny_hf, tmp_path, command, capsys, monkeypatch, change
+):
+    """transformers uses such a head, so do we, and to-hf gives it back."""
+    monkeypatch.setattr(convert, "_BLOCK_BYTES", 1000)  # the last block is not full
+    source = shutil.copytree(tiny_hf(tied=True), tmp_path / "hf")
+    tensors = weights(source)
+    head = tensors["model.embed_tokens.weight"].copy()
+    if change == "all":
+        head = head[::-1].copy()
+    else:
+        head.view(np.uint32)[-1, -1] ^= 1
+    tensors["lm_head.weight"] = head
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    note = (
+        f"note: {source}/config.json has tie_word_embeddings true, but lm_head.weight is "
+        "not the embedding; it is used as the output head\n"
+    )
+    expected = logits(source)
+    capsys.readouterr()
+    loaded = convert.load_model(str(source))
+    ours = our_logits(loaded)
+    assert capsys.readouterr().err == note
+    tolerance = 1e-5 * float(expected.abs().max())  # as in test_model
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance)
+
+    assert command("from-hf", source, tmp_path / "e1")[2] == note
+    assert command("to-hf", tmp_path / "e1", tmp_path / "back")[2] == ""
+    assert same_bytes(weights(tmp_path / "back"), tensors)
+    assert torch.equal(logits(tmp_path / "back"), expected)
+    for name in ("e1", "back"):
+        other = convert.load_model(str(tmp_path / name))
+        assert not other.config.tie_word_embeddings
+        assert same_params(other.params, loaded.params)
 
 
 def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
@@ -273,6 +390,12 @@ def misplace(path: Path) -> None:
     edit_json(index, weight_map=weight_map | {"model.embed_tokens.weight": last})
 
 
+def repeat(path: Path) -> None:
+    """A second file holds a tensor too."""
+    file = min(path.glob("model-00002-*"))
+    save_file(load_file(file) | {UP: np.ones((96, 64), np.float32)}, file)
+
+
 def point_outside(path: Path) -> None:
     """The index names a file by its path, which even exists."""
     index = path / "model.safetensors.index.json"
@@ -286,6 +409,7 @@ def only_torch_weights(path: Path) -> None:
 
 SINGLE = "model.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
+FREQUENCIES = "model.layers.1.self_attn.rotary_emb.inv_freq"
 BAD_SOURCES = {
     "truncated": (lambda p: truncate(p / SINGLE), SINGLE),
     "empty": (lambda p: os.truncate(p / SINGLE, 0), SINGLE),
@@ -298,6 +422,18 @@ BAD_SOURCES = {
     "wrong shape": (
         lambda p: change_weights(p, lambda t: t.update({UP: t[UP][1:].copy()})),
         f"{UP} [95, 64] instead of [96, 64]",
+    ),
+    "frequencies of another model": (
+        lambda p: change_weights(
+            p, lambda t: t.update({FREQUENCIES: np.ones(8, np.float32)})
+        ),
+        f"{FREQUENCIES} is not what rope_theta=10000 and head_dim=16",
+    ),
+    "frequencies of other heads": (
+        lambda p: change_weights(
+            p, lambda t: t.update({FREQUENCIES: np.ones(4, np.float32)})
+        ),
+        f"{FREQUENCIES} is not what rope_theta=10000 and head_dim=16",
     ),
     "integers": (
         lambda p: change_weights(p, lambda t: t.update({UP: t[UP].astype(np.int64)})),
@@ -320,6 +456,18 @@ BAD_SOURCES = {
         lambda p: edit_json(p / "config.json", num_hidden_layers=1),
         "model.layers.1.input_layernorm.weight",
     ),
+    **{
+        f"{name} of {json.dumps(value)}": (
+            lambda p, name=name, value=value: edit_json(p / name, eos_token_id=value),
+            f"{name}: eos_token_id={value!r} must be an id of this model (0 to 264) or a list",
+        )
+        for name in ("generation_config.json", "config.json")
+        for value in ("<eos>", 265, -1, True, 1.0, [256, "<eos>"], [[256]])
+    },
+    "generation config is no JSON": (
+        lambda p: truncate(p / "generation_config.json"),
+        "generation_config.json line ",
+    ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), "tokenizer.json"),
     "no tokenizer config": (
         lambda p: (p / "tokenizer_config.json").unlink(),
@@ -339,6 +487,7 @@ BAD_SHARDS = {
         ),
         "xxx",
     ),
+    "tensor in two files": (repeat, f"both hold {UP}"),
     "misplaced tensor": (misplace, "model.embed_tokens.weight"),
     "truncated shard": (
         lambda p: truncate(min(p.glob("model-00002-*"))),
@@ -510,13 +659,12 @@ def test_help_explains_every_flag(capsys):
 def write_ones(path: Path, **sizes) -> ModelConfig:
     """A Hugging Face directory of a larger model, quickly."""
     config = ModelConfig(
-        vocab_size=write_byte_tokenizer(path),
+        **{"vocab_size": write_byte_tokenizer(path)} | sizes,
         num_heads=8,
         num_kv_heads=4,
         head_dim=64,
         max_position_embeddings=64,
         rope_theta=1e4,
-        **sizes,
     )
     dtype = np.dtype(np.float32)
     arrays = {
@@ -643,13 +791,26 @@ def test_loading_needs_no_memory_beside_the_weights(tmp_path, kind):
     write_ones(tmp_path / "hf", **sizes)
     if kind == "e1":
         convert.from_hf(str(tmp_path / "hf"), tmp_path / "e1")
-    model = convert.load_model(str(tmp_path / kind), dtype="float32")
-    model.params  # noqa: B018  what the first use of a library takes
+    loaded = convert.load_model(str(tmp_path / kind), dtype="float32")
+    loaded.params  # noqa: B018  what the first use of a library takes
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    params = model.params
+    params = loaded.params
     size = sum(array.nbytes for array in jax.tree.leaves(params))
     assert memory("VmHWM") - before <= size + 45e6
+
+
+def test_comparing_a_head_needs_no_memory(tmp_path):
+    """Nor does it leave any: head and embedding are 134 MB each."""
+    sizes = {"hidden_size": 512, "intermediate_size": 8, "num_layers": 1}
+    write_ones(tmp_path, **sizes, vocab_size=2**16)
+    edit_json(tmp_path / "config.json", tie_word_embeddings=True)
+    convert.load_model(str(tmp_path))
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    loaded = convert.load_model(str(tmp_path))
+    assert memory("VmHWM") - before <= 60e6
+    assert loaded.config.tie_word_embeddings and "lm_head.weight" not in loaded.tensors
 
 
 def memory(name: str) -> int:

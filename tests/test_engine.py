@@ -5,6 +5,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
+import torch
+from conftest import edit_json, several_devices
+from transformers import AutoModelForCausalLM
 
+from e1jax import convert, model, sampling
 from e1jax import engine as engine_module
-from e1jax import model, sampling
 from e1jax.config import ModelConfig, SamplingParams, UserError
 from e1jax.engine import Engine
 from e1jax.sharding import make_mesh
@@ -238,6 +241,48 @@ def test_slots_are_refilled_while_others_go_on(make):
     # One after the other would take `total` steps; the long one runs beside all the
     # others.
     assert engine.stats.decode_steps <= max(longest, total - longest) + 5
+
+
+@pytest.mark.parametrize("where", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_response_ends_where_transformers_ends_it(tiny_hf, tmp_path, where, several):
+    """At any id that the model's files name, its text without that one."""
+    prompt = list(b"47a+5")
+    source = shutil.copytree(tiny_hf(), tmp_path / "hf")
+    endless = generated(source, prompt)
+    assert len(endless) == 40 and 256 not in endless
+    end = endless[20]
+    (source / "generation_config.json").unlink()
+    if where != "config.json":
+        (source / where).write_text("{}")
+    edit_json(source / where, eos_token_id=[256, 3, end] if several else end)
+    want = generated(source, prompt)
+    assert want[-1] == end and len(want) == endless.index(end) + 1 < 40
+    convert.from_hf(str(source), tmp_path / "e1")
+    convert.to_hf(str(tmp_path / "e1"), tmp_path / "back")
+    assert generated(tmp_path / "back", prompt) == want
+    greedy = SamplingParams(thinking_budget=None, solution_budget=None, temperature=0)
+    for name in ("hf", "e1", "back"):
+        engine = Engine.from_pretrained(str(tmp_path / name), cache_len=100, slots=1)
+        [[completion]] = engine.generate([prompt], greedy)
+        assert completion.token_ids == want
+        assert completion.finish_reason == "stop"
+        assert completion.text == engine.tokenizer.decode(want[:-1])
+    # While thinking under a budget, it is replaced as the tokenizer's own EOS is.
+    budgets = dataclasses.replace(greedy, thinking_budget=40, solution_budget=5)
+    [[completion]] = engine.generate([prompt], budgets)
+    assert completion.thinking_end == "eos"
+    assert completion.token_ids[: len(want)] == [*want[:-1], 261]
+
+
+def generated(path, prompt: list[int]) -> list[int]:
+    """Up to 40 most probable tokens, by transformers."""
+    theirs = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        tokens = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=40, pad_token_id=0
+        )
+    return tokens[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module")

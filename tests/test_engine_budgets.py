@@ -1,5 +1,7 @@
 """The engine with a scripted model, against the plain-Python state machine."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,13 +66,15 @@ request = st.tuples(
 script_token = st.sampled_from([256, 256, 261, 261, 97, 98, 99, 270])
 
 
+@pytest.mark.parametrize("more_ends", [(), (270, 98)])
 @given(
     st.lists(request, min_size=1, max_size=7),
     st.lists(script_token, min_size=CACHE_LEN + 2, max_size=CACHE_LEN + 2),
 )
 @settings(max_examples=60, deadline=None)
-def test_engine_matches_the_plain_machine(scripted, requests, script):
-    eos, close = 256, 261
+def test_engine_matches_the_plain_machine(scripted, more_ends, requests, script):
+    ends, close = (256, *more_ends), 261
+    scripted.tokenizer = dataclasses.replace(scripted.tokenizer, more_eos_ids=more_ends)
     requests = [r for r in requests if fits(r[0], r[1], len(r[3]), CACHE_LEN - r[2])]
     scripted.params = {**scripted.params, "script": jnp.array(script, jnp.int32)}
     results = scripted.generate(
@@ -90,13 +94,15 @@ def test_engine_matches_the_plain_machine(scripted, requests, script):
     for (t, s, num_prompt, text, n), samples in zip(requests, results, strict=True):
         forced = [*scripted.tokenizer.encode(text), close]
         room = CACHE_LEN - num_prompt
-        want = reference(script[num_prompt:], t, s, forced, room, eos, close)
+        want = reference(script[num_prompt:], t, s, forced, room, ends, close)
         assert [c.sample for c in samples] == list(range(n))
         for c in samples:
             assert want == (
                 c.token_ids, c.forced, c.thinking_tokens, c.solution_tokens, c.thinking_end, c.finish_reason,
             )  # fmt: skip
             assert len(c.logprobs) == len(c.token_ids)
+            kept = c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids
+            assert c.text == scripted.tokenizer.decode(kept)
             assert num_prompt + len(c.token_ids) <= CACHE_LEN
     total = sum(len(c.token_ids) for samples in results for c in samples)
     assert scripted.stats.tokens == total <= scripted.stats.slot_steps

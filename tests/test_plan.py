@@ -635,6 +635,41 @@ def test_the_copy_to_sample_from(
         assert phases["copy"] == state - report["memory"]["parameters"] + copied
 
 
+@pytest.mark.parametrize("form", [[], ["--quantize", "int8"]])
+def test_a_mesh_that_does_not_divide_is_a_warning(
+    form, fake, config, tmp_path, monkeypatch, capsys
+):
+    """Of training on four devices, but not of sampling on two by two."""
+    argv = ["--config", config, "--topology", "v5e:2x2", "--json"]
+    argv += ["--update.microbatch", 4]
+    fake(10**9)
+    _, reports = run(monkeypatch, capsys, *argv)
+    texts = [text for report in reports for text in report["warnings"]]
+    assert len(reports) == 2 and "does not divide" not in " ".join(texts)
+    sizes = dataclasses.replace(SIZES, hidden_size=66).to_hf("bfloat16")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    part, size = ("sample", 1) if form else ("train", 4)
+    for mesh in (ON_DATA, SUITED):
+        flags = ["--mesh", mesh, "--part", part, *form]
+        _, (report,) = run(monkeypatch, capsys, *argv, *flags)
+        told = [text for text in report["warnings"] if "does not divide" in text]
+        excess = size * 3 * (2 * 66 * (64 + 32) + 3 * 66 * 96) * 3 / 4 / 2**20
+        assert told == [
+            "mesh data=4,tensor=1 does not divide hidden_size=66, so every device keeps 7 "
+            f"arrays of parameters whole in that dimension, {excess:.3g} MiB more than its "
+            "share; on 4 devices, data=2,tensor=2 divides all"
+        ] * (mesh == ON_DATA)
+    # An odd size is divided by neither mesh of training, that of its rollouts included.
+    sizes = dataclasses.replace(SIZES, hidden_size=65).to_hf("bfloat16")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
+    _, (report,) = run(monkeypatch, capsys, *argv, "--part", "train")
+    told = [text for text in report["warnings"] if "does not divide" in text]
+    assert [text.split(" does")[0] for text in told] == [
+        "mesh data=4,tensor=1",
+        "mesh data=2,tensor=2",
+    ]
+
+
 def test_what_the_copy_takes_no_smaller_microbatch_saves(
     fake, config, monkeypatch, capsys
 ):

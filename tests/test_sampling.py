@@ -16,13 +16,13 @@ EOS, CLOSE = 0, 1
 TEXT = [7, 8]  # tokens of an end_of_thinking_text
 
 
-def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
+def reference(stream, thinking, solution, forced, room, ends, close=CLOSE):
     """The budget rules, one token at a time: stream[i] is what the model would
     draw at position i.
 
     `thinking` and `solution` may be None; `forced` is the inserted text with
-    `</think>`; `room` is what the cache holds. Returns (tokens, forced marks, thinking
-    tokens, solution tokens, thinking end, finish reason).
+    `</think>`; `room` is what the cache holds; `ends` are the EOS ids. Returns (tokens,
+    forced marks, thinking tokens, solution tokens, thinking end, finish reason).
     """
     plain = thinking is None and solution is None
     if not plain:
@@ -32,7 +32,7 @@ def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
     while end is None:
         if not plain and thought == thinking:
             end = "budget"
-        elif stream[len(tokens)] == eos and not plain:
+        elif stream[len(tokens)] in ends and not plain:
             end = "eos"
         else:
             token = stream[len(tokens)]
@@ -41,7 +41,7 @@ def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
             thought += 1
             if token == close:
                 end = "model"
-            elif token == eos:
+            elif token in ends:
                 return tokens, marks, thought, 0, None, "stop"
             if len(tokens) == room:
                 return tokens, marks, thought, 0, end, "length"
@@ -58,18 +58,18 @@ def reference(stream, thinking, solution, forced, room, eos=EOS, close=CLOSE):
         tokens.append(token)
         marks.append(False)
         solved += 1
-        if token == eos:
+        if token in ends:
             return tokens, marks, thought, solved, end, "stop"
 
 
 @jax.jit
-def run_machine(streams, budget, phase):
+def run_machine(streams, budget, phase, ends=(EOS,)):
     """Steps `advance` over streams [B, N]; tokens and marks [B, N], and the final
     state."""
 
     def step(state, sampled):
         token, forced, state = sampling.advance(
-            state, sampled, budget, TokenIds(EOS, CLOSE)
+            state, sampled, budget, TokenIds(jnp.array(ends), CLOSE)
         )
         return state, (token, forced)
 
@@ -94,9 +94,10 @@ def fits(thinking, solution, num_text, room):
     return room >= num_text + 1 + (1 if solution is None else solution)
 
 
+@pytest.mark.parametrize("ends", [(EOS,), (EOS, 9, 6)])
 @given(st.lists(row, min_size=ROWS, max_size=ROWS))
 @settings(max_examples=200, deadline=None)
-def test_any_budgets_match_the_plain_machine(rows):
+def test_any_budgets_match_the_plain_machine(ends, rows):
     rows = [
         (t, s, f, room, stream) for t, s, f, room, stream in rows if fits(t, s, f, room)
     ]
@@ -120,10 +121,10 @@ def test_any_budgets_match_the_plain_machine(rows):
     )
     streams = np.array([stream for *_, stream in padded], np.int32)
     tokens, marks, state = jax.device_get(
-        run_machine(streams, budget, np.zeros(ROWS, np.int32))
+        run_machine(streams, budget, np.zeros(ROWS, np.int32), ends)
     )
     for i, (t, s, _, room, stream) in enumerate(rows):
-        want = reference(stream, t, s, forced[i], room)
+        want = reference(stream, t, s, forced[i], room, ends)
         count = int(state.num_tokens[i])
         got = (
             tokens[i, :count].tolist(),

@@ -197,6 +197,30 @@ def test_a_mesh_of_four_devices_computes_the_same(workplace, unbroken):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol)
 
 
+def test_a_mesh_that_does_not_divide_is_told_of_or_refused(workplace):
+    flags = ["--mesh", "data=3,tensor=1", "--steps", "1"]
+    process = start(workplace, "three", *flags, devices=3)
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert error == (
+        "error: first.batch_size=4 is not a multiple of the mesh's data=3; change one of "
+        "them\n"
+    )
+    assert not (workplace / "three").exists()
+    flags += ["--first.batch_size", "3", "--second.batch_size", "6"]
+    process = start(workplace, "three", *flags, devices=3)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    told = [line for line in error.splitlines() if "does not divide" in line]
+    # 7 kernels, 2 layers of 2 * 16 * (24 + 12) + 3 * 16 * 24 numbers, and the embedding.
+    excess = 4 * (2 * (2 * 16 * 36 + 3 * 16 * 24) + 272 * 16) * 2 / 3 / 2**20
+    assert told == [
+        "note: mesh data=3,tensor=1 does not divide hidden_size=16 and vocab_size=272, so "
+        "every device keeps 8 arrays of parameters whole in that dimension, "
+        f"{excess:.3g} MiB more than its share; on 2 devices, data=2,tensor=1 divides all"
+    ]
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     muon = MuonConfig(learning_rate=1e30)
     config = SFTConfig(MODEL, steps=3, optimizer=muon, checkpoint=CheckpointConfig(1))

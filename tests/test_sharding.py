@@ -1,5 +1,6 @@
 """Meshes from text, and the same logits on eight devices as on one."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Chip, several_devices
 
-from e1jax import convert, model
+from e1jax import convert, model, plan
 from e1jax.config import ModelConfig, UserError
-from e1jax.sharding import make_mesh, use_compilation_cache
+from e1jax.sharding import make_mesh, undivided, use_compilation_cache
 
 CONFIG = ModelConfig(
     vocab_size=100,
@@ -63,6 +65,82 @@ def test_a_mesh_that_cuts_a_head_or_the_mlp(sizes, named):
     with pytest.raises(UserError, match="tensor=4 does not divide") as error:
         make_mesh("data=2,tensor=4", config, EIGHT)
     assert named in str(error.value)
+
+
+SEVEN_B = plan.SIZES["Salesforce/E1-Math-7B"]
+# Of a layer: q and o, k and v, and the mlp's three.
+LAYER = 2 * 3584 * 28 * 128 + 2 * 3584 * 4 * 128 + 3 * 3584 * 18944
+KERNELS, VOCABULARY = 28 * LAYER, 2 * 152064 * 3584
+
+
+def told(text: str, sizes: ModelConfig, dtype=jnp.bfloat16, form=None) -> str | None:
+    """What `undivided` says of a mesh of so many devices."""
+    data, tensor = (int(part.split("=")[1]) for part in text.split(","))
+    mesh = make_mesh(text, sizes, [Chip(i) for i in range(data * tensor)])
+    return undivided(sizes, model.abstract_params(sizes, mesh, dtype, form))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "size", "arrays", "elements", "better"),
+    [
+        ("data=6,tensor=1", "hidden_size=3584", 7, KERNELS * 5 / 6, (4, 4, 1)),
+        ("data=3,tensor=2", "hidden_size=3584", 7, KERNELS * 2 / 6, (4, 2, 2)),
+        (
+            "data=5,tensor=1",
+            "hidden_size=3584 and vocab_size=152064",
+            *(9, (KERNELS + VOCABULARY) * 4 / 5, (4, 4, 1)),
+        ),
+        ("data=7,tensor=1", "vocab_size=152064", 2, VOCABULARY * 6 / 7, (4, 4, 1)),
+    ],
+)
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_what_a_mesh_does_not_divide_is_told(
+    mesh, size, arrays, elements, better, form
+):
+    """With what it costs a device, and the nearest mesh that divides all."""
+    num_bytes = elements * (1 if form else 2)
+    text = told(mesh, SEVEN_B, form=form)
+    assert text.startswith(
+        f"mesh {mesh} does not divide {size}, so every device keeps {arrays} arrays of "
+        f"parameters whole in that dimension, {num_bytes / 2**30:.3g} GiB more than its "
+        "share"
+    )
+    assert text.endswith(
+        "; on {} devices, data={},tensor={} divides all".format(*better)
+    )
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    ["data=1,tensor=1", "data=2,tensor=4", "data=8,tensor=1", "data=64,tensor=4"],
+)
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_a_mesh_that_divides_all_is_not_told_of(mesh, form):
+    assert told(mesh, SEVEN_B, form=form) is None
+    assert told(mesh, dataclasses.replace(SEVEN_B, tie_word_embeddings=True)) is None
+
+
+def test_an_odd_vocabulary_is_told_without_a_way_out():
+    sizes = dataclasses.replace(SEVEN_B, vocab_size=151665)
+    assert told("data=1,tensor=4", sizes).endswith("1.52 GiB more than its share")
+    assert told("data=1,tensor=1", sizes) is None
+
+
+@pytest.mark.parametrize(("devices", "notes"), [(3, 1), (4, 0)])
+def test_sampling_tells_once_of_a_mesh_that_does_not_divide(devices, notes):
+    command = "-m e1jax.sample --thinking-budget 0 --solution-budget 1 47a+5b*3?"
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--mesh", f"data={devices},tensor=1"],
+        env={**os.environ, "XLA_FLAGS": several_devices(devices)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    note = (
+        "note: mesh data=3,tensor=1 does not divide vocab_size=272, so every device keeps "
+        "1 array of"
+    )
+    assert done.stderr.count(note) == done.stderr.count("does not divide") == notes
 
 
 @pytest.fixture

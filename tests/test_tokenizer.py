@@ -1,14 +1,22 @@
 """tokenizer.json is loaded as it is, or refused; the template is rendered once."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import tokenizers
 from conftest import edit_json
+from transformers import AutoTokenizer
 
 from e1jax.config import UserError
-from e1jax.tokenizer import Tokenizer, extract_boxed, read_json, write_byte_tokenizer
+from e1jax.tokenizer import (
+    Tokenizer,
+    copy_files,
+    extract_boxed,
+    read_json,
+    write_byte_tokenizer,
+)
 
 TEXTS = ["", " ", "a  b\n\n\tc ", "3*(x+1)=\\boxed{7}", "é漢🙂", "\r\n\x00", "</think>"]
 USER = [{"role": "user", "content": "What is 2+2?"}]
@@ -140,6 +148,93 @@ def test_chat_template_in_a_list(path):
     edit_json(path / "tokenizer_config.json", chat_template=templates)
     tokenizer = Tokenizer.from_dir(path)
     assert tokenizer.decode(tokenizer.encode_chat(USER)) == "What is 2+2?!"
+
+
+NAMED = {"default": "{{ messages[0]['content'] }}!", "rag": "R", "a.b": "{{ 1 }}"}
+
+
+@pytest.mark.parametrize("as_files", [True, False])
+def test_several_templates_as_transformers_saves_them(path, tmp_path, as_files):
+    """In a directory of their own, or in the list that older versions write."""
+    theirs = AutoTokenizer.from_pretrained(path)
+    theirs.chat_template = NAMED
+    theirs.save_pretrained(tmp_path / "saved", save_jinja_files=as_files)
+    assert (tmp_path / "saved" / "additional_chat_templates").is_dir() == as_files
+    as_transformers_does(tmp_path / "saved", "What is 2+2?!")
+    if as_files:  # a file of that name goes before the one outside
+        default = tmp_path / "saved" / "additional_chat_templates" / "default.jinja"
+        default.write_text("{{ messages[0]['content'] }}?")
+        as_transformers_does(tmp_path / "saved", "What is 2+2??")
+
+
+def as_transformers_does(path, prompt: str) -> None:
+    """The prompt of USER is this one, to both."""
+    tokenizer, theirs = Tokenizer.from_dir(path), AutoTokenizer.from_pretrained(path)
+    ids = tokenizer.encode_chat(USER)
+    assert tokenizer.decode(ids) == prompt
+    rendered = theirs.apply_chat_template(
+        USER, add_generation_prompt=True, tokenize=False
+    )
+    assert rendered == prompt
+    assert tokenizer.eos_id == theirs.eos_token_id
+
+
+def test_named_templates_without_a_default(path):
+    """As transformers sees it, tokenizer_config.json has no template then."""
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    theirs = AutoTokenizer.from_pretrained(path)
+    with pytest.raises(ValueError, match="no default specified"):
+        theirs.apply_chat_template(USER)
+    with pytest.raises(UserError, match="no template named 'default' but rag") as error:
+        Tokenizer.from_dir(path)
+    assert str(path) in str(error.value)
+
+
+EOS, USER_TOKEN = "<｜end▁of▁sentence｜>", "<｜User｜>"
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_map", "eos"),
+    [
+        ({"eos_token": None}, {"eos_token": EOS}, EOS),
+        ({"eos_token": None}, {"eos_token": {"content": EOS, "lstrip": False}}, EOS),
+        ({}, {"eos_token": USER_TOKEN}, USER_TOKEN),
+        ({}, {"pad_token": USER_TOKEN}, EOS),
+        # A tokenizer_config.json that lists its tokens is complete.
+        ({"added_tokens_decoder": {}}, {"eos_token": USER_TOKEN}, EOS),
+    ],
+)
+def test_special_tokens_in_a_file_of_their_own(path, in_config, in_map, eos):
+    edit_json(path / "tokenizer_config.json", **in_config)
+    (path / "special_tokens_map.json").write_text(json.dumps(in_map), encoding="utf-8")
+    tokenizer, theirs = Tokenizer.from_dir(path), AutoTokenizer.from_pretrained(path)
+    assert tokenizer.special_tokens["eos_token"] == theirs.eos_token == eos
+    assert tokenizer.eos_id == theirs.eos_token_id == vocabulary(path)[eos]
+    assert tokenizer.special_tokens == theirs.special_tokens_map
+
+
+def test_copied_files(path, tmp_path):
+    """All that transformers may have saved of a tokenizer, and no other file."""
+    theirs = AutoTokenizer.from_pretrained(path)
+    theirs.chat_template = NAMED
+    theirs.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "special_tokens_map.json").write_text("{}")
+    (tmp_path / "saved" / "generation_config.json").write_text("{}")
+    saved = {
+        file.relative_to(tmp_path / "saved"): file.read_bytes()
+        for file in (tmp_path / "saved").rglob("*.*")
+        if file.is_file()
+    }
+    assert len(saved) == 7
+    (tmp_path / "saved" / "training_args.bin").write_bytes(b"0")
+    (tmp_path / "copy").mkdir()
+    copy_files(tmp_path / "saved", tmp_path / "copy")
+    assert saved == {
+        file.relative_to(tmp_path / "copy"): file.read_bytes()
+        for file in (tmp_path / "copy").rglob("*.*")
+        if file.is_file()
+    }
 
 
 def test_the_error_of_a_template_is_one_line(path):

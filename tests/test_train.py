@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 import yaml
-from conftest import several_devices
+from conftest import Chip, edit_json, several_devices
 from interrupt import interrupt
 from tensorboardX.proto.event_pb2 import Event
 from test_sft import torch_parts
@@ -44,6 +44,7 @@ from e1jax.data import Prompt, nano_problems, request_seed
 from e1jax.engine import Completion
 from e1jax.model import forward, unembed
 from e1jax.rewards import Grader
+from e1jax.sharding import make_mesh
 from e1jax.tokenizer import extract_boxed, read_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -309,6 +310,23 @@ def test_other_settings_are_refused_by_name(workplace, unbroken):
     for part in ("steps (6 there, 7 now)", "loss.clip_low (0.2 there, 0.1 now)"):
         assert part in str(error.value)
     assert before == {file: file.read_bytes() for file in before}
+
+
+def test_a_run_ends_responses_where_its_model_does(workplace, tmp_path):
+    """The ids that the model's files name go into the run directory."""
+    source = shutil.copytree(NANO, tmp_path / "model")
+    edit_json(source / "generation_config.json", eos_token_id=[256, 97])
+    edit_json(source / "config.json", eos_token_id=[98], bos_token_id=259)
+    config = settings(workplace, "--model", str(source), "--data.instruction", "")
+    loaded = convert.load_model(config.model)
+    run_dir = tmp_path / "run"
+    train.prepare(config, loaded, "", run_dir)
+    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
+    # A run that was begun before these ids were noted goes on.
+    edit_json(run_dir / "config.json", eos_token_id=None, bos_token_id=None)
+    (run_dir / "generation_config.json").unlink()
+    train.prepare(config, loaded, "", run_dir)
+    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
 
 
 def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
@@ -680,6 +698,24 @@ def test_a_cache_with_room_for_a_prompt_and_both_budgets_is_enough(workplace):
                 continue
             with pytest.raises(UserError, match=f"too short .*; {needed} is enough"):
                 train.make_engine(config, loaded, examples)
+
+
+def test_a_mesh_of_the_rollouts_that_does_not_divide_is_told(
+    workplace, tiny_hf, capsys
+):
+    """Its default is another than the mesh of training, of which loading tells."""
+    config = settings(workplace, "--dtype", "bfloat16")
+    loaded = convert.load_model(str(tiny_hf()))
+    examples = train.read_examples(config, loaded, "")
+    for mesh, notes in (("data=2,tensor=1", 1), ("data=1,tensor=2", 0)):
+        mesh = make_mesh(mesh, loaded.config, [Chip(0), Chip(1)])
+        train.make_engine(config, dataclasses.replace(loaded, mesh=mesh), examples)
+        note = (
+            "note: mesh data=1,tensor=2 does not divide vocab_size=265, so every device "
+            "keeps 2 arrays of parameters whole in that dimension, "
+            f"{2 * 2 * 265 * 64 / 2 / 2**20:.3g} MiB more than its share\n"
+        )
+        assert capsys.readouterr().err == note * notes
 
 
 def test_micro_batches_are_shared_out_evenly_over_the_mesh(workplace):
