@@ -55,9 +55,9 @@ def e1jax_model(weights: dict[str, np.ndarray], max_position: int) -> tuple:
     import jax
     import jax.numpy as jnp
 
-    from e1jax.config import ModelConfig
-    from e1jax.model import abstract_params
-    from e1jax.sharding import make_mesh
+    from e1jax.config.model import ModelConfig
+    from e1jax.nn.model import abstract_params
+    from e1jax.sharding.mesh import make_mesh
 
     config = ModelConfig(
         vocab_size=VOCAB,

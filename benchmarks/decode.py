@@ -249,7 +249,7 @@ def e1jax_side(weights: dict[str, np.ndarray]) -> Callable[[int, Any], Generate]
     import dataclasses
 
     from e1jax import Engine, SamplingParams
-    from e1jax.convert import load_model
+    from e1jax.checkpoint.load import load_model
 
     config, mesh, params = common.e1jax_model(weights, LONG)
     # Of a model that has no `</think>`, and whose EOS never comes.

@@ -57,6 +57,14 @@ from common import (
     versions,
 )
 
+from e1jax.config.training import (
+    AdamWConfig,
+    GRPOConfig,
+    LossConfig,
+    RolloutConfig,
+    UpdateConfig,
+)
+
 VENV = VENVS / "tunix"
 WARM_UP = 2  # Tunix compiles its step twice
 
@@ -226,20 +234,20 @@ def e1jax_side(prompt: int, remat: bool):
     import jax
     import jax.numpy as jnp
 
-    from e1jax import config as c
-    from e1jax.checkpoint import abstract_state
-    from e1jax.train import Batch, make_logprobs, make_optimizer, make_update
+    from e1jax.checkpoint.runs import abstract_state
+    from e1jax.grpo.learner import make_logprobs, make_optimizer, make_update
+    from e1jax.grpo.rollouts import Batch
 
     rng = np.random.default_rng(0)
     weights, data = make_weights(rng), make_data(rng, prompt)
     sizes, mesh, params = e1jax_model(weights, LENGTH)
-    config = c.GRPOConfig(
+    config = GRPOConfig(
         model="",
         steps=1,
-        rollout=c.RolloutConfig(prompts=1, samples=ROWS, temperature=TEMPERATURE),
-        loss=c.LossConfig(clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF),
-        optimizer=c.AdamWConfig(**ADAMW, max_grad_norm=MAX_GRAD_NORM),
-        update=c.UpdateConfig(minibatch_prompts=1, microbatch=ROWS, remat=remat),
+        rollout=RolloutConfig(prompts=1, samples=ROWS, temperature=TEMPERATURE),
+        loss=LossConfig(clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF),
+        optimizer=AdamWConfig(**ADAMW, max_grad_norm=MAX_GRAD_NORM),
+        update=UpdateConfig(minibatch_prompts=1, microbatch=ROWS, remat=remat),
     )
     optimizer = make_optimizer(config)
     shardings = jax.tree.map(

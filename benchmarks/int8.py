@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e1jax import Engine, SamplingParams, data, model, quantize
-from e1jax.config import ModelConfig
-from e1jax.sharding import make_mesh, use_compilation_cache
+from e1jax import Engine, SamplingParams, data
+from e1jax.config.model import ModelConfig
+from e1jax.nn.model import forward, init_params, unembed
+from e1jax.nn.quantize import int8_on_host, map_kernels
+from e1jax.sharding.mesh import make_mesh
+from e1jax.sharding.runtime import use_compilation_cache
 
 MODELS = ("nano", "nano-e1")
 FORMS = {
@@ -97,7 +100,7 @@ def compare(name: str, form: str, plain: np.ndarray, ours: np.ndarray) -> list[d
 
 def divergence() -> dict[str, object]:
     mesh = make_mesh(None, RANDOM)
-    params = model.init_params(RANDOM, mesh, jnp.float32, 0)
+    params = init_params(RANDOM, mesh, jnp.float32, 0)
     # Of a spread as trained ones have: of the initial ones, all logits are near zero.
     params = jax.tree.map(lambda p: p * 3 if p.ndim > 2 else p, params)
     tokens = np.random.default_rng(0).integers(0, RANDOM.vocab_size, (4, 256))
@@ -106,15 +109,15 @@ def divergence() -> dict[str, object]:
 
     @jax.jit
     def logprobs(params):
-        hidden, _ = model.forward(RANDOM, params, tokens, positions, mesh=mesh)
+        hidden, _ = forward(RANDOM, params, tokens, positions, mesh=mesh)
         hidden = hidden.reshape(-1, RANDOM.hidden_size)
-        return jax.nn.log_softmax(model.unembed(RANDOM, params, hidden, mesh))
+        return jax.nn.log_softmax(unembed(RANDOM, params, hidden, mesh))
 
     def int8(kernel, axis):
-        values, scale = quantize.int8_on_host(np.asarray(kernel), axis)
+        values, scale = int8_on_host(np.asarray(kernel), axis)
         return {"values": values, "scale": scale}
 
-    ours = logprobs(quantize.map_kernels(int8, params))
+    ours = logprobs(map_kernels(int8, params))
     plain = logprobs(params)
     kl = (jnp.exp(plain) * (plain - ours)).sum(axis=-1)
     entropy = -(jnp.exp(plain) * plain).sum(axis=-1).mean()

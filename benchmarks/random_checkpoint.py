@@ -16,9 +16,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from e1jax.checkpoint import Index, LazyArray, chunks_of, named_shapes
-from e1jax.config import ModelConfig
-from e1jax.convert import write_hf_weights
+from e1jax.checkpoint.huggingface import write_hf_weights
+from e1jax.checkpoint.lazy import Index, LazyArray, chunks_of
+from e1jax.checkpoint.params import named_shapes
+from e1jax.config.model import ModelConfig
 from e1jax.tokenizer import write_byte_tokenizer
 
 E1_MATH_7B = {

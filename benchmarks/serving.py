@@ -48,10 +48,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from e1jax import Completion, Engine, SamplingParams, data, model
-from e1jax.config import ModelConfig
-from e1jax.convert import load_model
-from e1jax.sharding import make_mesh
+from e1jax import Completion, Engine, SamplingParams, data
+from e1jax.checkpoint.load import load_model
+from e1jax.config.model import ModelConfig
+from e1jax.nn.model import init_params
+from e1jax.sharding.mesh import make_mesh
 
 MODELS = ("random", "nano")
 REQUESTS, SLOTS = 64, 8
@@ -197,7 +198,7 @@ def mixed_budgets(seed: int) -> list[SamplingParams]:
 def random_model(layers: int) -> tuple[Engines, list[list[int]]]:
     config = dataclasses.replace(RANDOM, num_layers=layers)
     mesh = make_mesh(None, config)
-    params = model.init_params(config, mesh, jnp.float32, 0)
+    params = init_params(config, mesh, jnp.float32, 0)
     nano = load_model("nano").tokenizer
     tokenizer = dataclasses.replace(nano, eos_id=config.vocab_size)  # is never sampled
     rng = np.random.default_rng(0)

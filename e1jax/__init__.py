@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Engine": "e1jax.engine",
-    "Completion": "e1jax.engine",
-    "SamplingParams": "e1jax.config",
+    "Engine": "e1jax.sampling.engine",
+    "Completion": "e1jax.sampling.engine",
+    "SamplingParams": "e1jax.config.sampling",
 }
 __all__ = ["Completion", "Engine", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
-    from e1jax.config import SamplingParams
-    from e1jax.engine import Completion, Engine
+    from e1jax.config.sampling import SamplingParams
+    from e1jax.sampling.engine import Completion, Engine
 
 
 def __getattr__(name: str):

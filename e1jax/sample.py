@@ -17,21 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 from e1jax import data
-from e1jax.checkpoint import JsonlOutput, Progress, digest
-from e1jax.config import (
-    Parser,
-    SamplingParams,
-    UserError,
-    check_backslashes,
-    check_known,
-    parse_budget,
-    parse_json,
-    quantize_flags,
-    run_command,
-)
-from e1jax.convert import LoadedModel, load_model
-from e1jax.engine import Completion, Engine, Prompt
-from e1jax.sharding import use_compilation_cache
+from e1jax.checkpoint.load import LoadedModel, load_model
+from e1jax.cli.command import Parser, run_command
+from e1jax.cli.flags import parse_budget, quantize_flags
+from e1jax.cli.outputs import JsonlOutput, Progress, digest
+from e1jax.config.checks import UserError, check_known
+from e1jax.config.sampling import SamplingParams
+from e1jax.config.texts import check_backslashes, parse_json
+from e1jax.sampling.engine import Completion, Engine, Prompt
+from e1jax.sharding.runtime import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
 
 _PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]

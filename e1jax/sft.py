@@ -28,18 +28,15 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from e1jax.checkpoint import MetricsLog, RunCheckpoints, abstract_state
-from e1jax.config import (
-    ModelConfig,
-    MuonConfig,
-    SFTConfig,
-    UserError,
-    load_config,
-    record_config,
-    run_command,
-    stop_signals,
-)
-from e1jax.data import (
+from e1jax.checkpoint.metrics import MetricsLog
+from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
+from e1jax.cli.command import run_command, stop_signals
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.config.load import load_config, record_config
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import MuonConfig, SFTConfig
+from e1jax.data.nano import (
     NUM_IDS,
     WORDS,
     Batch,
@@ -49,14 +46,11 @@ from e1jax.data import (
     pad_rows,
     sft_batches,
 )
-from e1jax.model import Params, abstract_params, forward, init_params, unembed
-from e1jax.sharding import COMPILER_OPTIONS, make_mesh, note_undivided, sharding
-from e1jax.tokenizer import (
-    INSTRUCTION_KEY,
-    Tokenizer,
-    read_json,
-    write_byte_tokenizer,
-)
+from e1jax.nn.model import abstract_params, forward, init_params, unembed
+from e1jax.nn.quantize import Params
+from e1jax.sharding.mesh import make_mesh, note_undivided, sharding
+from e1jax.sharding.runtime import COMPILER_OPTIONS
+from e1jax.tokenizer import INSTRUCTION_KEY, Tokenizer, write_byte_tokenizer
 
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
 

@@ -18,16 +18,25 @@ from typing import Any
 
 import tokenizers
 
-from e1jax.config import UserError, check_backslashes, parse_json
+from e1jax.cli.files import read_json, read_text
+from e1jax.config.checks import UserError
+from e1jax.config.texts import check_backslashes
 
 THINK_END = "</think>"
+
+
 # In tokenizer_config.json, beside the chat template: the text that training ended its
 # prompts with.
 INSTRUCTION_KEY = "e1jax_instruction"
 
+
 # Files that a model has beside config.json and weights, each of which may be missing.
 GENERATION = "generation_config.json"
+
+
 TEMPLATES = "additional_chat_templates"  # a directory, of NAME.jinja
+
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,6 +45,7 @@ FILES = (
     f"{TEMPLATES}/*.jinja",
     GENERATION,
 )
+
 
 _PROBE = "  two spaces,\n\na blank line,\ttabs, 3*(x+1)=\\boxed{7} and é漢🙂 \n"
 
@@ -165,24 +175,6 @@ def extract_boxed(text: str) -> str | None:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError if it is missing or is not one."""
-    text = _read_text(path)
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without a BOM
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from None
-
-
 def copy_files(src: Path, dst: Path) -> None:
     """Copies FILES, those that are there, from one model directory to another."""
     for pattern in FILES:
@@ -213,7 +205,7 @@ def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     if (path / "chat_template.jinja").exists():
         files = {"default": path / "chat_template.jinja"} | files
     if "default" in files:
-        return _read_text(files["default"])
+        return read_text(files["default"])
     if files:
         raise UserError(
             f"{path / TEMPLATES} has no template named 'default' but "

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from e1jax.config import run_command
+from e1jax.cli.command import run_command
 from e1jax.tokenizer import write_byte_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,6 +36,15 @@ def several_devices(count: int) -> str:
         f"--xla_force_host_platform_device_count={count} "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
+
+
+def set_everywhere(monkeypatch, name: str, value, within: str = "e1jax") -> None:
+    """Sets a name in every module of e1jax that has it, by import or by definition."""
+    found = [m for m in list(sys.modules.values()) if m.__name__.startswith(within)]
+    found = [module for module in found if name in vars(module)]
+    assert found, name
+    for module in found:
+        monkeypatch.setattr(module, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,9 @@ import sys
 import time
 
 from e1jax import train
-from e1jax.checkpoint import RunCheckpoints
-from e1jax.config import run_command
+from e1jax.checkpoint.runs import RunCheckpoints
+from e1jax.cli.command import run_command
+from e1jax.grpo import learner, rollouts
 
 
 def interrupt(where, nth, number, patch=setattr):
@@ -28,7 +29,7 @@ def interrupt(where, nth, number, patch=setattr):
             os.kill(os.getpid(), number)
             time.sleep(0.01)  # Python's handler runs before the next line
 
-    originals = train.sample_rollouts, train.make_update, RunCheckpoints.save
+    originals = rollouts.sample_rollouts, learner.make_update, RunCheckpoints.save
     write_text = pathlib.Path.write_text
 
     def sample_rollouts(*args):
@@ -66,7 +67,7 @@ def interrupt(where, nth, number, patch=setattr):
         return write_text(self, text, **options)
 
     patch(train, "sample_rollouts", sample_rollouts)
-    patch(train, "make_update", make_update)
+    patch(learner, "make_update", make_update)
     patch(RunCheckpoints, "save", save)
     patch(pathlib.Path, "write_text", write_half)
     if where == "writing":  # a step is whole, but for its name

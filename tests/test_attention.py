@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import set_everywhere
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh
 
-from e1jax import attention, model
+from e1jax.nn.attention import cached_attention, causal_attention
+from e1jax.nn.cache import KVCache, sequence_shards
+from e1jax.nn.cache import write as write_cache
+from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
+from e1jax.nn.kernels.splash import splash_attention
 
 
 def plain(q, k, v):
@@ -65,7 +70,7 @@ def check(function, given, exact, rtol):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (2, 2)])
 def test_values_and_gradients_in_float32(heads, kv_heads, length):
     given, exact = arrays(2, heads, kv_heads, length, 20, jnp.float32)
-    check(attention.causal_attention, given, exact, 1e-5)
+    check(causal_attention, given, exact, 1e-5)
 
 
 @pytest.mark.parametrize(("before", "length"), [(150, 200), (3, 1), (40, 129)])
@@ -76,7 +81,7 @@ def test_queries_that_follow_a_prompt(before, length):
     given = [x.at[1, :, before // 2 : before].set(1e4) for x in given]
     q, k, v, grad = given
     ours, backward = jax.vjp(
-        lambda *x: attention.causal_attention(*x, prompt_len=jnp.array(prompt_len)),
+        lambda *x: causal_attention(*x, prompt_len=jnp.array(prompt_len)),
         *(q[:, :, before:], k, v),
     )
     found = (ours, *backward(grad[:, :, before:]))
@@ -95,7 +100,7 @@ def test_queries_that_follow_a_prompt(before, length):
 
 def test_values_and_gradients_in_bfloat16():
     given, exact = arrays(2, 6, 2, 300, 20, jnp.bfloat16)
-    check(attention.causal_attention, given, exact, 2e-2)
+    check(causal_attention, given, exact, 2e-2)
 
 
 def test_gradients_keep_all_digits_of_float32_where_products_would_not():
@@ -103,7 +108,7 @@ def test_gradients_keep_all_digits_of_float32_where_products_would_not():
     x = jnp.ones((1, 2, 5, 20))
 
     def backward(q):
-        return jax.grad(lambda q: attention.causal_attention(q, x, x).sum())(q)
+        return jax.grad(lambda q: causal_attention(q, x, x).sum())(q)
 
     with jax.default_matmul_precision("bfloat16"):
         text = str(jax.make_jaxpr(backward)(x))
@@ -122,7 +127,7 @@ def test_splash_attention(length):
     given, exact = arrays(2, 6, 2, length, 128, jnp.bfloat16)
 
     def kernel(q, k, v):
-        return attention.splash_attention(q, k, v, mesh, interpret=True)
+        return splash_attention(q, k, v, mesh, interpret=True)
 
     rows = jax.sharding.PartitionSpec("data")
     inside = jax.shard_map(
@@ -141,15 +146,15 @@ def test_splash_attention(length):
 def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
     """Where every position goes is stated here by a loop over positions. By the XLA
     version and by the kernel, whose blocks are others."""
-    monkeypatch.setattr(attention, "BLOCK_LEN", 4)
-    monkeypatch.setattr(attention, "TPU_BLOCK_LEN", 8)
+    set_everywhere(monkeypatch, "BLOCK_LEN", 4)
+    set_everywhere(monkeypatch, "TPU_BLOCK_LEN", 8)
     rng = np.random.default_rng(shards)
     whole = rng.normal(size=(2, 2, rows, 2, 56, 8)).astype(np.float32)  # keys, values
     q = rng.normal(size=(rows, 6, 1, 8)).astype(np.float32)
     capacity = 4 * -(-56 // (4 * shards))
     layer = jnp.int32(1)
-    write, attend = jax.jit(model.write), jax.jit(attention.cached_attention)
-    cache = model.KVCache(*jnp.zeros((2, 2, shards * rows, 2, capacity, 8)))
+    write, attend = jax.jit(write_cache), jax.jit(cached_attention)
+    cache = KVCache(*jnp.zeros((2, 2, shards * rows, 2, capacity, 8)))
     expected = np.zeros(cache.k.shape, np.float32), np.zeros(cache.k.shape, np.float32)
     for step in range(53):  # rows of different lengths, one step after the other
         at = np.maximum(0, step - 5 * np.arange(rows))[:, None].astype(np.int32)
@@ -161,15 +166,15 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
             )
             for side, rows_new in zip(expected, new, strict=True):
                 side[1, shard * rows + row, :, index] = rows_new[row, :, 0]
-        last, places = attention.sequence_shards(jnp.asarray(at), shards, capacity)
+        last, places = sequence_shards(jnp.asarray(at), shards, capacity)
         cache = write(cache, layer, *map(jnp.asarray, new), places)
         if step in (0, 3, 4, 11, 12, 13, 37, 52):
             found = attend(jnp.asarray(q), cache.k, cache.v, layer, last)
             wanted = attend(*map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at))
             np.testing.assert_allclose(found, wanted, atol=1e-6)
-            visits = attention.live_blocks(last, capacity)
+            visits = live_blocks(last, capacity)
             with pltpu.force_tpu_interpret_mode(True):
-                found = attention.decode_attention(
+                found = decode_attention(
                     jnp.asarray(q), cache.k, cache.v, layer, last, visits
                 )
             np.testing.assert_allclose(found, wanted, atol=1e-6)

@@ -10,12 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
+from conftest import set_everywhere, several_devices
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import attention, engine, model, sampling
-from e1jax.convert import load_model
-from e1jax.sharding import make_mesh, sharding
+from e1jax.checkpoint.load import load_model
+from e1jax.nn.attention import cached_attention, causal_attention
+from e1jax.nn.cache import KVCache, init_cache, write
+from e1jax.nn.kernels.decode_attention import (
+    decode_attention,
+    live_blocks,
+)
+from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads
+from e1jax.nn.model import forward
+from e1jax.nn.rope import apply_rope, rope_angles, rope_frequencies
+from e1jax.sampling.decode import prefill
+from e1jax.sampling.draw import kept
+from e1jax.sharding.mesh import make_mesh, sharding
 
 BLOCK = 8
 LAYERS = 3
@@ -23,7 +33,7 @@ LAYERS = 3
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "TPU_BLOCK_LEN", BLOCK)
+    set_everywhere(monkeypatch, "TPU_BLOCK_LEN", BLOCK)
 
 
 def arrays(positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32):
@@ -46,10 +56,10 @@ def both(positions, *sizes, layer=1, interpreter: Any = True):
     """The kernel's result, with poison, and that of the XLA version, without."""
     q, k, v, clean_k, clean_v, at = arrays(positions, *sizes)
     layer = jnp.int32(layer)
-    visits = attention.live_blocks(at, k.shape[3])
+    visits = live_blocks(at, k.shape[3])
     with pltpu.force_tpu_interpret_mode(interpreter):
-        ours = attention.decode_attention(q, k, v, layer, at, visits)
-    theirs = attention.cached_attention(q, clean_k, clean_v, layer, at)
+        ours = decode_attention(q, k, v, layer, at, visits)
+    theirs = cached_attention(q, clean_k, clean_v, layer, at)
     return np.float32(ours), np.float32(theirs)
 
 
@@ -97,11 +107,11 @@ def of_step(positions, heads, kv_heads, capacity, head_dim, dtype, places=None):
         [jnp.asarray(x, dtype) for x in xs] for xs in (products, biases, caches)
     )
     at = jnp.asarray(positions, jnp.int32)[:, None]
-    rope = attention.rope_angles(at, attention.rope_frequencies(head_dim, 1e4))
+    rope = rope_angles(at, rope_frequencies(head_dim, 1e4))
     # Of 8 bits: no product with bfloat16 is rounded, as part of a multiply-add or not.
     rope = tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in rope)
     places = jnp.asarray(places, jnp.int32)[:, None]
-    return products, biases, model.KVCache(*caches), rope, places
+    return products, biases, KVCache(*caches), rope, places
 
 
 def plain_heads(products, biases, caches, rope, places, layer):
@@ -111,8 +121,8 @@ def plain_heads(products, biases, caches, rope, places, layer):
         (x + bias[layer][None]).reshape(rows, 1, -1, size).swapaxes(1, 2)
         for x, bias in zip(products, biases, strict=True)
     )
-    q, k = (attention.apply_rope(x, rope) for x in (q, k))
-    return q, *model.write(caches, layer, k, v, places)[:2]
+    q, k = (apply_rope(x, rope) for x in (q, k))
+    return q, *write(caches, layer, k, v, places)[:2]
 
 
 # By default, XLA leaves out roundings to bfloat16 where it fuses operations.
@@ -122,8 +132,8 @@ def plain_heads(products, biases, caches, rope, places, layer):
     compiler_options={"xla_allow_excess_precision": False},
 )
 def kernel_heads(products, biases, caches, rope, places, layer, mesh=None):
-    heads = attention.prepare_heads(rope, biases, len(places) // len(products[0]))
-    q, caches = attention.decode_heads(products, caches[:2], layer, places, heads, mesh)
+    heads = prepare_heads(rope, biases, len(places) // len(products[0]))
+    q, caches = decode_heads(products, caches[:2], layer, places, heads, mesh)
     return q, *caches
 
 
@@ -153,7 +163,7 @@ def test_heads_are_those_of_the_other_devices(
 
 def test_visits_are_the_live_blocks_and_no_others():
     positions = jnp.array([[0], [BLOCK], [3 * BLOCK - 1], [39], [BLOCK - 1]])
-    count, rows, blocks = attention.live_blocks(positions, 40)
+    count, rows, blocks = live_blocks(positions, 40)
     expected = [
         (r, b) for r, at in enumerate(positions[:, 0]) for b in range(at // BLOCK + 1)
     ]
@@ -172,25 +182,24 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
     loaded = load_model(str(tiny_hf(head_dim=head_dim)))
     config, params = loaded.config, loaded.params
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
-    cache = model.init_cache(config, 3, 24, jnp.float32)
+    cache = init_cache(config, 3, 24, jnp.float32)
     rng = np.random.default_rng(0)
     prompt = jnp.asarray(rng.integers(0, config.vocab_size, (3, 9)), jnp.int32)
     places = jnp.tile(jnp.arange(9)[None], (3, 1))
-    _, cache = model.forward(config, params, prompt, places, cache)
+    _, cache = forward(config, params, prompt, places, cache)
     tokens, at = prompt[:, :1], jnp.array([[0], [7], [8]], jnp.int32)
 
-    plain, plain_cache = model.forward(config, params, tokens, at, cache)
+    plain, plain_cache = forward(config, params, tokens, at, cache)
     called = []
 
     def listed(kernel):
         return lambda *args, **kw: called.append(kernel) or kernel(*args, **kw)
 
-    for module in (attention, model):
-        monkeypatch.setattr(module, "on_tpu", lambda mesh: True)
-    for name in ("decode_heads", "decode_attention"):
-        monkeypatch.setattr(attention, name, listed(getattr(attention, name)))
+    set_everywhere(monkeypatch, "on_tpu", lambda mesh: True, within="e1jax.nn")
+    for kernel in (decode_heads, decode_attention):
+        set_everywhere(monkeypatch, kernel.__name__, listed(kernel))
     with pltpu.force_tpu_interpret_mode(True):
-        ours, cache = model.forward(config, params, tokens, at, cache, mesh=mesh)
+        ours, cache = forward(config, params, tokens, at, cache, mesh=mesh)
     assert len(set(called)) == kernels
     np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(cache.k, plain_cache.k, atol=1e-5, rtol=1e-5)
@@ -204,40 +213,38 @@ def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, 1024))
     tokens, length = jnp.asarray(tokens, jnp.int32), jnp.int32(1000)
-    pieces = engine.prefill(config, mesh, params, tokens, length)
-    engine.prefill.clear_cache()
+    pieces = prefill(config, mesh, params, tokens, length)
+    prefill.clear_cache()
     called = []
-    causal = attention.causal_attention
-    monkeypatch.setattr(attention, "takes_splash", lambda *_: True)
-    monkeypatch.setattr(
-        attention, "causal_attention", lambda *a: called.append(1) or causal(*a)
+    causal = causal_attention
+    set_everywhere(monkeypatch, "takes_splash", lambda *_: True)
+    set_everywhere(
+        monkeypatch, "causal_attention", lambda *a: called.append(1) or causal(*a)
     )
-    monkeypatch.setattr(
-        attention, "splash_attention", lambda q, k, v, _: causal(q, k, v)
-    )
-    at_once = engine.prefill(config, mesh, params, tokens, length)
-    engine.prefill.clear_cache()
+    set_everywhere(monkeypatch, "splash_attention", lambda q, k, v, _: causal(q, k, v))
+    at_once = prefill(config, mesh, params, tokens, length)
+    prefill.clear_cache()
     assert called
     for ours, theirs in zip(at_once[:2], pieces[:2], strict=True):
         ours, theirs = ours[..., :1000, :], theirs[..., :1000, :]
         np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def on_a_mesh(data: int, tensor: int):
+def on_a_mesh(data: int, tensor: int, monkeypatch: pytest.MonkeyPatch):
     """On 8 devices: rows over `data`, heads over `tensor`; run in its own process."""
-    attention.TPU_BLOCK_LEN = BLOCK
+    set_everywhere(monkeypatch, "TPU_BLOCK_LEN", BLOCK)
     devices = np.array(jax.devices()[: data * tensor]).reshape(data, tensor)
     mesh = jax.sharding.Mesh(devices, ("data", "tensor"))
     positions = [0, 39, 8, 7]
     q, k, v, clean_k, clean_v, at = arrays(positions, 12, 4, 40, 16)
-    theirs = attention.cached_attention(q, clean_k, clean_v, jnp.int32(1), at)
+    theirs = cached_attention(q, clean_k, clean_v, jnp.int32(1), at)
     axes = ("layers", "rows", "kv_heads", None, None)
     k, v = (jax.device_put(x, sharding(mesh, axes, k.shape)) for x in (k, v))
 
     @jax.jit
     def decode(q, k, v, layer, at):
-        visits = attention.live_blocks(at, 40, mesh)
-        return attention.decode_attention(q, k, v, layer, at, visits, mesh)
+        visits = live_blocks(at, 40, mesh)
+        return decode_attention(q, k, v, layer, at, visits, mesh)
 
     with pltpu.force_tpu_interpret_mode(True):
         ours = decode(q, k, v, jnp.int32(1), at)
@@ -255,15 +262,18 @@ def on_a_mesh(data: int, tensor: int):
     # The kernel for top-k and top-p too; 5 rows do not divide 8 devices.
     gaps = jnp.asarray(np.random.default_rng(3).gamma(2, size=(5, 96)), jnp.float32)
     options = jnp.array([0, 3, 0, 9, 0]), jnp.array([0.9, 1, 0.5, 0.8, 1])
-    theirs = sampling.kept(gaps, *options)
-    sampling.on_tpu = lambda mesh: mesh is not None
+    theirs = kept(gaps, *options)
+    set_everywhere(monkeypatch, "on_tpu", lambda mesh: mesh is not None)
     with pltpu.force_tpu_interpret_mode(True):
-        ours = jax.jit(lambda *args: sampling.kept(*args, mesh))(gaps, *options)
+        ours = jax.jit(lambda *args: kept(*args, mesh))(gaps, *options)
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_on_meshes_of_8_devices():
-    code = "import test_attention_kernel as t\nt.on_a_mesh(2, 4), t.on_a_mesh(4, 2)"
+    code = (
+        "import pytest, test_attention_kernel as t\npatch = pytest.MonkeyPatch()\n"
+        "t.on_a_mesh(2, 4, patch), t.on_a_mesh(4, 2, patch)"
+    )
     environment = {
         **os.environ,
         "XLA_FLAGS": several_devices(8),

@@ -6,25 +6,26 @@ import json
 import numpy as np
 import pytest
 
-from e1jax.config import (
+from e1jax.config.checks import UserError
+from e1jax.config.load import (
+    load_config,
+    load_config_and_flags,
+    read_yaml,
+    record_config,
+)
+from e1jax.config.model import ModelConfig
+from e1jax.config.sampling import SamplingParams
+from e1jax.config.texts import check_backslashes, parse_json
+from e1jax.config.training import (
     AdamWConfig,
     CheckpointConfig,
     DataConfig,
     GRPOConfig,
     HostsConfig,
     LossConfig,
-    ModelConfig,
     RolloutConfig,
-    SamplingParams,
     UpdateConfig,
-    UserError,
     ValidationConfig,
-    check_backslashes,
-    load_config,
-    load_config_and_flags,
-    parse_json,
-    read_yaml,
-    record_config,
 )
 
 HF = {

@@ -14,13 +14,16 @@ import numpy as np
 import pytest
 from conftest import Chip
 
-from e1jax.checkpoint import abstract_state
-from e1jax.config import GRPOConfig, ModelConfig, SFTConfig, load_config
-from e1jax.convert import read_config, resolve
-from e1jax.model import abstract_params
+from e1jax.checkpoint.huggingface import read_config
+from e1jax.checkpoint.load import resolve
+from e1jax.checkpoint.runs import abstract_state
+from e1jax.config.load import load_config
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import GRPOConfig, SFTConfig
+from e1jax.grpo.learner import default_mesh, make_optimizer
+from e1jax.nn.model import abstract_params
 from e1jax.sample import _parser as sample_parser
-from e1jax.sharding import check_divides, make_mesh
-from e1jax.train import default_mesh, make_optimizer
+from e1jax.sharding.mesh import check_divides, make_mesh
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 GRPO = [path for path in CONFIGS if path.stem != "nano_sft"]

@@ -16,20 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json
+from conftest import edit_json, set_everywhere
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from e1jax import checkpoint, convert
-from e1jax.checkpoint import (
-    LazyArray,
-    find_params,
-    named_shapes,
-    open_params,
-    save_params,
-)
-from e1jax.config import ModelConfig, UserError, run_command
-from e1jax.model import forward, unembed
+from e1jax import convert
+from e1jax.checkpoint.huggingface import read_config, write_hf_weights
+from e1jax.checkpoint.lazy import LazyArray, parts_of
+from e1jax.checkpoint.load import LoadedModel, load_model, read_tokenizer
+from e1jax.checkpoint.params import named_shapes, open_params, save_params
+from e1jax.checkpoint.runs import find_params
+from e1jax.cli.command import run_command
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.nn.model import forward, unembed
 from e1jax.tokenizer import write_byte_tokenizer
 
 
@@ -60,7 +60,7 @@ def logits(path: Path) -> torch.Tensor:
         return model(torch.arange(40).reshape(2, 20)).logits
 
 
-def our_logits(loaded: convert.LoadedModel) -> jax.Array:
+def our_logits(loaded: LoadedModel) -> jax.Array:
     """Of the same tokens."""
     tokens, positions = jnp.arange(40).reshape(2, 20), jnp.tile(jnp.arange(20), (2, 1))
     hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
@@ -125,7 +125,7 @@ def test_manifest_and_generation_config(tiny_hf, tmp_path, command):
     }
     command("to-hf", tmp_path / "e1", tmp_path / "back")
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
-    tokenizer = convert.read_tokenizer(source)
+    tokenizer = read_tokenizer(source)
     assert generation == {
         "bos_token_id": tokenizer.backend.token_to_id("<｜begin▁of▁sentence｜>"),
         "eos_token_id": tokenizer.eos_id,
@@ -153,7 +153,7 @@ def test_every_eos_id_comes_back(
     command("from-hf", source, tmp_path / "e1")
     command("to-hf", tmp_path / "e1", tmp_path / "back")
     for name in ("hf", "e1", "back"):
-        assert convert.read_tokenizer(tmp_path / name).eos_ids == ends
+        assert read_tokenizer(tmp_path / name).eos_ids == ends
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config.get("eos_token_id"), config["bos_token_id"]) == (in_config, 259)
     theirs = GenerationConfig.from_pretrained(tmp_path / "back")
@@ -165,7 +165,7 @@ def test_a_checkpoint_without_generation_config(tiny_hf, tmp_path, command):
     """As older versions wrote it: it loads, and to-hf names the EOS of its tokenizer."""
     command("from-hf", tiny_hf(), tmp_path / "e1")
     (tmp_path / "e1/generation_config.json").unlink()
-    assert convert.load_model(str(tmp_path / "e1")).tokenizer.eos_ids == (256,)
+    assert load_model(str(tmp_path / "e1")).tokenizer.eos_ids == (256,)
     assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
     assert GenerationConfig.from_pretrained(tmp_path / "back").eos_token_id == 256
 
@@ -210,14 +210,14 @@ def test_every_kind_of_directory_loads_the_same(tiny_hf, tmp_path, command):
     run_dir = shutil.copytree(source, tmp_path / "run")
     (run_dir / "model.safetensors").unlink()
     shutil.copytree(tmp_path / "e1/params", run_dir / "checkpoints/10/params")
-    loaded = convert.load_model(str(source))
+    loaded = load_model(str(source))
     assert loaded.dtype == np.float32 and loaded.name == str(source)
     for model in ("e1", "run", "run/10", "run/checkpoints/10"):
-        other = convert.load_model(str(tmp_path / model))
+        other = load_model(str(tmp_path / model))
         assert same_params(other.params, loaded.params)
         assert other.config == loaded.config
-    half = convert.load_model(str(tmp_path / "e1"), dtype="bfloat16")
-    expected = convert.load_model(str(source), dtype="bfloat16")
+    half = load_model(str(tmp_path / "e1"), dtype="bfloat16")
+    expected = load_model(str(source), dtype="bfloat16")
     assert half.params["norm"]["scale"].dtype == jnp.bfloat16
     assert same_params(half.params, expected.params)
 
@@ -230,7 +230,7 @@ def test_the_step_of_a_run(tiny_hf, tmp_path, command):
     with pytest.raises(UserError, match="no finished checkpoint"):
         find_params(run_dir)
     for step in (3, 20):
-        loaded = convert.load_model(str(tiny_hf()))
+        loaded = load_model(str(tiny_hf()))
         params = jax.tree.map(lambda array, step=step: array * step, loaded.params)
         save_params(run_dir / f"checkpoints/{step}/params", params)
     (run_dir / "checkpoints/30").mkdir()
@@ -254,8 +254,8 @@ def test_a_subdirectory_makes_no_run_of_a_hugging_face_directory(
     path = shutil.copytree(tiny_hf(), tmp_path / "hf")
     (path / name).mkdir()
     assert "Hugging Face directory" in command("inspect", path)[1]
-    expected = convert.load_model(str(tiny_hf())).params
-    assert same_params(convert.load_model(str(path)).params, expected)
+    expected = load_model(str(tiny_hf())).params
+    assert same_params(load_model(str(path)).params, expected)
     (tmp_path / "project" / name).mkdir(parents=True)
     refused(command("inspect", tmp_path / "project"), "no config.json", tmp_path)
 
@@ -267,11 +267,11 @@ def test_stray_files_hide_no_model(tiny_hf, tmp_path, command):
     run_dir = shutil.copytree(source, tmp_path / "run")
     (run_dir / "model.safetensors").unlink()
     shutil.copytree(tmp_path / "e1/params", run_dir / "checkpoints/10/params")
-    expected = convert.load_model(str(source)).params
+    expected = load_model(str(source)).params
     for path in (source, tmp_path / "e1", run_dir):
         for name in ("training_args.bin", "optimizer.bin", "scheduler.safetensors"):
             (path / name).write_bytes(b"0")
-        assert same_params(convert.load_model(str(path)).params, expected)
+        assert same_params(load_model(str(path)).params, expected)
     assert command("to-hf", tmp_path / "e1", tmp_path / "back")[0] == 0
     assert "kind                    run directory" in command("inspect", run_dir)[1]
     result = command("from-hf", tmp_path / "e1", tmp_path / "dst")
@@ -288,9 +288,9 @@ def test_tensors_without_a_use_are_skipped(tiny_hf, tmp_path):
         name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
         tensors[name] = (1e4 ** -(np.arange(0, 16, 2) / 16)).astype(dtype)
     save_file(tensors, path / "model.safetensors")
-    expected = convert.load_model(str(source)).params
-    assert same_params(convert.load_model(str(path)).params, expected)
-    assert convert.load_model(str(path)).config.tie_word_embeddings
+    expected = load_model(str(source)).params
+    assert same_params(load_model(str(path)).params, expected)
+    assert load_model(str(path)).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("change", ["all", "last bit"])
@@ -298,7 +298,7 @@ def test_a_head_of_its_own_in_a_model_that_says_tied(
     tiny_hf, tmp_path, command, capsys, monkeypatch, change
 ):
     """transformers uses such a head, so do we, and to-hf gives it back."""
-    monkeypatch.setattr(convert, "_BLOCK_BYTES", 1000)  # the last block is not full
+    set_everywhere(monkeypatch, "_BLOCK_BYTES", 1000)  # the last block is not full
     source = shutil.copytree(tiny_hf(tied=True), tmp_path / "hf")
     tensors = weights(source)
     head = tensors["model.embed_tokens.weight"].copy()
@@ -314,7 +314,7 @@ def test_a_head_of_its_own_in_a_model_that_says_tied(
     )
     expected = logits(source)
     capsys.readouterr()
-    loaded = convert.load_model(str(source))
+    loaded = load_model(str(source))
     ours = our_logits(loaded)
     assert capsys.readouterr().err == note
     tolerance = 1e-5 * float(expected.abs().max())  # as in test_model
@@ -325,19 +325,19 @@ def test_a_head_of_its_own_in_a_model_that_says_tied(
     assert same_bytes(weights(tmp_path / "back"), tensors)
     assert torch.equal(logits(tmp_path / "back"), expected)
     for name in ("e1", "back"):
-        other = convert.load_model(str(tmp_path / name))
+        other = load_model(str(tmp_path / name))
         assert not other.config.tie_word_embeddings
         assert same_params(other.params, loaded.params)
 
 
 def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
     source = tiny_hf(dtype="bfloat16")
-    config, tensors = convert.read_config(source), weights(source)
+    config, tensors = read_config(source), weights(source)
     convert.from_hf(str(source), tmp_path / "e1")
     split = shutil.copytree(source, tmp_path / "split")
     (split / "model.safetensors").unlink()
     arrays = open_params(tmp_path / "e1/params", config)
-    convert.write_hf_weights(
+    write_hf_weights(
         split, config, np.dtype(jnp.bfloat16), arrays, max_shard_bytes=50_000
     )
     files = sorted(split.glob("*.safetensors"))
@@ -347,8 +347,8 @@ def test_files_above_the_limit_are_split(tiny_hf, tmp_path):
     assert torch.equal(logits(split), logits(source))
     total = json.loads((split / "model.safetensors.index.json").read_text())["metadata"]
     assert total["total_size"] == sum(array.nbytes for array in tensors.values())
-    expected = convert.load_model(str(source)).params
-    assert same_params(convert.load_model(str(split)).params, expected)
+    expected = load_model(str(source)).params
+    assert same_params(load_model(str(split)).params, expected)
 
 
 def test_inspect(tiny_hf, tmp_path, command):
@@ -516,7 +516,7 @@ def test_bad_hugging_face_directory(tiny_hf, tmp_path, command, bad):
     spoil(path)
     refused(command("from-hf", path, tmp_path / "dst"), named, tmp_path)
     with pytest.raises(UserError) as error:
-        convert.load_model(str(path))
+        load_model(str(path))
     assert named in str(error.value)
 
 
@@ -557,7 +557,7 @@ def damage(params: Path, array: np.ndarray) -> None:
 def test_a_flipped_bit_is_found(tiny_hf, tmp_path, command):
     for flags in ((), ("--dtype", "bfloat16")):  # of a cast tensor nothing is known
         command("from-hf", tiny_hf(), tmp_path / "e1", *flags)
-        arrays = open_params(tmp_path / "e1/params", convert.read_config(tiny_hf()))
+        arrays = open_params(tmp_path / "e1/params", read_config(tiny_hf()))
         up = arrays["layers/mlp/up/kernel"].read(
             (slice(1, 2), slice(0, 64), slice(0, 96))
         )
@@ -577,7 +577,7 @@ def test_a_checkpoint_of_another_format_version(tiny_hf, tmp_path, command):
     refused(command("to-hf", tmp_path / "e1", tmp_path / "dst"), named, tmp_path)
     refused(command("inspect", tmp_path / "e1"), named, tmp_path)
     with pytest.raises(UserError, match="format_version 2"):
-        convert.load_model(str(tmp_path / "e1"))
+        load_model(str(tmp_path / "e1"))
 
 
 def test_bad_arguments(tiny_hf, tmp_path, command):
@@ -672,7 +672,7 @@ def write_ones(path: Path, **sizes) -> ModelConfig:
         for name, shape in named_shapes(config).items()
     }
     (path / "config.json").write_text(json.dumps(config.to_hf("float32")))
-    convert.write_hf_weights(path, config, dtype, arrays)
+    write_hf_weights(path, config, dtype, arrays)
     return config
 
 
@@ -719,12 +719,12 @@ def test_arrays_of_many_chunks(tiny_hf, tmp_path, command, monkeypatch, dtype):
     source = tiny_hf(
         dtype=dtype, hidden_size=62, intermediate_size=106, num_heads=5, num_kv_heads=1
     )
-    config = convert.read_config(source)
-    expected = convert.load_model(str(source), dtype=dtype).params
+    config = read_config(source)
+    expected = load_model(str(source), dtype=dtype).params
     command("from-hf", source, tmp_path / "coarse")
-    monkeypatch.setattr(checkpoint, "_CHUNK_BYTES", 700)
+    set_everywhere(monkeypatch, "_CHUNK_BYTES", 700)
     command("from-hf", source, tmp_path / "e1")
-    arrays = checkpoint.open_params(tmp_path / "e1/params", config)
+    arrays = open_params(tmp_path / "e1/params", config)
     for name, array in arrays.items():
         size = np.prod(array.parts) * array.dtype.itemsize
         assert size <= 700 and (size > 250 or array.parts == array.shape), name
@@ -732,7 +732,7 @@ def test_arrays_of_many_chunks(tiny_hf, tmp_path, command, monkeypatch, dtype):
     assert up.parts[0] == 1 and up.shape[1] % up.parts[1] and up.shape[2] % up.parts[2]
     # What was written in small chunks and in one, and what is read so from a file.
     for model in (source, tmp_path / "e1", tmp_path / "coarse"):
-        loaded = convert.load_model(str(model), dtype=dtype).params
+        loaded = load_model(str(model), dtype=dtype).params
         assert same_params(loaded, expected)
     for name in ("e1", "coarse"):
         command("to-hf", tmp_path / name, tmp_path / f"{name} back")
@@ -744,7 +744,7 @@ def test_the_parts_of_an_array():
     for rows, columns in [((0, 7), (0, 10)), ((2, 6), (4, 8)), ((3, 4), (1, 2))]:
         index = (slice(*rows), slice(*columns))
         count = np.zeros(array.shape, int)
-        for part in checkpoint.parts_of(array, index):
+        for part in parts_of(array, index):
             count[part] += 1
             for span, step in zip(part, array.parts, strict=True):
                 assert span.start // step == (span.stop - 1) // step
@@ -755,7 +755,8 @@ BROKEN = """
 import shutil, sys
 from pathlib import Path
 import numpy as np
-from e1jax.checkpoint import LazyArray, save_params
+from e1jax.checkpoint.lazy import LazyArray
+from e1jax.checkpoint.params import save_params
 
 def read(part):
     if part[0].start >= 20:
@@ -791,7 +792,7 @@ def test_loading_needs_no_memory_beside_the_weights(tmp_path, kind):
     write_ones(tmp_path / "hf", **sizes)
     if kind == "e1":
         convert.from_hf(str(tmp_path / "hf"), tmp_path / "e1")
-    loaded = convert.load_model(str(tmp_path / kind), dtype="float32")
+    loaded = load_model(str(tmp_path / kind), dtype="float32")
     loaded.params  # noqa: B018  what the first use of a library takes
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
@@ -805,10 +806,10 @@ def test_comparing_a_head_needs_no_memory(tmp_path):
     sizes = {"hidden_size": 512, "intermediate_size": 8, "num_layers": 1}
     write_ones(tmp_path, **sizes, vocab_size=2**16)
     edit_json(tmp_path / "config.json", tie_word_embeddings=True)
-    convert.load_model(str(tmp_path))
+    load_model(str(tmp_path))
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    loaded = convert.load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path))
     assert memory("VmHWM") - before <= 60e6
     assert loaded.config.tie_word_embeddings and "lm_head.weight" not in loaded.tensors
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from e1jax.config import ModelConfig, SFTConfig, TraceMix
-from e1jax.data import (
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import SFTConfig, TraceMix
+from e1jax.data.nano import (
     LENGTHS,
     NUM_IDS,
     WORDS,

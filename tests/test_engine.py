@@ -14,14 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, several_devices
+from conftest import edit_json, set_everywhere, several_devices
 from transformers import AutoModelForCausalLM
 
-from e1jax import convert, model, sampling
-from e1jax import engine as engine_module
-from e1jax.config import ModelConfig, SamplingParams, UserError
-from e1jax.engine import Engine
-from e1jax.sharding import make_mesh
+from e1jax import convert
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.config.sampling import SamplingParams
+from e1jax.nn.cache import KVCache
+from e1jax.nn.model import forward, init_params, unembed
+from e1jax.sampling.budget import TokenIds
+from e1jax.sampling.decode import decode, empty_rows
+from e1jax.sampling.engine import Engine
+from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import THINK_END, Tokenizer, write_byte_tokenizer
 
 CONFIG = ModelConfig(
@@ -47,7 +52,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def params():
     """Random weights, large enough that the logits are far from flat."""
-    made = model.init_params(CONFIG, make_mesh(None, CONFIG), jnp.float32, 0)
+    made = init_params(CONFIG, make_mesh(None, CONFIG), jnp.float32, 0)
     return jax.tree.map(lambda p: p * 5 if p.ndim > 1 else p, made)
 
 
@@ -158,10 +163,8 @@ def test_logprobs_and_greedy_tokens_are_those_of_one_full_forward(
         for c in samples:
             tokens = jnp.array([c.prompt_ids + c.token_ids])
             positions = jnp.arange(tokens.shape[1])[None]
-            hidden, _ = model.forward(CONFIG, params, tokens, positions)
-            logits = model.unembed(CONFIG, params, hidden)[
-                0, len(c.prompt_ids) - 1 : -1
-            ]
+            hidden, _ = forward(CONFIG, params, tokens, positions)
+            logits = unembed(CONFIG, params, hidden)[0, len(c.prompt_ids) - 1 : -1]
             scaled = logits / (request.temperature or 1.0)
             want = np.asarray(jax.nn.log_softmax(scaled))[
                 np.arange(len(c.token_ids)), c.token_ids
@@ -321,8 +324,8 @@ def test_few_slot_steps_are_wasted_on_mixed_budgets(make, endless):
 
 
 def lowered_decode(engine):
-    rows = engine_module.empty_rows(engine.slots, 8)
-    ids = sampling.TokenIds(256, 261)
+    rows = empty_rows(engine.slots, 8)
+    ids = TokenIds(256, 261)
     args = (
         CONFIG,
         engine.mesh,
@@ -333,7 +336,7 @@ def lowered_decode(engine):
         1,
         8,
     )
-    return engine_module.decode.lower(*args).compile()
+    return decode.lower(*args).compile()
 
 
 def test_cache_is_updated_in_place(make):
@@ -367,7 +370,7 @@ def test_attention_does_not_touch_blocks_beyond_the_live_ones(make, mixed_result
     engine = make(cache_len=690, slots=3)
     cache = engine._new_cache(jnp.float32)
     spoil = lambda x: x.at[..., 384:, :].set(jnp.nan)  # noqa: E731
-    engine._cache = model.KVCache(spoil(cache.k), spoil(cache.v))
+    engine._cache = KVCache(spoil(cache.k), spoil(cache.v))
     prompts, params = mixed_requests()
     del prompts[2], params[2]  # its solution runs to the end of the cache
     want = tokens_of(mixed_results)
@@ -503,7 +506,7 @@ def test_too_little_memory_is_said_in_a_sentence(make, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
     engine = make(cache_len=77, slots=2)
-    monkeypatch.setattr(engine_module, "decode", exhausted)
+    set_everywhere(monkeypatch, "decode", exhausted, within="e1jax.sampling.engine")
     with pytest.raises(UserError, match="2 slots of 77 positions"):
         engine.generate(["a"], SamplingParams(thinking_budget=2, solution_budget=2))
 
@@ -527,11 +530,12 @@ import sys, jax, pytest
 sys.path.insert(0, {tests!r})
 import test_engine as t
 from pathlib import Path
-from e1jax import attention, model
-from e1jax.engine import Engine
-from e1jax.sharding import make_mesh
+from conftest import set_everywhere
+from e1jax.nn import model
+from e1jax.sampling.engine import Engine
+from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
-attention.BLOCK_LEN = 16
+set_everywhere(pytest.MonkeyPatch(), "BLOCK_LEN", 16)
 assert jax.device_count() == 8
 write_byte_tokenizer(Path({tmp!r}), ["\\\\boxed{{", "wait"])
 tokenizer = Tokenizer.from_dir(Path({tmp!r}))

@@ -5,14 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import set_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import budgets, fits, reference
 
-from e1jax import model
-from e1jax.config import ModelConfig, SamplingParams
-from e1jax.engine import Engine
-from e1jax.sharding import make_mesh
+from e1jax.config.model import ModelConfig
+from e1jax.config.sampling import SamplingParams
+from e1jax.sampling.engine import Engine
+from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
 
 # A model that emits a script: the token after position p is script[p + 1], whatever
@@ -44,8 +45,8 @@ def scripted(tmp_path_factory):
         return 50.0 * jax.nn.one_hot(hidden[..., 0].astype(int), config.vocab_size)
 
     patch = pytest.MonkeyPatch()
-    patch.setattr(model, "forward", forward)
-    patch.setattr(model, "unembed", unembed)
+    set_everywhere(patch, "forward", forward)
+    set_everywhere(patch, "unembed", unembed)
     params = {
         "norm": {"scale": jnp.zeros(1)},
         "layers": {"unused": jnp.zeros((1, 1))},

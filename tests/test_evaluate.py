@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from e1jax import Engine, SamplingParams, data, evaluate, rewards, sample
-from e1jax.config import run_command
+from e1jax.cli.command import run_command
+from e1jax.evaluation.results import Outcome, result_row
 
 PROBLEMS, SAMPLES, SLOTS = 7, 3, 5
 FLAGS = ["--model", "nano", "--dataset", "nano", "--limit", PROBLEMS, "-n", SAMPLES]
@@ -150,15 +151,15 @@ def test_results_are_what_loops_over_the_completions_give(whole):
 
 def test_statistics_of_uneven_samples():
     """Averages over problems of averages over samples; one problem has no spread."""
-    one = evaluate.Outcome(1.0, 10, 4, 5, True)
-    two = evaluate.Outcome(0.0, 20, 14, 6, False)
-    row = evaluate._row((4, None), [[one], [one, two], [two, two, two, two]])
+    one = Outcome(1.0, 10, 4, 5, True)
+    two = Outcome(0.0, 20, 14, 6, False)
+    row = result_row((4, None), [[one], [one, two], [two, two, two, two]])
     assert row["accuracy"] == 0.5 and row["pass_at_n"] == pytest.approx(2 / 3)
     assert row["stderr"] == pytest.approx(0.5 / math.sqrt(3))
     assert row["mean_tokens"] == 15 and row["mean_thinking_tokens"] == 9
     assert row["mean_solution_tokens"] == 5.5 and row["forced_share"] == 0.5
     assert (row["thinking_budget"], row["solution_budget"]) == (4, None)
-    assert evaluate._row((4, None), [[one, two]])["stderr"] is None
+    assert result_row((4, None), [[one, two]])["stderr"] is None
 
 
 def test_samples_of_a_problem_are_paired_across_budgets(whole):

@@ -19,21 +19,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
 
-from e1jax import grpo, train
-from e1jax.checkpoint import abstract_state, named_leaves
-from e1jax.config import (
+from e1jax.checkpoint.huggingface import TABLE
+from e1jax.checkpoint.load import load_model
+from e1jax.checkpoint.params import named_leaves
+from e1jax.checkpoint.runs import abstract_state
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import (
     AdamWConfig,
     GRPOConfig,
     LossConfig,
-    ModelConfig,
     RolloutConfig,
     UpdateConfig,
-    UserError,
 )
-from e1jax.convert import TABLE, load_model
-from e1jax.engine import Completion
-from e1jax.model import abstract_params, forward, init_params, unembed
-from e1jax.sharding import make_mesh
+from e1jax.grpo import rollouts as grpo_rollouts
+from e1jax.grpo.learner import (
+    clip_by_norm,
+    grpo_loss,
+    learning_rates,
+    make_logprobs,
+    make_optimizer,
+    make_update,
+)
+from e1jax.grpo.logprobs import CHUNK_TOKENS, chunked_logprobs, response_logprobs
+from e1jax.grpo.loss import group_advantages, policy_loss
+from e1jax.grpo.rollouts import Batch, Rollouts, make_batch, padded_lengths
+from e1jax.nn.model import abstract_params, forward, init_params, unembed
+from e1jax.sampling.engine import Completion
+from e1jax.sharding.mesh import make_mesh
 
 # Sums of float32 in another order, relative to the largest number among them.
 TOLERANCE = 1e-5
@@ -53,7 +66,7 @@ def test_advantages_are_those_of_numpy(prompts, samples):
     rewards = np.random.default_rng(samples).normal(2, 3, (prompts, samples))
     rewards[0] = np.arange(samples) == 1
     rewards[-1] = 1e-6 * np.arange(samples)  # no larger than the 1e-6 in the quotient
-    advantages = grpo.group_advantages(rewards.astype(np.float32))
+    advantages = group_advantages(rewards.astype(np.float32))
     for ours, group in zip(advantages, rewards, strict=True):
         mean = sum(group) / samples
         variance = sum((reward - mean) ** 2 for reward in group) / (samples - 1)
@@ -66,12 +79,12 @@ def test_advantages_are_those_of_numpy(prompts, samples):
 @pytest.mark.parametrize("samples", [2, 3, 7, 16, 41, 97])
 def test_equal_rewards_are_no_advantage(samples):
     rewards = np.repeat(np.float32([[0], [1], [0.1], [-2.7], [1e6]]), samples, axis=1)
-    np.testing.assert_array_equal(grpo.group_advantages(rewards), 0 * rewards)
+    np.testing.assert_array_equal(group_advantages(rewards), 0 * rewards)
 
 
 def test_one_response_is_no_group():
     with pytest.raises(UserError, match=r"\[7, 1\].*2 or more responses a prompt"):
-        grpo.group_advantages(np.zeros((7, 1), np.float32))
+        group_advantages(np.zeros((7, 1), np.float32))
 
 
 def torch_loss(
@@ -113,7 +126,7 @@ def torch_loss(
 
 def loss_and_grads(*arrays, **options):
     """((loss, metrics), gradient with respect to the policy's logprobs)."""
-    loss = functools.partial(grpo.policy_loss, **options)
+    loss = functools.partial(policy_loss, **options)
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(*arrays)
 
 
@@ -169,7 +182,7 @@ def test_gradient_is_that_of_finite_differences(arrays, aggregate):
         logprobs, *others = (jnp.asarray(array, jnp.float64) for array in arrays)
 
         def loss(logprobs):
-            return grpo.policy_loss(jnp.asarray(logprobs), *others, **options)[0]
+            return policy_loss(jnp.asarray(logprobs), *others, **options)[0]
 
         check_grads(loss, (logprobs,), order=1, modes=["rev"], eps=1e-6, rtol=1e-6)
 
@@ -246,7 +259,7 @@ def test_chunks_are_the_plain_log_softmax(tied, temperature, length, chunk_len):
 
         @jax.jit
         def chunked(params, hidden, entropy_grad=entropy_grad):
-            logprobs, entropy = grpo.chunked_logprobs(
+            logprobs, entropy = chunked_logprobs(
                 *(config, params, hidden, targets, jnp.float32(temperature)),
                 **{"chunk_len": chunk_len, "entropy_grad": entropy_grad},
             )
@@ -307,13 +320,13 @@ def program_of(logprobs_by, response_len: int):
 
 @pytest.mark.parametrize(
     ("response_len", "remat", "at_a_time"),
-    [(grpo.CHUNK_TOKENS + 5, True, 259), (20, False, 20)],
+    [(CHUNK_TOKENS + 5, True, 259), (20, False, 20)],
 )
 def test_no_more_logits_exist_than_those_of_a_chunk(response_len, remat, at_a_time):
     """Forward and backward, nor any of a prompt."""
 
     def ours(params, tokens, prompt_len):
-        return grpo.response_logprobs(
+        return response_logprobs(
             *(WIDE, params, tokens, prompt_len, response_len, jnp.float32(0.6)),
             **{"remat": remat, "entropy_grad": True},
         )
@@ -342,7 +355,7 @@ def test_chunks_save_memory():
 
     def bytes_needed(chunk_len):
         def total(params, hidden, targets):
-            logprobs, entropy = grpo.chunked_logprobs(
+            logprobs, entropy = chunked_logprobs(
                 *(config, params, hidden, targets, jnp.float32(1)),
                 **{"chunk_len": chunk_len, "entropy_grad": True},
             )
@@ -433,10 +446,10 @@ def settings(
 REWARDS = np.float32([[1, 0, 0], [0, 1, 1], [0.5, 1, 0.7], [3, 0, -1]])
 
 
-def batch_of(config: GRPOConfig, completions) -> train.Batch:
+def batch_of(config: GRPOConfig, completions) -> Batch:
     """As of a step, with another policy for a reference."""
-    rollouts = train.Rollouts(completions, REWARDS, {})
-    batch = train.make_batch(config, rollouts, *LONGEST)
+    rollouts = Rollouts(completions, REWARDS, {})
+    batch = make_batch(config, rollouts, *LONGEST)
     if config.loss.kl_coef:
         noise = np.random.default_rng(4).normal(0, 0.5, (12, 20)).astype(np.float32)
         ref = batch.old_logprobs + noise.reshape(batch.old_logprobs.shape)
@@ -455,7 +468,7 @@ KEEP = optax.GradientTransformation(
 def update_of(config: GRPOConfig, model: ModelConfig, mesh: Mesh, dtype: str):
     shapes = abstract_params(model, mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, (shapes, shapes))
-    return train.make_update(config, model, KEEP, dtype, shardings)
+    return make_update(config, model, KEEP, dtype, shardings)
 
 
 def gradients(config, loaded, batch, dtype="float32", on_policy=False):
@@ -575,7 +588,7 @@ def test_remat_changes_nothing(loaded, completions):
     def bytes_kept(config):  # for the backward pass, parameters among them
         def loss(params):
             microbatch = jax.tree.map(lambda x: x[0], batch)
-            return train.grpo_loss(
+            return grpo_loss(
                 *(config, loaded.config, params, microbatch),
                 *(jnp.float32(1), False, jnp.float32(TEMPERATURE)),
             )[0]
@@ -594,7 +607,7 @@ def test_prompts_are_gone_through_once_by_whole_groups(
     27 each."""
     config = settings(microbatch=microbatch)
     batch = jax.tree.map(lambda x: x[0], batch_of(config, completions))
-    loss = functools.partial(train.grpo_loss, config, loaded.config)
+    loss = functools.partial(grpo_loss, config, loaded.config)
     scalars = jnp.float32(1), False, jnp.float32(TEMPERATURE)
     text = str(jax.make_jaxpr(loss)(loaded.params, batch, *scalars))
     rows = {True: 2 * 8 + 6 * 19, False: microbatch * 27}
@@ -626,7 +639,7 @@ def test_gradients_are_clipped_as_optax_does(scale):
         "a": scale * jax.random.normal(keys[0], (7, 3)),
         "b": scale * jax.random.normal(keys[1], (5,)),
     }
-    ours, reference = train.clip_by_norm(0.5), optax.clip_by_global_norm(0.5)
+    ours, reference = clip_by_norm(0.5), optax.clip_by_global_norm(0.5)
     state = ours.init(grads)
     assert state == reference.init(grads)  # so that older checkpoints are read
     clipped, expected = (t.update(grads, state)[0] for t in (ours, reference))
@@ -637,11 +650,11 @@ def test_gradients_are_clipped_as_optax_does(scale):
 def test_an_update_on_a_cpu_has_no_product_that_sums_over_rows(loaded, completions):
     """In the layers: it would go to the slower library, see model._product_on_cpu."""
     config = settings()
-    optimizer = train.make_optimizer(config)
+    optimizer = make_optimizer(config)
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = train.make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(config, loaded.config, optimizer, "float32", shardings)
     batch = batch_of(config, completions)
     text = update.lower(*shapes, batch, False, jnp.float32(1)).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
@@ -658,11 +671,11 @@ def test_updates_are_those_of_adamw(loaded, completions):
     )
     config = settings(minibatch_prompts=1, microbatch=1, optimizer=adam)
     batch = batch_of(config, completions)
-    optimizer = optax.chain(KEEP, train.make_optimizer(config))
+    optimizer = optax.chain(KEEP, make_optimizer(config))
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = train.make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(config, loaded.config, optimizer, "float32", shardings)
 
     params = jax.tree.map(jnp.copy, loaded.params)
     state = optimizer.init(params)
@@ -695,7 +708,7 @@ def test_updates_are_those_of_adamw(loaded, completions):
 
 def test_learning_rates():
     def rates(schedule, warmup, steps):
-        rate = train.learning_rates(AdamWConfig(0.5, warmup, schedule), steps)
+        rate = learning_rates(AdamWConfig(0.5, warmup, schedule), steps)
         return [float(rate(jnp.int32(step))) for step in range(steps + 1)]
 
     cosine = [0.25 + 0.25 * math.cos(math.pi * i / 4) for i in range(5)]
@@ -723,7 +736,7 @@ def test_a_batch_is_made_from_lengths(completions, train_on_forced):
     kinds = {"tokens": "int32", "prompt_len": "int32", "loss_mask": "bool"}
     kinds |= {"advantages": "float32", "old_logprobs": "float32"}
     assert {name: getattr(batch, name).dtype for name in kinds} == kinds
-    advantages = np.asarray(grpo.group_advantages(REWARDS))
+    advantages = np.asarray(group_advantages(REWARDS))
     for row, c in enumerate(completions):
         got = [np.asarray(x)[row // 3, row % 3] for x in batch[:5]]
         tokens, prompt_len, advantage, mask, logprobs = got
@@ -744,8 +757,8 @@ def test_batches_are_of_few_lengths():
     for length in range(1, 19):
         longest = completion([5], [7] * length, [0.0] * length, [False] * length)
         shortest = completion([5], [7], [0.0], [False])
-        rollouts = train.Rollouts([longest, *[shortest] * 11], REWARDS, {})
-        batch = train.make_batch(settings(), rollouts, 3, 18)
+        rollouts = Rollouts([longest, *[shortest] * 11], REWARDS, {})
+        batch = make_batch(settings(), rollouts, 3, 18)
         response_lens.append(batch.loss_mask.shape[-1])
         assert batch.tokens.shape[-1] == 3 + response_lens[-1]
     assert response_lens == [6] * 6 + [11] * 5 + [16] * 5 + [18] * 2
@@ -756,8 +769,8 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
     for length, padded in ((1, 150), (150, 150), (151, 300), (580, 600)):
         prompts = [[5] * length, *[[5]] * 11]
         rows = [completion(p, [7] * 3, [0.0] * 3, [False] * 3) for p in prompts]
-        rollouts = train.Rollouts(rows, REWARDS, {})
-        batch = train.make_batch(settings(), rollouts, 600, 3)
+        rollouts = Rollouts(rows, REWARDS, {})
+        batch = make_batch(settings(), rollouts, 600, 3)
         seen = padded + 2
         assert batch.tokens.shape[-1] == 1 + (640 if padded == 600 else seen)
         assert batch.loss_mask.shape[-1] == 3
@@ -766,9 +779,11 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
 
 def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
     """Another process has prompts of up to 160 tokens and responses of up to 5."""
-    monkeypatch.setattr(train, "of_all", lambda own: np.array([own, [160, 5]], float))
-    rollouts = train.Rollouts(completions, REWARDS, {})
-    batch = train.make_batch(settings(), rollouts, 600, 40)
+    monkeypatch.setattr(
+        grpo_rollouts, "of_all", lambda own: np.array([own, [160, 5]], float)
+    )
+    rollouts = Rollouts(completions, REWARDS, {})
+    batch = make_batch(settings(), rollouts, 600, 40)
     longest = max(len(c.token_ids) for c in completions)
     response_len = next(n for n in (11, 21, 31, 40) if n >= longest)
     assert batch.loss_mask.shape[-1] == response_len
@@ -794,7 +809,7 @@ def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
     ],
 )
 def test_long_batches_are_whole_tiles_for_the_model(longest, of_step, lengths):
-    assert train.padded_lengths(longest, of_step) == lengths
+    assert padded_lengths(longest, of_step) == lengths
 
 
 @pytest.mark.parametrize(("microbatch", "samples"), [(3, 1), (6, 3), (4, 3)], ids=str)
@@ -806,7 +821,7 @@ def test_logprobs_of_a_step_are_those_of_torch(
     batch = batch_of(config, completions)
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    logprobs = train.make_logprobs(loaded.config, jnp.float32, shardings, samples)
+    logprobs = make_logprobs(loaded.config, jnp.float32, shardings, samples)
     logprobs = logprobs(loaded.params, batch, jnp.float32(TEMPERATURE))
     shape = (12 // microbatch, microbatch, 20)
     assert logprobs.shape == shape and logprobs.dtype == jnp.float32
@@ -843,21 +858,21 @@ def update_on_meshes() -> None:
         tokens[:, first : first + 4, :6] = tokens[:, first : first + 1, :6]
     lengths = rng.integers(1, 24, (2, 8, 1))
     lengths[0, 0], lengths[1, 1:] = 24, 1
-    batch = train.Batch(
+    batch = Batch(
         *(tokens, prompt_len),
         rng.normal(size=(2, 8)).astype(np.float32),
         np.arange(24) < lengths,
         *rng.normal(-8, 1, (2, 2, 8, 24)).astype(np.float32),
     )
     config = settings(microbatch=8, samples=4, aggregate="sequence", remat=True)
-    optimizer = train.make_optimizer(config)
+    optimizer = make_optimizer(config)
     expected = None
     for text, count in MESHES.items():
         mesh = make_mesh(text, MESHED, jax.devices()[:count])
         shapes = abstract_params(MESHED, mesh, jnp.float32)
         shapes = (shapes, abstract_state(optimizer, shapes, mesh))
         shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        update = train.make_update(config, MESHED, optimizer, jnp.float32, shardings)
+        update = make_update(config, MESHED, optimizer, jnp.float32, shardings)
         params = init_params(MESHED, mesh, jnp.float32, 0)
         params = jax.tree.map(lambda p: 5 * p, params)
         state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from e1jax import hlo
+from e1jax.plan.account import account
 
 
 def compiled(function, *arguments, donate=()) -> str:
@@ -18,14 +18,14 @@ def compiled(function, *arguments, donate=()) -> str:
 
 
 def test_a_product_of_two_matrices():
-    counted = hlo.account(compiled(jnp.matmul, (6, 70), (70, 11)))
+    counted = account(compiled(jnp.matmul, (6, 70), (70, 11)))
     assert counted.flops == 2 * 6 * 70 * 11
     assert counted.bytes == 4 * (6 * 70 + 70 * 11 + 6 * 11)
 
 
 def test_a_batched_product_that_contracts_two_dimensions():
     function = functools.partial(jnp.einsum, "abcd,aced->abe")
-    counted = hlo.account(compiled(function, (3, 5, 7, 9), (3, 7, 11, 9)))
+    counted = account(compiled(function, (3, 5, 7, 9), (3, 7, 11, 9)))
     assert counted.flops == 2 * 3 * 5 * 11 * 7 * 9
 
 
@@ -39,7 +39,7 @@ def test_nested_loops_count_as_often_as_they_run():
 
         return jax.lax.scan(outer, x, weights)[0]
 
-    counted = hlo.account(compiled(function, (8, 16), (3, 16, 16)))
+    counted = account(compiled(function, (8, 16), (3, 16, 16)))
     assert counted.flops == 3 * 5 * 2 * 8 * 16 * 16
     assert counted.unknown_loops == []
     # Each of the three weights is sliced once, not the whole stack three times.
@@ -54,7 +54,7 @@ def test_the_gradient_of_a_scan():
         step = jax.checkpoint(lambda x, weight: (jnp.tanh(x @ weight), None))
         return jax.lax.scan(step, x, weights)[0].sum()
 
-    counted = hlo.account(compiled(jax.grad(loss), (7, 12, 12), (5, 12)))
+    counted = account(compiled(jax.grad(loss), (7, 12, 12), (5, 12)))
     # Forward, forward again, and two products backward, in each of seven layers.
     assert counted.flops == 7 * 4 * 2 * 5 * 12 * 12
 
@@ -65,9 +65,9 @@ def test_a_loop_of_unknown_length_is_asked_about_and_else_reported():
 
     text = compiled(function, (8, 8), (1,))
     once = 2 * 8 * 8 * 8
-    assert hlo.account(text).flops == once
-    assert hlo.account(text).unknown_loops == ["jit(function)/while"]
-    counted = hlo.account(text, {"jit(function)/while": 9}.get)
+    assert account(text).flops == once
+    assert account(text).unknown_loops == ["jit(function)/while"]
+    counted = account(text, {"jit(function)/while": 9}.get)
     assert counted.flops == 9 * once
     assert counted.unknown_loops == []
 
@@ -78,7 +78,7 @@ def test_an_update_in_place_costs_the_update():
         return jax.lax.dynamic_update_slice(cache, new, at)
 
     text = compiled(function, (512, 128), (3, 128), (1,), donate=(0,))
-    assert 2 * 4 * 3 * 128 <= hlo.account(text).bytes <= 2 * 4 * 3 * 128 + 100
+    assert 2 * 4 * 3 * 128 <= account(text).bytes <= 2 * 4 * 3 * 128 + 100
 
 
 UPDATES = """
@@ -100,7 +100,7 @@ ENTRY %main (a: f32[1000000], u: f32[5000], i: s32[], m: f32[900,7], n: s32[3,1]
 
 
 def test_updates_cost_what_they_put_and_where():
-    counted = {op.name: op.bytes for op in hlo.account(UPDATES).ops}
+    counted = {op.name: op.bytes for op in account(UPDATES).ops}
     rows = 2 * 4 * 3 * 7  # read and written
     assert counted == {
         "vector": 2 * 4 * 5000 + 4,
@@ -116,14 +116,14 @@ def test_an_update_of_a_vector_in_place_costs_the_update():
         return jax.lax.dynamic_update_slice(array, new, at)
 
     text = compiled(function, (1_000_000,), (5_000,), (1,), donate=(0,))
-    assert 2 * 4 * 5_000 <= hlo.account(text).bytes <= 2 * 4 * 5_000 + 100
+    assert 2 * 4 * 5_000 <= account(text).bytes <= 2 * 4 * 5_000 + 100
 
 
 def test_what_is_outside_of_loops_can_be_left_out():
     def function(x):
         return jax.lax.fori_loop(0, 4, lambda i, x: x @ x, x @ x)
 
-    counted = hlo.account(compiled(function, (8, 8)))
+    counted = account(compiled(function, (8, 8)))
     assert counted.flops == 5 * 2 * 8**3
     assert counted.per_iteration().flops == 4 * 2 * 8**3
 
@@ -132,12 +132,12 @@ def test_the_costliest_branch_counts():
     def function(x, which):
         return jax.lax.cond(which[0] > 0, lambda x: x @ x, lambda x: x, x)
 
-    assert hlo.account(compiled(function, (8, 8), (1,))).flops == 2 * 8**3
+    assert account(compiled(function, (8, 8), (1,))).flops == 2 * 8**3
 
 
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="not the text of a compiled program"):
-        hlo.account("HloModule nothing")
+        account("HloModule nothing")
 
 
 # What a CPU does not print.
@@ -222,7 +222,7 @@ ENTRY %main (f: pred[], x0: f32[4,8], w0: bf16[2,8,8]) -> f32[4,8] {
 
 def test_loops_memory_spaces_and_cycles_of_a_tpu():
     asked = []
-    counted = hlo.account(LOOPS, lambda name: asked.append(name) or 3)
+    counted = account(LOOPS, lambda name: asked.append(name) or 3)
     assert asked == ["jit(decode)/while"]  # the inner one is derived: 2
     products = [op for op in counted.ops if op.flops]
     # Of the stacked weights one layer is read, of what is in VMEM nothing; the index
@@ -236,12 +236,12 @@ def test_loops_memory_spaces_and_cycles_of_a_tpu():
     assert [op.bytes for op in fetches] == [4 * 4 * 8]  # read, and written to VMEM
     assert counted.cycles == 6 * 1000 + 30
     assert counted.per_iteration().cycles == 6 * 1000
-    assert hlo.account(LOOPS).cycles == 2 * 1000 + 30
-    assert hlo.account(LOOPS).unknown_loops == ["jit(decode)/while"]
+    assert account(LOOPS).cycles == 2 * 1000 + 30
+    assert account(LOOPS).unknown_loops == ["jit(decode)/while"]
 
 
 def test_kernels_are_listed_and_their_metadata_ends_no_computation():
-    calls = hlo.account(LOOPS, lambda name: 3).custom_calls
+    calls = account(LOOPS, lambda name: 3).custom_calls
     assert [(op.target, op.times, op.bytes, op.op_name) for op in calls] == [
         ("tpu_custom_call", 3, 0, "jit(decode)/while/body/kernel")
     ]
@@ -268,7 +268,7 @@ ENTRY %main (w: f32[32,200], x: f32[8,200], i: s32[]) -> f32[8,200] {
 
 
 def test_a_slice_that_is_fetched_beside_other_work_costs_what_it_takes():
-    ops = {op.name: op for op in hlo.account(PREFETCH).ops}
+    ops = {op.name: op for op in account(PREFETCH).ops}
     assert set(ops) == {"first", "second", "third", "y", "sum"}
     assert ops["first"].bytes == 4 * 8 * 200  # read, and written to VMEM
     assert ops["second"].bytes == 2 * 4 * 16 * 200  # read, and written to HBM
@@ -318,7 +318,7 @@ ENTRY %main (p0: bf16[4,32], p1: f32[8,16], p2: f32[16,8], p3: f32[64,8], p4: f3
 
 
 def test_collectives_are_found_in_fusions_and_counted_once():
-    counted = hlo.account(COLLECTIVES)
+    counted = account(COLLECTIVES)
     found = [(op.opcode, op.payload, op.bytes) for op in counted.collectives]
     assert found == [
         # The part is read from HBM; the whole goes to VMEM.
@@ -368,4 +368,4 @@ def test_products_that_are_convolutions(line, flops):
         for index, (name, shape) in enumerate(shapes.items())
     ]
     text = "\n".join(["ENTRY %main (x: f32[4]) -> f32[4] {", *lines])
-    assert hlo.account(f"{text}\n  ROOT %out = {line}\n}}\n").flops == flops
+    assert account(f"{text}\n  ROOT %out = {line}\n}}\n").flops == flops

@@ -15,15 +15,15 @@ import pytest
 import yaml
 from conftest import Chip, several_devices
 
-from e1jax import hosts, train
-from e1jax.config import (
-    GRPOConfig,
-    HostsConfig,
-    UserError,
-    load_config,
-    load_config_and_flags,
-)
-from e1jax.data import nano_problems
+from e1jax import train
+from e1jax.config.checks import UserError
+from e1jax.config.load import load_config, load_config_and_flags
+from e1jax.config.training import GRPOConfig, HostsConfig
+from e1jax.data.nano import nano_problems
+from e1jax.grpo import rollouts
+from e1jax.grpo.rollouts import metrics_of_all
+from e1jax.sharding import hosts
+from e1jax.sharding.hosts import _check_even, any_of, joined, of_all, rows_of_all
 
 DRIVER = str(Path(__file__).parent / "interrupt.py")
 COMMAND = ["-m", "e1jax.train"]
@@ -227,7 +227,7 @@ def test_flags_of_the_hosts_are_no_settings(place):
 def test_hosts_of_different_sizes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [Chip(0, 0), Chip(1, 0), Chip(2, 1)])
     with pytest.raises(UserError, match="2 in process 0, 1 in process 1"):
-        hosts._check_even()
+        _check_even()
 
     def leave(message, code):
         assert message.startswith("error: the processes of the run have different")
@@ -236,10 +236,10 @@ def test_hosts_of_different_sizes_are_refused(monkeypatch):
     monkeypatch.setattr(hosts, "_join", lambda config: True)
     monkeypatch.setattr(hosts, "_explain_abort", lambda: None)
     monkeypatch.setattr(hosts, "_leave", leave)
-    with pytest.raises(SystemExit, match="2"), hosts.joined(HostsConfig()):
+    with pytest.raises(SystemExit, match="2"), joined(HostsConfig()):
         raise AssertionError("the run began")
     monkeypatch.setattr(jax, "devices", lambda: [Chip(0, 1), Chip(1, 0)])
-    hosts._check_even()
+    _check_even()
 
 
 def test_a_port_that_is_taken_is_named(place):
@@ -257,10 +257,11 @@ def test_a_port_that_is_taken_is_named(place):
 
 LAYOUTS = """
 import jax, jax.numpy as jnp, numpy as np
-from e1jax import hosts, model
-from e1jax.config import ModelConfig
-from e1jax.sharding import make_mesh
-from e1jax.train import default_mesh
+from e1jax.config.model import ModelConfig
+from e1jax.grpo.learner import default_mesh
+from e1jax.nn import model
+from e1jax.sharding import hosts
+from e1jax.sharding.mesh import make_mesh
 sizes = ModelConfig(96, 32, 48, 3, 8, 4, 4, 64, 1e4)
 mesh = make_mesh(default_mesh(8), sizes)
 assert dict(mesh.shape) == {"data": 8, "tensor": 1}
@@ -300,7 +301,7 @@ def test_rows_come_in_the_order_of_the_prompts(monkeypatch):
     monkeypatch.setattr(
         hosts.multihost_utils, "process_allgather", lambda tree: gathered
     )
-    np.testing.assert_array_equal(hosts.rows_of_all(rows, 2), rows)
+    np.testing.assert_array_equal(rows_of_all(rows, 2), rows)
 
 
 def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
@@ -311,13 +312,13 @@ def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
     numbers = [[0.1, 2.0**60 + 1], [-1e-300, 3.0]]
-    np.testing.assert_array_equal(hosts.of_all(numbers), [numbers, numbers])
-    assert hosts.any_of([0]) is True and hosts.any_of([]) is False
+    np.testing.assert_array_equal(of_all(numbers), [numbers, numbers])
+    assert any_of([0]) is True and any_of([]) is False
 
 
 def test_a_whole_step_from_those_of_each_process(monkeypatch):
     each = {"reward": [0.25, 0.75], "reward_crashes": [1, 2]}
     found = {name: values[0] for name, values in each.items()}
-    monkeypatch.setattr(train, "of_all", lambda values: np.array([*each.values()]).T)
+    monkeypatch.setattr(rollouts, "of_all", lambda values: np.array([*each.values()]).T)
     expected = {"reward": 0.5, "reward_crashes": 3}
-    assert train.metrics_of_all(found) == expected
+    assert metrics_of_all(found) == expected

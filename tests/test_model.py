@@ -9,15 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json
+from conftest import edit_json, set_everywhere
 from flax import nnx
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 
-from e1jax import attention, model
-from e1jax.config import ModelConfig, UserError
-from e1jax.convert import load_model, read_config
-from e1jax.sharding import COMPILER_OPTIONS, backward_options
+from e1jax.checkpoint.huggingface import read_config
+from e1jax.checkpoint.load import load_model
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.nn import model
+from e1jax.nn.attention import causal_attention
+from e1jax.nn.cache import init_cache
+from e1jax.nn.cpu import product_on_cpu
+from e1jax.nn.layers import RMSNorm
+from e1jax.nn.model import unembed
+from e1jax.nn.rope import rope_angles, rope_frequencies
+from e1jax.sharding.runtime import COMPILER_OPTIONS, backward_options
 
 # float32 sums in another order differ by about 1e-6 of the largest logit.
 TOLERANCE = 1e-5
@@ -68,7 +76,7 @@ def torch_logits(path, tokens, positions, dtype=torch.float32) -> np.ndarray:
 
 def our_logits(loaded, tokens, positions) -> np.ndarray:
     hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
-    return np.asarray(model.unembed(loaded.config, loaded.params, hidden))
+    return np.asarray(unembed(loaded.config, loaded.params, hidden))
 
 
 def difference(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -159,7 +167,7 @@ def test_rms_norm():
     rng = np.random.default_rng(0)
     x = (30 * rng.standard_normal((2, 5, 48))).astype(np.float32)
     scale = rng.standard_normal(48).astype(np.float32)
-    ours, reference = model.RMSNorm(config), Qwen2RMSNorm(48, 1e-6)
+    ours, reference = RMSNorm(config), Qwen2RMSNorm(48, 1e-6)
     ours.scale[...] = jnp.asarray(scale)
     reference.weight.data = torch.tensor(scale)
     expected = reference(torch.tensor(x)).detach().numpy()
@@ -180,7 +188,7 @@ def test_gradients_of_rms_norm(on_mesh):
     expected = of_torch.grad.numpy(), reference.weight.grad.numpy()
 
     mesh = jax.make_mesh((1, 1), ("data", "tensor")) if on_mesh else None
-    graph = nnx.graphdef(model.RMSNorm(config))
+    graph = nnx.graphdef(RMSNorm(config))
 
     def apply(x, scale):
         return nnx.merge(graph, {"scale": scale})(x, mesh)
@@ -203,14 +211,14 @@ def test_rope(tiny_hf, theta, head_dim):
         tiny_hf(rope_theta=theta, head_dim=head_dim)
     ).config
     reference = Qwen2RotaryEmbedding(hf)
-    frequencies = attention.rope_frequencies(head_dim, theta)
+    frequencies = rope_frequencies(head_dim, theta)
     # The power function of torch is itself off by a last bit here and there. Near 1,
     # where that would show, it is not; a plain float32 power is off by 2e-3 radians.
     radians = 32767 * np.abs(frequencies - reference.inv_freq.numpy()).max()
     assert radians <= 2e-6
     positions = np.array([[0, 1, 255, 257, 32766, 32767]], np.int32)
     cos, sin = reference(torch.zeros(1), torch.tensor(positions))
-    ours = attention.rope_angles(jnp.asarray(positions), frequencies)
+    ours = rope_angles(jnp.asarray(positions), frequencies)
     for mine, theirs in zip(ours, (cos, sin), strict=True):
         half = theirs.numpy()[:, None, :, : head_dim // 2]
         np.testing.assert_allclose(mine, half, atol=2e-6)
@@ -219,11 +227,11 @@ def test_rope(tiny_hf, theta, head_dim):
 @pytest.mark.parametrize("splits", [[13], [1] * 13, [5, 3, 5], [8, 1, 4], [7, 2, 1, 3]])
 def test_prefill_and_decode_are_one_forward(tiny_hf, splits, monkeypatch):
     """Whatever the pieces, also where they start or end at an edge of a block of 4."""
-    monkeypatch.setattr(attention, "BLOCK_LEN", 4)
+    set_everywhere(monkeypatch, "BLOCK_LEN", 4)
     loaded = load_model(str(tiny_hf()))
     tokens, positions = tokens_and_positions(loaded.config)
     hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
-    cache = model.init_cache(loaded.config, 3, 20, jnp.float32)
+    cache = init_cache(loaded.config, 3, 20, jnp.float32)
     pieces, start = [], 0
     for length in splits:
         part = np.s_[:, start : start + length]
@@ -238,12 +246,12 @@ def test_prefill_and_decode_are_one_forward(tiny_hf, splits, monkeypatch):
 
 def test_rows_of_different_lengths_do_not_see_each_other(tiny_hf, monkeypatch):
     """A row is the same to the bit, however far the others are."""
-    monkeypatch.setattr(attention, "BLOCK_LEN", 4)
+    set_everywhere(monkeypatch, "BLOCK_LEN", 4)
     loaded = load_model(str(tiny_hf()))
     tokens, positions = tokens_and_positions(loaded.config, rows=2)
 
     def last(second_row_at: int):
-        cache = model.init_cache(loaded.config, 2, 64, jnp.float32)
+        cache = init_cache(loaded.config, 2, 64, jnp.float32)
         at = positions + jnp.array([[0], [second_row_at]], jnp.int32)
         hidden, _ = forward(loaded.config, loaded.params, tokens, at, cache)
         return np.asarray(hidden[0])
@@ -267,7 +275,7 @@ def test_causal_attention_and_its_gradients_are_those_of_torch(length):
     rng = np.random.default_rng(length)
     shapes = [(2, heads, length, 6) for heads in (6, 2, 2, 6)]
     q, k, v, seen = (rng.standard_normal(shape, np.float32) for shape in shapes)
-    ours, pull = jax.vjp(attention.causal_attention, *map(jnp.asarray, (q, k, v)))
+    ours, pull = jax.vjp(causal_attention, *map(jnp.asarray, (q, k, v)))
     inputs = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
     theirs = torch.nn.functional.scaled_dot_product_attention(
         *inputs, is_causal=True, enable_gqa=True
@@ -284,7 +292,7 @@ def test_remat_changes_no_value_and_no_gradient(tiny_hf):
 
     def loss(params, remat):
         hidden, _ = forward(loaded.config, params, tokens, positions, remat=remat)
-        return jnp.square(model.unembed(loaded.config, params, hidden)).mean()
+        return jnp.square(unembed(loaded.config, params, hidden)).mean()
 
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
     plain, again = grad(loaded.params, False), grad(loaded.params, True)
@@ -300,7 +308,7 @@ def test_the_product_for_cpus_has_the_gradients_of_a_product(sizes, dtype):
     x = jax.random.normal(keys[0], (rows, inner)).astype(dtype)
     kernel = jax.random.normal(keys[1], (inner, outer)).astype(dtype)
     grad = jax.random.normal(keys[2], (rows, outer)).astype(dtype)
-    y, backward = jax.vjp(model._product_on_cpu, x, kernel)
+    y, backward = jax.vjp(product_on_cpu, x, kernel)
     wide = [np.asarray(array, np.float64) for array in (x, kernel, grad)]
     expected = wide[0] @ wide[1], wide[2] @ wide[1].T, wide[0].T @ wide[2]
     scale = 1e-6 if dtype == "float32" else 1e-2
@@ -317,7 +325,7 @@ def test_what_a_cpu_transposes_is_not_computed_at_the_same_time():
 
     def fused(options):
         def value(kernel, x):
-            return (model._product_on_cpu(x * 3, kernel) ** 2).sum()
+            return (product_on_cpu(x * 3, kernel) ** 2).sum()
 
         shapes = jnp.zeros((128, 256)), jnp.zeros((300, 128))
         compiled = jax.jit(jax.grad(value), compiler_options=options).lower(*shapes)

@@ -8,7 +8,7 @@ import pytest
 
 import e1jax
 from e1jax import Engine, SamplingParams, sft
-from e1jax.data import held_out_problems, nano_problems
+from e1jax.data.nano import held_out_problems, nano_problems
 
 MODELS = Path(e1jax.__file__).parent / "models"
 

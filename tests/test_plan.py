@@ -14,11 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from conftest import Chip
+from conftest import Chip, set_everywhere
 
-from e1jax import plan
-from e1jax.checkpoint import named_shapes
-from e1jax.config import ModelConfig, UserError
+from e1jax.checkpoint.params import named_shapes
+from e1jax.config.checks import UserError
+from e1jax.config.load import load_config
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import GRPOConfig
+from e1jax.nn.model import abstract_params
+from e1jax.plan import sizes as plan_sizes
+from e1jax.plan import slices
+from e1jax.plan.__main__ import main
+from e1jax.plan.programs import Program, bisect, device_bytes, used_when_too_large
+from e1jax.plan.report import Report, warn_of_copies
+from e1jax.plan.sampling import Sampler, _cost_of_decoding, read_weights
+from e1jax.plan.sizes import model_sizes
+from e1jax.plan.slices import (
+    CHIPS,
+    TOPOLOGIES,
+    Slice,
+    _chips,
+    check_topology,
+    host_slice,
+)
+from e1jax.plan.training import abstract_learner, update_flops
+from e1jax.sharding.mesh import make_mesh
 
 SIZES = ModelConfig(
     vocab_size=264,
@@ -59,11 +79,11 @@ def config(tmp_path):
 
 def test_topologies_are_listed_with_chips_and_devices(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan", "topologies"])
-    plan.main()
+    main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["v5e:2x4", "8", "8", "15.75", "819", "197"] in lines
     assert ["tpu7x:2x2x2", "8", "16", "94.74", "3690", "1154"] in lines
-    assert {line[0] for line in lines[1:-1]} == set(plan.TOPOLOGIES)
+    assert {line[0] for line in lines[1:-1]} == set(TOPOLOGIES)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +99,14 @@ def test_topologies_are_listed_with_chips_and_devices(monkeypatch, capsys):
 )
 def test_an_unknown_topology_names_the_nearest(name, hint):
     with pytest.raises(UserError, match=hint) as raised:
-        plan.check_topology(name)
+        check_topology(name)
     assert "plan topologies" in str(raised.value)
 
 
 def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
-        plan.describe("v5e:2x4")
+        slices.describe("v5e:2x4")
 
 
 @pytest.mark.parametrize(
@@ -104,10 +124,10 @@ def test_a_compiler_that_cannot_start_is_one_sentence(monkeypatch, message, expe
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(plan, "_COMPILER_ENVIRONMENT", {})
-    monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(slices, "_COMPILER_ENVIRONMENT", {})
+    monkeypatch.setattr(slices.topologies, "get_topology_desc", refuse)
     with pytest.raises(UserError, match=expected):
-        plan.describe("v5e:2x4")
+        slices.describe("v5e:2x4")
 
 
 @pytest.mark.parametrize(
@@ -119,12 +139,12 @@ def test_a_compiler_that_cannot_start_is_one_sentence(monkeypatch, message, expe
     ],
 )
 def test_sizes_of_shipped_models_need_no_network(name, parameters):
-    shapes = named_shapes(plan.model_sizes(name))
+    shapes = named_shapes(model_sizes(name))
     assert sum(map(math.prod, shapes.values())) == parameters
 
 
 def test_sizes_of_a_directory_need_no_weights(config):
-    assert plan.model_sizes(str(config.parent / "model")) == SIZES
+    assert model_sizes(str(config.parent / "model")) == SIZES
 
 
 def test_sizes_of_an_unknown_model_are_asked_of_the_hub(monkeypatch, config):
@@ -132,13 +152,13 @@ def test_sizes_of_an_unknown_model_are_asked_of_the_hub(monkeypatch, config):
         assert (name, file) == ("somebody/something", "config.json")
         return str(config.parent / "model" / file)
 
-    monkeypatch.setattr(plan.huggingface_hub, "hf_hub_download", download)
-    assert plan.model_sizes("somebody/something") == SIZES
+    monkeypatch.setattr(plan_sizes.huggingface_hub, "hf_hub_download", download)
+    assert model_sizes("somebody/something") == SIZES
 
 
 def test_sizes_that_cannot_be_had_are_one_sentence():
     with pytest.raises(UserError, match="cannot be had from the hub"):
-        plan.model_sizes("nobody/nothing")
+        model_sizes("nobody/nothing")
 
 
 # Pieces.
@@ -148,7 +168,7 @@ def test_sizes_that_cannot_be_had_are_one_sentence():
 @pytest.mark.parametrize("guess", [0, 1, 7, 8, 9, 60])
 def test_bisection_finds_the_largest(most, guess):
     asked = []
-    found = plan.bisect(lambda n: asked.append(n) or n <= most, guess)
+    found = bisect(lambda n: asked.append(n) or n <= most, guess)
     assert found == most
     assert all(n >= 1 for n in asked)
     assert len(asked) == len(set(asked))
@@ -170,16 +190,16 @@ def test_bisection_finds_the_largest(most, guess):
     ],
 )
 def test_what_did_not_fit_is_read_from_the_refusal(message, used):
-    assert plan.used_when_too_large(message) == used
+    assert used_when_too_large(message) == used
 
 
 def test_a_step_reads_no_embedding_but_a_tied_one():
-    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
 
     def read(**changes):
         sizes = dataclasses.replace(SIZES, **changes)
-        params = plan.model.abstract_params(sizes, mesh, jnp.bfloat16)
-        return plan.device_bytes(params), plan.read_weights(params)
+        params = abstract_params(sizes, mesh, jnp.bfloat16)
+        return device_bytes(params), read_weights(params)
 
     whole, step = read()
     assert whole - step == 2 * 264 * 64
@@ -215,11 +235,11 @@ ENTRY %main (f: pred[], a: f32[2,64]) -> f32[2,64] {
 
 @pytest.mark.parametrize(("target", "blocks"), [("tpu_custom_call", 2), ("Other", 0)])
 def test_bytes_and_time_of_a_step(target, blocks):
-    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
-    report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    sampler = Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
+    report = Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
     text = STEP.replace("TARGET", target)
-    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=600)
     # Of 600 positions a kernel reads two blocks of 512, keys and values of 3 layers.
     kernel = blocks * 512 * 5 * 2 * 3 * 2 * 16 * 2
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel  # not the copy before it
@@ -232,11 +252,11 @@ def test_bytes_and_time_of_a_step(target, blocks):
 def test_bytes_of_a_step_of_few_slots(config):
     """Positions of three slots lie over eight devices: of 40,000 none has more than
     40 of the 313 blocks of 128, for which a kernel reads ten of 512."""
-    mesh = plan.make_mesh("data=8,tensor=1", SIZES, [Chip(i) for i in range(8)])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536, 40)
-    report = plan.Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
+    mesh = make_mesh("data=8,tensor=1", SIZES, [Chip(i) for i in range(8)])
+    sampler = Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536, 40)
+    report = Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
     text = STEP.replace("TARGET", "tpu_custom_call")
-    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=40_000)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=40_000)
     kernel = 10 * 512 * 3 * 2 * 3 * 2 * 16 * 2
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel
 
@@ -244,9 +264,9 @@ def test_bytes_of_a_step_of_few_slots(config):
 @pytest.mark.parametrize(("rows", "warns"), [(5, False), (6, True)])
 def test_weights_that_are_sent_around_are_told_of(rows, warns):
     """In the loop over layers nothing is larger than five slots' float32 [5, 96]."""
-    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    sampler = plan.Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
-    report = plan.Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    sampler = Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
+    report = Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
     shape = f"f32[{rows},96]" + "{1,0:T(8,128)}"
     inner = f"""
 %layer (p: (pred[], f32[1,1])) -> (pred[], f32[1,1]) {{
@@ -263,7 +283,7 @@ def test_weights_that_are_sent_around_are_told_of(rows, warns):
         'body=%layer, metadata={op_name="jit(decode)/while/body/while"}\n  %y ='
     )
     text = inner + STEP.replace("  %y =", loop)
-    plan._cost_of_decoding(report, text, sampler, plan.CHIPS["v5e"], live=600)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=600)
     assert any("weights are sent around" in text for text in report.warnings) == warns
 
 
@@ -276,7 +296,7 @@ def test_copies_are_counted_over_all_calls_of_a_step():
     ]
     report = types.SimpleNamespace(warnings=[])
     counted = types.SimpleNamespace(copies=lambda at_least: ops)
-    plan._warn_of_copies(report, counted, 1, calls=3)
+    warn_of_copies(report, counted, 1, calls=3)
     assert report.warnings == [
         "a copy of 48 MiB, 12 times a step (jit(f))",
         "a copy of 48 MiB, once a call (copy.1)",
@@ -284,17 +304,17 @@ def test_copies_are_counted_over_all_calls_of_a_step():
 
 
 def test_useful_flops_of_an_update(config):
-    loaded, _ = plan.load_config(
-        plan.GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
+    loaded, _ = load_config(
+        GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
     )
-    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    learner, batch = plan.abstract_learner(loaded, SIZES, mesh)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, batch = abstract_learner(loaded, SIZES, mesh)
     assert batch.tokens.shape == (2, 2, 100)
     assert batch.loss_mask.shape == (2, 2, 60)
     # q and o, k and v, and the three products of the mlp, in each of three layers.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
     useful = 6 * 4 * (100 * 3 * layer + 60 * 264 * 64)
-    assert plan.update_flops(learner) == useful
+    assert update_flops(learner) == useful
 
 
 @pytest.mark.parametrize(
@@ -308,18 +328,18 @@ def test_useful_flops_of_an_update(config):
     ],
 )
 def test_lengths_of_training_are_those_that_train_has(budgets, cache_len, lengths):
-    rollout = plan.GRPOConfig("nano", 1).rollout
+    rollout = GRPOConfig("nano", 1).rollout
     rollout = dataclasses.replace(
         rollout,
         thinking_budget=budgets[0],
         solution_budget=budgets[1],
         cache_len=cache_len,
     )
-    config = plan.GRPOConfig("nano", 1, rollout=rollout)
+    config = GRPOConfig("nano", 1, rollout=rollout)
     data = dataclasses.replace(config.data, max_prompt_len=40)
     config = dataclasses.replace(config, data=data)
-    mesh = plan.make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
-    learner, batch = plan.abstract_learner(config, SIZES, mesh)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, batch = abstract_learner(config, SIZES, mesh)
     assert batch.tokens.shape[-1] == lengths[0]
     assert batch.loss_mask.shape[-1] == learner.longest[1] == lengths[1]
 
@@ -334,7 +354,7 @@ def fake(monkeypatch):
     each; `per_row` bytes for each row of a micro-batch; what `more_of` says of its name."""
 
     def set_limit(limit, per_row=0, **more_of):
-        chip = dataclasses.replace(plan.CHIPS["v5e"], hbm_bytes=limit)
+        chip = dataclasses.replace(CHIPS["v5e"], hbm_bytes=limit)
 
         def bytes_of(arrays):
             return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
@@ -350,16 +370,16 @@ def fake(monkeypatch):
             more = per_row * sum(rows for _, rows, _ in tokens)
             more += more_of.get(traced.fun_name, 0)
             fits, total = size + more <= limit, size + more
-            return plan.Program(fits, total, 1.0, more * fits, size)
+            return Program(fits, total, 1.0, more * fits, size)
 
         def describe(name):
-            count = plan._chips(name.partition(":")[2])
+            count = _chips(name.partition(":")[2])
             on_host = 8 if name.endswith(":2x4") else 4
             devices = [Chip(i, i // on_host) for i in range(count)]
-            return plan.Slice(name, chip, devices)
+            return Slice(name, chip, devices)
 
-        monkeypatch.setattr(plan, "compile_for_tpu", compiled)
-        monkeypatch.setattr(plan, "describe", describe)
+        set_everywhere(monkeypatch, "compile_for_tpu", compiled)
+        set_everywhere(monkeypatch, "describe", describe)
 
     return set_limit
 
@@ -368,7 +388,7 @@ def run(monkeypatch, capsys, *argv) -> tuple[int, list[dict]]:
     monkeypatch.setattr(sys, "argv", ["plan", *map(str, argv)])
     code = 0
     try:
-        plan.main()
+        main()
     except SystemExit as stop:
         code = int(str(stop.code))
     return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -481,8 +501,8 @@ def test_a_larger_slice_to_sample_on_is_one_host(
     devices, fitting, fake, config, monkeypatch, capsys
 ):
     fake(2 * PARAMETERS)
-    monkeypatch.setattr(
-        plan,
+    set_everywhere(
+        monkeypatch,
         "sampler_fits",
         lambda report, sampler, _=None: sampler.mesh.size >= devices,
     )
@@ -497,14 +517,14 @@ def test_forms_of_sampling_are_not_for_training(config, monkeypatch, flag):
     argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", flag, "int8"]
     monkeypatch.setattr(sys, "argv", [*argv, "--part", "train"])
     with pytest.raises(UserError, match="are for sampling"):
-        plan.main()
+        main()
 
 
 def test_the_table_for_people(fake, config, monkeypatch, capsys):
     fake(10**8)
     argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", "--live", "9"]
     monkeypatch.setattr(sys, "argv", argv)
-    plan.main()
+    main()
     out = capsys.readouterr().out
     assert "6 slots of 100" in out and "9 positions filled" in out
     assert "100 tokens" in out.partition("\ntrain")[2]
@@ -691,13 +711,13 @@ def test_what_the_copy_takes_no_smaller_microbatch_saves(
 
 def test_a_host_samples_on_its_own_slice(monkeypatch):
     devices = [Chip(i, i // 4) for i in range(16)]
-    monkeypatch.setattr(plan, "describe", lambda name: name)
-    slice_ = plan.Slice("v5e:4x4", plan.CHIPS["v5e"], devices)
-    assert plan.host_slice(slice_) == "v5e:2x2"
+    set_everywhere(monkeypatch, "describe", lambda name: name)
+    slice_ = Slice("v5e:4x4", CHIPS["v5e"], devices)
+    assert host_slice(slice_) == "v5e:2x2"
     # A chip of tpu7x is two devices.
     devices = [Chip(i, i // 8) for i in range(16)]
-    slice_ = plan.Slice("tpu7x:2x2x2", plan.CHIPS["tpu7x"], devices)
-    assert plan.host_slice(slice_) == "tpu7x:2x2x1"
+    slice_ = Slice("tpu7x:2x2x2", CHIPS["tpu7x"], devices)
+    assert host_slice(slice_) == "tpu7x:2x2x1"
 
 
 @pytest.mark.parametrize(
@@ -716,7 +736,7 @@ def test_mistakes(flags, message, fake, config, monkeypatch, capsys):
     argv = ["plan", "--config", str(config), "--topology", "v5e:1x1", *flags]
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(UserError, match=message):
-        plan.main()
+        main()
 
 
 # With the TPU compiler.
@@ -752,15 +772,15 @@ def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path):
 @pytest.mark.slow
 def test_every_topology_can_be_described():
     code = (
-        "from e1jax import plan\n"
-        "for name in plan.TOPOLOGIES:\n"
-        "    slice_ = plan.describe(name)\n"
+        "from e1jax.plan import slices\n"
+        "for name in slices.TOPOLOGIES:\n"
+        "    slice_ = slices.describe(name)\n"
         "    print(name, len(slice_.devices), slice_.hosts)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    for name in plan.TOPOLOGIES:
+    for name in TOPOLOGIES:
         chip, _, shape = name.partition(":")
         chips = math.prod(map(int, shape.split("x")))
         hosts = 1 if shape == "2x4" else -(-chips // 4)
-        assert found[name] == [str(chips * plan.CHIPS[chip].devices), str(hosts)]
+        assert found[name] == [str(chips * CHIPS[chip].devices), str(hosts)]

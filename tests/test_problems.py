@@ -14,20 +14,20 @@ from conftest import edit_json
 from hypothesis import HealthCheck, given, settings
 
 from e1jax import data
-from e1jax.config import UserError, check_backslashes
-from e1jax.data import (
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.config.texts import check_backslashes
+from e1jax.data.nano import held_out_problems, nano_problems
+from e1jax.data.problems import Problem, load_problems
+from e1jax.data.prompts import (
     DEFAULT_INSTRUCTION,
     EncodedProblem,
-    Problem,
     default_instruction,
     encode_problems,
-    held_out_problems,
-    load_problems,
-    nano_problems,
     prompt_batches,
     prompt_text,
 )
-from e1jax.tokenizer import Tokenizer, read_json, write_byte_tokenizer
+from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
 
 
 def write(path: Path, rows: list, *, ascii_only: bool = True) -> str:
@@ -646,7 +646,7 @@ def test_the_instruction_is_the_recorded_one_or_the_references(path):
 
 
 def test_the_bundled_model_has_no_instruction():
-    bundled = Path(data.__file__).parent / "models" / "nano"
+    bundled = Path(data.__file__).parent.parent / "models" / "nano"
     assert default_instruction(Tokenizer.from_dir(bundled)) == ""
 
 

@@ -9,12 +9,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
+from conftest import set_everywhere, several_devices
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import Engine, SamplingParams, attention, model, quantize, train
-from e1jax.config import GRPOConfig, ModelConfig, UserError
-from e1jax.convert import from_hf, load_model, to_hf
+from e1jax import Engine, SamplingParams, train
+from e1jax.checkpoint.load import load_model
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import GRPOConfig
+from e1jax.convert import from_hf, to_hf
+from e1jax.nn.attention import cached_attention
+from e1jax.nn.cache import init_cache, sequence_shards
+from e1jax.nn.cache import write as write_cache
+from e1jax.nn.cpu import as_bits, unstack
+from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
+from e1jax.nn.quantize import (
+    Packed,
+    _slab_rows,
+    int8_on_host,
+    is_packed,
+    map_kernels,
+    matmul,
+    matmul_transposed,
+    take_rows,
+    widen,
+)
 
 CPU = "data=1,tensor=1"
 PROMPTS = [[5, 9, 30, 7], [11] * 23, [40, 3]]
@@ -32,7 +51,7 @@ def to_int8(params: dict) -> dict:
         values, scale = int8_of(np.asarray(kernel, np.float32), axis)
         return {"values": values.astype(np.int8), "scale": scale.astype(np.float32)}
 
-    return quantize.map_kernels(leaf, params)
+    return map_kernels(leaf, params)
 
 
 def bits_of(kernel: jax.Array) -> np.ndarray:
@@ -41,8 +60,8 @@ def bits_of(kernel: jax.Array) -> np.ndarray:
 
 def dequantized(params: dict) -> dict:
     """The same parameters as float32 arrays."""
-    if quantize.is_packed(params):
-        values = np.asarray(quantize.widen(params["values"], jnp.float32))
+    if is_packed(params):
+        values = np.asarray(widen(params["values"], jnp.float32))
         if "scale" not in params:
             return jnp.asarray(values)
         scale = np.asarray(params["scale"])
@@ -60,8 +79,8 @@ def dequantized(params: dict) -> dict:
 def test_rows_as_int8(dtype):
     rows = np.random.default_rng(0).normal(size=(7, 33)).astype(dtype)
     rows[2] = 0  # a channel without a scale
-    values, scale = quantize.int8_on_host(rows, 1)
-    turned = quantize.int8_on_host(rows.T[None], -2)
+    values, scale = int8_on_host(rows, 1)
+    turned = int8_on_host(rows.T[None], -2)
     expected, scales = int8_of(rows.astype(np.float32), 1)
     np.testing.assert_array_equal(turned[0][0].T, values)
     np.testing.assert_array_equal(turned[1][0], scale)
@@ -79,7 +98,7 @@ def test_products_are_those_of_the_wide_kernel(
 ):
     """Of one layer of a stack and of a kernel alone, whole and slab by slab, of which the
     last one is shorter."""
-    monkeypatch.setattr(quantize, "_slab_rows", lambda *_: min(16, size))
+    set_everywhere(monkeypatch, "_slab_rows", lambda *_: min(16, size))
     rng = np.random.default_rng(size)
     stack = jnp.asarray(rng.normal(size=(3, size, width)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(rows, size)), jnp.float32)
@@ -92,11 +111,11 @@ def test_products_are_those_of_the_wide_kernel(
         wide = stack.astype(jnp.bfloat16).astype(jnp.float32)
     for layer in range(3):
         expected = np.asarray(x, np.float64) @ np.asarray(wide[layer], np.float64)
-        of_stack = quantize.Packed(values, scale, jnp.int32(layer), in_slabs)
+        of_stack = Packed(values, scale, jnp.int32(layer), in_slabs)
         own = None if scale is None else scale[layer]
-        alone = quantize.Packed(values[layer], own, None, in_slabs)
+        alone = Packed(values[layer], own, None, in_slabs)
         for kernel in (of_stack, alone):
-            found = quantize.matmul(x, kernel)
+            found = matmul(x, kernel)
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
 
@@ -104,7 +123,7 @@ def test_products_are_those_of_the_wide_kernel(
 @pytest.mark.parametrize("in_slabs", [False, True])
 @pytest.mark.parametrize("vocab_size", [32, 45])
 def test_logits_of_tied_embeddings(vocab_size, in_slabs, monkeypatch):
-    monkeypatch.setattr(quantize, "_slab_rows", lambda *_: 16)
+    set_everywhere(monkeypatch, "_slab_rows", lambda *_: 16)
     rng = np.random.default_rng(vocab_size)
     embedding = rng.normal(size=(vocab_size, 12)).astype(np.float32)
     x = rng.normal(size=(3, 12)).astype(np.float32)
@@ -113,12 +132,12 @@ def test_logits_of_tied_embeddings(vocab_size, in_slabs, monkeypatch):
         "values": jnp.asarray(values, jnp.int8),
         "scale": jnp.asarray(scale, jnp.float32),
     }
-    packed = quantize.Packed(leaf["values"], leaf["scale"], None, in_slabs)
-    found = quantize.matmul_transposed(jnp.asarray(x), packed, jnp.float32)
+    packed = Packed(leaf["values"], leaf["scale"], None, in_slabs)
+    found = matmul_transposed(jnp.asarray(x), packed, jnp.float32)
     wide = values * scale[:, None]
     np.testing.assert_allclose(found, x @ wide.T, atol=1e-5, rtol=1e-5)
     tokens = jnp.asarray([[0, vocab_size - 1], [7, 7]])
-    rows = quantize.take_rows(leaf, tokens, jnp.float32)
+    rows = take_rows(leaf, tokens, jnp.float32)
     np.testing.assert_allclose(rows, wide[np.asarray(tokens)], atol=1e-6, rtol=1e-6)
 
 
@@ -129,8 +148,8 @@ def test_bits_and_layers_are_views(tiny_hf):
     params = jax.tree.map(jnp.copy, loaded.params)  # which own their memory
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     pointer = kernel.unsafe_buffer_pointer()
-    bits = quantize.as_bits(params)
-    layers = quantize.unstack(bits)["layers"]
+    bits = as_bits(params)
+    layers = unstack(bits)["layers"]
     assert bits["layers"]["mlp"]["up"]["kernel"]["values"].unsafe_buffer_pointer() == (
         pointer
     )
@@ -163,16 +182,16 @@ def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
         rope_theta=1e4,
     )
     layer = jnp.int32(1)
-    cache = model.init_cache(sizes, shards * rows, capacity, jnp.int8)
+    cache = init_cache(sizes, shards * rows, capacity, jnp.int8)
     start = 0
     for end in (131, 171) if shards == 1 else ():  # a prompt's, in two pieces
         k, v = (jnp.asarray(x[:, :, start:end]) for x in new)
         places = jnp.tile(jnp.arange(start, end)[None], (rows, 1))
-        cache, start = model.write(cache, layer, k, v, places), end
-    write = jax.jit(model.write)
+        cache, start = write_cache(cache, layer, k, v, places), end
+    write = jax.jit(write_cache)
     for step in range(start, length):
         at = jnp.full((rows, 1), step)
-        _, places = attention.sequence_shards(at, shards, capacity)
+        _, places = sequence_shards(at, shards, capacity)
         k, v = (jnp.asarray(x[:, :, step : step + 1]) for x in new)
         cache = write(cache, layer, k, v, places)
     assert not np.asarray(cache.k[0]).any() and not np.asarray(cache.k_scale[0]).any()
@@ -181,15 +200,15 @@ def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
     whole = jnp.asarray(whole)[:, None]
     for ends in ([299, 130], [127, 128], [0, 255]):
         at = jnp.asarray(ends)[:, None]
-        expected = attention.cached_attention(q, whole[0], whole[1], jnp.int32(0), at)
-        last, _ = attention.sequence_shards(at, shards, capacity)
+        expected = cached_attention(q, whole[0], whole[1], jnp.int32(0), at)
+        last, _ = sequence_shards(at, shards, capacity)
         args = (q, cache.k, cache.v, layer, last)
         scales = cache.k_scale, cache.v_scale
-        found = attention.cached_attention(*args, scales=scales)
+        found = cached_attention(*args, scales=scales)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
-        visits = attention.live_blocks(last, capacity, dtype=jnp.int8)
+        visits = live_blocks(last, capacity, dtype=jnp.int8)
         with pltpu.force_tpu_interpret_mode(True):
-            found = attention.decode_attention(*args, visits, scales=scales)
+            found = decode_attention(*args, visits, scales=scales)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -341,11 +360,9 @@ def test_meshes_give_the_tokens_of_one_device(tiny_hf, mesh, rows, tied):
 
 @pytest.mark.parametrize("rows, size, width", [(1, 3584, 18944), (8, 3584, 152064)])
 def test_slabs_stay_in_the_cache_of_a_processor(rows, size, width):
-    count = quantize._slab_rows(rows, size, width)
+    count = _slab_rows(rows, size, width)
     assert 8 <= count <= size and (count * width * 4 <= 2**23 or count == 8)
 
 
 def test_a_slab_is_never_longer_than_the_kernel():
-    assert (
-        quantize._slab_rows(1, 5, 3) == 5 and quantize._slab_rows(500, 700, 64) == 700
-    )
+    assert _slab_rows(1, 5, 3) == 5 and _slab_rows(500, 700, 64) == 700

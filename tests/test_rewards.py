@@ -16,7 +16,7 @@ import math_verify
 import numpy as np
 import pytest
 
-from e1jax.config import UserError
+from e1jax.config.checks import UserError
 from e1jax.rewards import Grader, accepted_texts, grade, score
 from e1jax.rewards import grader as rewards
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import several_devices
 
 from e1jax import sample
-from e1jax.config import run_command
+from e1jax.cli.command import run_command
 
 SHORT = ["--thinking-budget", "8", "--solution-budget", "6"]
 

@@ -4,13 +4,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import set_everywhere
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from e1jax import sampling
-from e1jax.config import SamplingParams, UserError
-from e1jax.sampling import Budget, Sampling, TokenIds
+from e1jax.config.checks import UserError
+from e1jax.config.sampling import SamplingParams
+from e1jax.sampling.budget import (
+    DONE,
+    FINISH_REASONS,
+    SOLVE,
+    THINK,
+    THINKING_ENDS,
+    Budget,
+    TokenIds,
+    advance,
+    resolve_budget,
+    start_state,
+)
+from e1jax.sampling.draw import Sampling, _gaps, draw, token_keys, token_logprobs
+from e1jax.sampling.draw import kept as draw_kept
+from e1jax.sampling.draw import row_keys as row_keys_of
 
 EOS, CLOSE = 0, 1
 TEXT = [7, 8]  # tokens of an end_of_thinking_text
@@ -68,12 +83,12 @@ def run_machine(streams, budget, phase, ends=(EOS,)):
     state."""
 
     def step(state, sampled):
-        token, forced, state = sampling.advance(
+        token, forced, state = advance(
             state, sampled, budget, TokenIds(jnp.array(ends), CLOSE)
         )
         return state, (token, forced)
 
-    state, (tokens, marks) = jax.lax.scan(step, sampling.start_state(phase), streams.T)
+    state, (tokens, marks) = jax.lax.scan(step, start_state(phase), streams.T)
     return tokens.T, marks.T, state
 
 
@@ -107,7 +122,7 @@ def test_any_budgets_match_the_plain_machine(ends, rows):
     resolved = []
     for t, s, f, room, _ in padded:
         params = SamplingParams(thinking_budget=t, solution_budget=s)
-        resolved.append(sampling.resolve_budget(params, 3, f + 1, room + 3, "prompt 0"))
+        resolved.append(resolve_budget(params, 3, f + 1, room + 3, "prompt 0"))
     forced = [[*TEXT[:f], CLOSE] for _, _, f, _, _ in padded]
     budget = Budget(
         thinking=np.array([r.thinking for r in resolved], np.int32),
@@ -131,11 +146,11 @@ def test_any_budgets_match_the_plain_machine(ends, rows):
             marks[i, :count].tolist(),
             int(state.thinking_tokens[i]),
             int(state.solution_tokens[i]),
-            sampling.THINKING_ENDS[state.end[i]],
-            sampling.FINISH_REASONS[state.finish[i]],
+            THINKING_ENDS[state.end[i]],
+            FINISH_REASONS[state.finish[i]],
         )
         assert got == want, (t, s, room)
-        assert state.phase[i] == sampling.DONE
+        assert state.phase[i] == DONE
         # The laws, beside the reference: worst-case length, one forced closer at most.
         limit = room if t is None or s is None else min(room, t + len(forced[i]) + s)
         assert count <= limit
@@ -144,7 +159,7 @@ def test_any_budgets_match_the_plain_machine(ends, rows):
         assert s is None or state.solution_tokens[i] <= s
 
 
-def one_row(stream, thinking, solution, phase=sampling.THINK, text=(), total=STEPS):
+def one_row(stream, thinking, solution, phase=THINK, text=(), total=STEPS):
     forced = [*text, CLOSE]
     budget = Budget(
         thinking=np.array([thinking], np.int32),
@@ -170,17 +185,17 @@ def test_edges_spelled_out():
     # A natural `</think>` as exactly the t-th token closes; nothing is forced.
     tokens, marks, state = one_row([9, CLOSE, 9, EOS], 2, 5)
     assert (tokens, any(marks)) == ([9, CLOSE, 9, EOS], False)
-    assert sampling.THINKING_ENDS[state.end[0]] == "model"
+    assert THINKING_ENDS[state.end[0]] == "model"
     # EOS when t is used up already: the end is the budget.
     tokens, _, state = one_row([9, EOS, EOS], 1, 5)
     assert tokens == [9, CLOSE, EOS]
-    assert sampling.THINKING_ENDS[state.end[0]] == "budget"
+    assert THINKING_ENDS[state.end[0]] == "budget"
     # EOS while thinking is replaced and counts nowhere; the inserted text comes before
     # `</think>`.
     tokens, marks, state = one_row([9, EOS, 5, 5, 9, EOS], 5, 5, text=TEXT)
     assert tokens == [9, *TEXT, CLOSE, 9, EOS]
     assert marks == [False, True, True, True, False, False]
-    assert (state.thinking_tokens[0], sampling.THINKING_ENDS[state.end[0]]) == (
+    assert (state.thinking_tokens[0], THINKING_ENDS[state.end[0]]) == (
         1,
         "eos",
     )
@@ -189,20 +204,20 @@ def test_edges_spelled_out():
     assert tokens == [CLOSE, CLOSE, CLOSE, EOS]
     # EOS as exactly the s-th token: the model stopped.
     _, _, state = one_row([CLOSE, 9, EOS], 5, 2)
-    assert sampling.FINISH_REASONS[state.finish[0]] == "stop"
+    assert FINISH_REASONS[state.finish[0]] == "stop"
     # s = 0: done as soon as thinking is closed.
     tokens, _, state = one_row([9, 9], 1, 0)
     assert tokens == [9, CLOSE]
-    assert sampling.FINISH_REASONS[state.finish[0]] == "solution_budget"
+    assert FINISH_REASONS[state.finish[0]] == "solution_budget"
     # A model without `</think>` is in its solution from the start.
-    tokens, _, state = one_row([9, 9, 9], 0, 2, phase=sampling.SOLVE)
+    tokens, _, state = one_row([9, 9, 9], 0, 2, phase=SOLVE)
     assert (tokens, state.thinking_tokens[0], state.end[0]) == ([9, 9], 0, 0)
 
 
 def test_resolve_budget_reserves_the_solution():
     def resolve(t, s, num_prompt, num_forced, cache_len, **kw):
         params = SamplingParams(thinking_budget=t, solution_budget=s)
-        return sampling.resolve_budget(
+        return resolve_budget(
             params, num_prompt, num_forced, cache_len, "prompt 4", **kw
         )
 
@@ -250,7 +265,7 @@ def numpy_kept(logits, temperature, top_k, top_p):
 
 @jax.jit
 def kept_in_jax(logits, temperature, top_k, top_p):
-    return sampling.kept(sampling._gaps(logits, temperature), top_k, top_p)
+    return draw_kept(_gaps(logits, temperature), top_k, top_p)
 
 
 def kept(logits, temperature, top_k, top_p):
@@ -297,18 +312,18 @@ def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
     logits = rng.normal(size=(6, vocab)).astype(np.float32) * 3
     logits[1] = np.round(logits[1])  # many exact ties
     logits[2, : vocab // 2] = -np.inf
-    gaps = sampling._gaps(jnp.asarray(logits), jnp.full(6, 0.6))
+    gaps = _gaps(jnp.asarray(logits), jnp.full(6, 0.6))
     top_k = jnp.array([0, 3, 0, 2 * vocab, 0, 1])
     top_p = jnp.array([0.95, 0.9, 0.999, 0.5, 1.0, 1e-6], jnp.float32)
-    want = sampling.kept(gaps, top_k, top_p)
+    want = draw_kept(gaps, top_k, top_p)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1])[None], ("data", "tensor"))
-    monkeypatch.setattr(sampling, "on_tpu", lambda mesh: mesh is not None)
-    kernel = jax.jit(lambda *options: sampling.kept(gaps, *options, mesh))
+    set_everywhere(monkeypatch, "on_tpu", lambda mesh: mesh is not None)
+    kernel = jax.jit(lambda *options: draw_kept(gaps, *options, mesh))
     with pltpu.force_tpu_interpret_mode(True):
         np.testing.assert_array_equal(kernel(top_k, top_p), want)
         off = jnp.zeros_like(top_k)
         got = kernel(off, top_p)
-    np.testing.assert_array_equal(got, sampling.kept(gaps, off, top_p))
+    np.testing.assert_array_equal(got, draw_kept(gaps, off, top_p))
 
 
 @pytest.mark.parametrize(
@@ -344,9 +359,9 @@ def draw_many(logits, count, temperature, top_k, top_p, seed=5):
         jnp.tile(jnp.array([seed, 0], jnp.uint32), (count, 1)),
         rows,
     )
-    keys = sampling.token_keys(sampling.row_keys(settings), jnp.zeros_like(rows))
+    keys = token_keys(row_keys_of(settings), jnp.zeros_like(rows))
     return np.asarray(
-        sampling.draw(jnp.tile(jnp.asarray(logits)[None], (count, 1)), keys, settings)
+        draw(jnp.tile(jnp.asarray(logits)[None], (count, 1)), keys, settings)
     )
 
 
@@ -379,7 +394,7 @@ def test_logprobs_are_of_the_tempered_full_distribution():
     temperature = np.array([1.0, 0.6, 0.0, 2.0, 1e-30], np.float32)
     tokens = np.array([3, 76, 0, 9, int(logits[4].argmax())], np.int32)
     got = np.asarray(
-        sampling.token_logprobs(
+        token_logprobs(
             jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(temperature)
         )
     )
@@ -398,10 +413,10 @@ def test_keys_depend_on_seed_sample_and_index_alone():
         rows = len(seeds)
         seeds = jnp.array([[s & 0xFFFFFFFF, s >> 32] for s in seeds], jnp.uint32)
         zeros = jnp.zeros((rows,))
-        row_keys = sampling.row_keys(
+        row_keys = row_keys_of(
             Sampling(zeros, zeros, zeros.astype(jnp.int32), seeds, jnp.array(samples))
         )
-        made = sampling.token_keys(row_keys, jnp.array(index))
+        made = token_keys(row_keys, jnp.array(index))
         return [tuple(data) for data in np.asarray(jax.random.key_data(made)).tolist()]
 
     first = keys([1, 1, 1, 2, 2**32 + 1], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0])

@@ -20,20 +20,18 @@ from conftest import several_devices
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from e1jax import sft
-from e1jax.checkpoint import RunCheckpoints, load_params, named_leaves
-from e1jax.config import (
-    CheckpointConfig,
-    ModelConfig,
-    MuonConfig,
-    SFTConfig,
-    UserError,
-    load_config,
-)
-from e1jax.convert import TABLE
-from e1jax.data import NanoProblem, nano_problems
-from e1jax.model import abstract_params, init_params
-from e1jax.sharding import make_mesh, replicated
-from e1jax.tokenizer import Tokenizer, read_json
+from e1jax.checkpoint.huggingface import TABLE
+from e1jax.checkpoint.params import load_params, named_leaves
+from e1jax.checkpoint.runs import RunCheckpoints
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.config.load import load_config
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import CheckpointConfig, MuonConfig, SFTConfig
+from e1jax.data.nano import NanoProblem, nano_problems
+from e1jax.nn.model import abstract_params, init_params
+from e1jax.sharding.mesh import make_mesh, replicated
+from e1jax.tokenizer import Tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODEL = ModelConfig(

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 from conftest import Chip, several_devices
 
-from e1jax import convert, model, plan
-from e1jax.config import ModelConfig, UserError
-from e1jax.sharding import make_mesh, undivided, use_compilation_cache
+from e1jax import convert
+from e1jax.checkpoint.load import load_model
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.nn.model import abstract_params, forward, unembed
+from e1jax.plan.sizes import SIZES
+from e1jax.sharding.mesh import make_mesh, undivided
+from e1jax.sharding.runtime import use_compilation_cache
 
 CONFIG = ModelConfig(
     vocab_size=100,
@@ -67,7 +72,7 @@ def test_a_mesh_that_cuts_a_head_or_the_mlp(sizes, named):
     assert named in str(error.value)
 
 
-SEVEN_B = plan.SIZES["Salesforce/E1-Math-7B"]
+SEVEN_B = SIZES["Salesforce/E1-Math-7B"]
 # Of a layer: q and o, k and v, and the mlp's three.
 LAYER = 2 * 3584 * 28 * 128 + 2 * 3584 * 4 * 128 + 3 * 3584 * 18944
 KERNELS, VOCABULARY = 28 * LAYER, 2 * 152064 * 3584
@@ -77,7 +82,7 @@ def told(text: str, sizes: ModelConfig, dtype=jnp.bfloat16, form=None) -> str | 
     """What `undivided` says of a mesh of so many devices."""
     data, tensor = (int(part.split("=")[1]) for part in text.split(","))
     mesh = make_mesh(text, sizes, [Chip(i) for i in range(data * tensor)])
-    return undivided(sizes, model.abstract_params(sizes, mesh, dtype, form))
+    return undivided(sizes, abstract_params(sizes, mesh, dtype, form))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +190,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from e1jax import model
-from e1jax.convert import load_model
+from e1jax.checkpoint.load import load_model
+from e1jax.nn import model
 
 assert len(jax.devices()) == 8
 hf, e1, out = sys.argv[1:]
@@ -222,9 +227,9 @@ def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
     results = dict(np.load(tmp_path / "out.npz"))
     tokens = jnp.asarray(results.pop("tokens"))
     positions = jnp.asarray(results.pop("positions"))
-    loaded = convert.load_model(str(source))
-    hidden, _ = model.forward(loaded.config, loaded.params, tokens, positions)
-    one = np.asarray(model.unembed(loaded.config, loaded.params, hidden))
+    loaded = load_model(str(source))
+    hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
+    one = np.asarray(unembed(loaded.config, loaded.params, hidden))
     assert len(results) == 8
     for name, logits in results.items():
         # Sums in another order; the same tolerance as against Hugging Face.

@@ -9,14 +9,9 @@ import tokenizers
 from conftest import edit_json
 from transformers import AutoTokenizer
 
-from e1jax.config import UserError
-from e1jax.tokenizer import (
-    Tokenizer,
-    copy_files,
-    extract_boxed,
-    read_json,
-    write_byte_tokenizer,
-)
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.tokenizer import Tokenizer, copy_files, extract_boxed, write_byte_tokenizer
 
 TEXTS = ["", " ", "a  b\n\n\tc ", "3*(x+1)=\\boxed{7}", "é漢🙂", "\r\n\x00", "</think>"]
 USER = [{"role": "user", "content": "What is 2+2?"}]

@@ -17,9 +17,12 @@ import json, sys
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from e1jax import engine, hlo, model, sampling
-from e1jax.config import ModelConfig
-from e1jax.sharding import make_mesh, replicated, sharding
+from e1jax.config.model import ModelConfig
+from e1jax.nn import cache, model
+from e1jax.plan.account import account
+from e1jax.sampling import decode
+from e1jax.sampling.budget import TokenIds
+from e1jax.sharding.mesh import make_mesh, replicated, sharding
 
 kv_heads, layout, slots = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 config = ModelConfig(
@@ -30,9 +33,9 @@ config = ModelConfig(
 slice = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
 mesh = make_mesh(layout, config, slice.devices)
 params = model.abstract_params(config, mesh, jnp.bfloat16)
-rows, capacity = engine.cache_sizes(mesh, slots, 4096)
+rows, capacity = cache.cache_sizes(mesh, slots, 4096)
 shape = (3, rows, kv_heads, capacity, 128)
-place = sharding(mesh, model.CACHE_AXES, shape)
+place = sharding(mesh, cache.CACHE_AXES, shape)
 buffer = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
 
 def everywhere(tree):
@@ -41,13 +44,13 @@ def everywhere(tree):
     )
 
 number = everywhere(jnp.int32(0))
-traced = engine.decode.trace(
-    config, mesh, params, sampling.TokenIds(number, number),
-    model.KVCache(buffer, buffer), everywhere(engine.empty_rows(slots, 8)), number, number,
+traced = decode.decode.trace(
+    config, mesh, params, TokenIds(number, number),
+    cache.KVCache(buffer, buffer), everywhere(decode.empty_rows(slots, 8)), number, number,
 )
 compiled = traced.lower(lowering_platforms=("tpu",)).compile()
 memory = compiled.memory_analysis()
-whole = hlo.account(compiled.as_text(), lambda op_name: 1)
+whole = account(compiled.as_text(), lambda op_name: 1)
 step = whole.per_iteration()
 print(json.dumps({
     "temporary": memory.temp_size_in_bytes,

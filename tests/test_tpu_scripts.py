@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from e1jax.config import GRPOConfig, load_config
+from e1jax.config.load import load_config
+from e1jax.config.training import GRPOConfig
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tpu_scripts"

@@ -29,23 +29,39 @@ from test_sft import torch_parts
 from transformers import AutoModelForCausalLM
 
 import e1jax
-from e1jax import Engine, SamplingParams, convert, plan, train
-from e1jax.checkpoint import MetricsLog, RunCheckpoints, find_params, named_leaves
-from e1jax.config import (
+from e1jax import Engine, SamplingParams, convert, train
+from e1jax.checkpoint.load import load_model, read_tokenizer
+from e1jax.checkpoint.metrics import MetricsLog
+from e1jax.checkpoint.params import named_leaves
+from e1jax.checkpoint.runs import RunCheckpoints, find_params
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.config.load import load_config
+from e1jax.config.training import (
     AdamWConfig,
     GRPOConfig,
     LossConfig,
     RolloutConfig,
     UpdateConfig,
-    UserError,
-    load_config,
 )
-from e1jax.data import Prompt, nano_problems, request_seed
-from e1jax.engine import Completion
-from e1jax.model import forward, unembed
+from e1jax.data.nano import nano_problems
+from e1jax.data.prompts import Prompt, request_seed
+from e1jax.grpo.learner import Learner, make_optimizer
+from e1jax.grpo.rollouts import (
+    Rollouts,
+    longest_lengths,
+    make_engine,
+    read_examples,
+    rollout_metrics,
+    rollout_request,
+)
+from e1jax.grpo.rollouts import sample_rollouts as _sample_rollouts
+from e1jax.nn.model import forward, unembed
+from e1jax.plan.training import logprob_passes
 from e1jax.rewards import Grader
-from e1jax.sharding import make_mesh
-from e1jax.tokenizer import extract_boxed, read_json
+from e1jax.sampling.engine import Completion
+from e1jax.sharding.mesh import make_mesh
+from e1jax.tokenizer import extract_boxed
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -318,22 +334,22 @@ def test_a_run_ends_responses_where_its_model_does(workplace, tmp_path):
     edit_json(source / "generation_config.json", eos_token_id=[256, 97])
     edit_json(source / "config.json", eos_token_id=[98], bos_token_id=259)
     config = settings(workplace, "--model", str(source), "--data.instruction", "")
-    loaded = convert.load_model(config.model)
+    loaded = load_model(config.model)
     run_dir = tmp_path / "run"
     train.prepare(config, loaded, "", run_dir)
-    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
+    assert read_tokenizer(run_dir).eos_ids == (256, 97, 98)
     # A run that was begun before these ids were noted goes on.
     edit_json(run_dir / "config.json", eos_token_id=None, bos_token_id=None)
     (run_dir / "generation_config.json").unlink()
     train.prepare(config, loaded, "", run_dir)
-    assert convert.read_tokenizer(run_dir).eos_ids == (256, 97, 98)
+    assert read_tokenizer(run_dir).eos_ids == (256, 97, 98)
 
 
 def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
     shutil.copytree(NANO, tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--data.instruction", ""]
     config = settings(workplace, *flags)
-    loaded = convert.load_model(config.model)
+    loaded = load_model(config.model)
     train.prepare(config, loaded, "", tmp_path / "run")
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(tiny_hf(), tmp_path / "model")
@@ -379,9 +395,9 @@ def test_the_policy_is_laid_out_for_sampling_once_after_each_update(
 ):
     """A second copy would not fit beside the first on the hardware of a 7B model."""
     calls = []
-    lay_out = train.Learner.sampling_params
+    lay_out = Learner.sampling_params
     monkeypatch.setattr(
-        train.Learner,
+        Learner,
         "sampling_params",
         lambda self: calls.append(1) or lay_out(self),
     )
@@ -394,7 +410,7 @@ def test_too_little_memory_for_an_update_is_one_sentence(workplace, monkeypatch)
     def learn(self, rollouts):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
-    monkeypatch.setattr(train.Learner, "learn", learn)
+    monkeypatch.setattr(Learner, "learn", learn)
     with pytest.raises(UserError, match=r"memory for an update; lower update\.microb"):
         train.train(settings(workplace), workplace / "too_large")
 
@@ -430,7 +446,7 @@ def test_a_full_disk_leaves_the_last_good_step(workplace, unbroken, monkeypatch)
 
 def test_a_disk_that_is_full_from_the_start_is_one_sentence(workplace, tmp_path):
     config = settings(workplace)
-    loaded = convert.load_model(config.model)
+    loaded = load_model(config.model)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
@@ -457,7 +473,7 @@ def test_a_number_that_is_not_finite_stops_and_names_the_step(
     workplace, unbroken, monkeypatch
 ):
     run_dir = workplace / "infinite"
-    original = train.sample_rollouts
+    original = _sample_rollouts
     calls = []
 
     def sample_rollouts(*args):
@@ -487,7 +503,7 @@ def test_a_run_is_a_model(workplace, unbroken, tmp_path):
         (unbroken / "6", params),
         (unbroken / "checkpoints" / "6", params),
     ):
-        loaded = convert.load_model(str(name))
+        loaded = load_model(str(name))
         jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
 
     convert.to_hf(str(unbroken / "6"), tmp_path / "hf")
@@ -514,13 +530,13 @@ def best_step(run_dir: Path) -> int:
 def test_dtype_and_instruction_go_with_the_model(workplace, tmp_path):
     flags = ["--update.param_dtype", "bfloat16", "--data.instruction", "Answer."]
     config = settings(workplace, *flags)
-    loaded = convert.load_model(config.model)
+    loaded = load_model(config.model)
     train.prepare(config, loaded, "Answer.", tmp_path / "run")
     assert read_json(tmp_path / "run" / "config.json")["torch_dtype"] == "bfloat16"
     recorded = read_json(tmp_path / "run" / "tokenizer_config.json")
     original = read_json(NANO / "tokenizer_config.json")
     assert recorded == {**original, "e1jax_instruction": "Answer."}
-    [example, *_] = train.read_examples(config, loaded, "Answer.")
+    [example, *_] = read_examples(config, loaded, "Answer.")
     assert loaded.tokenizer.decode(example.prompt_ids).endswith(
         "? Answer.<｜Assistant｜><think>\n"
     )
@@ -576,7 +592,7 @@ def test_the_best_validated_step_is_kept_and_is_the_model(
     assert best_step(tmp_path / "run") == 3  # of equals the latest
     assert sorted(saved_steps(tmp_path / "run")) == [3, 5]
     assert find_params(tmp_path / "run")[0].parent.name == "3"
-    loaded = convert.load_model(str(tmp_path / "run"))
+    loaded = load_model(str(tmp_path / "run"))
     best = saved(tmp_path / "run")["3"]["params"]
     jax.tree.map(np.testing.assert_array_equal, loaded.params, best)
 
@@ -690,14 +706,14 @@ def test_a_cache_with_room_for_a_prompt_and_both_budgets_is_enough(workplace):
         flags += ["--rollout.solution_budget", json.dumps(budgets[1])]
         for cache_len in (needed - 1, needed):
             config = settings(workplace, *flags, "--rollout.cache_len", str(cache_len))
-            loaded = convert.load_model("nano")
-            examples = train.read_examples(config, loaded, "")
+            loaded = load_model("nano")
+            examples = read_examples(config, loaded, "")
             assert {len(example.prompt_ids) for example in examples} == {longest}
             if cache_len == needed:
-                assert train.make_engine(config, loaded, examples).cache_len == needed
+                assert make_engine(config, loaded, examples).cache_len == needed
                 continue
             with pytest.raises(UserError, match=f"too short .*; {needed} is enough"):
-                train.make_engine(config, loaded, examples)
+                make_engine(config, loaded, examples)
 
 
 def test_a_mesh_of_the_rollouts_that_does_not_divide_is_told(
@@ -705,11 +721,11 @@ def test_a_mesh_of_the_rollouts_that_does_not_divide_is_told(
 ):
     """Its default is another than the mesh of training, of which loading tells."""
     config = settings(workplace, "--dtype", "bfloat16")
-    loaded = convert.load_model(str(tiny_hf()))
-    examples = train.read_examples(config, loaded, "")
+    loaded = load_model(str(tiny_hf()))
+    examples = read_examples(config, loaded, "")
     for mesh, notes in (("data=2,tensor=1", 1), ("data=1,tensor=2", 0)):
         mesh = make_mesh(mesh, loaded.config, [Chip(0), Chip(1)])
-        train.make_engine(config, dataclasses.replace(loaded, mesh=mesh), examples)
+        make_engine(config, dataclasses.replace(loaded, mesh=mesh), examples)
         note = (
             "note: mesh data=1,tensor=2 does not divide vocab_size=265, so every device "
             "keeps 2 arrays of parameters whole in that dimension, "
@@ -720,11 +736,11 @@ def test_a_mesh_of_the_rollouts_that_does_not_divide_is_told(
 
 def test_micro_batches_are_shared_out_evenly_over_the_mesh(workplace):
     config = settings(workplace)
-    loaded = convert.load_model("nano")
-    examples = train.read_examples(config, loaded, "")
+    loaded = load_model("nano")
+    examples = read_examples(config, loaded, "")
     three = types.SimpleNamespace(shape={"data": 3})
     with pytest.raises(UserError, match=r"microbatch=2 is not a multiple .* data=3"):
-        train.make_engine(config, dataclasses.replace(loaded, mesh=three), examples)
+        make_engine(config, dataclasses.replace(loaded, mesh=three), examples)
 
 
 @pytest.mark.parametrize(
@@ -736,7 +752,7 @@ def test_longest_lengths(workplace, budgets, longest):
     flags = ["--rollout.thinking_budget", json.dumps(budgets[0])]
     flags += ["--rollout.solution_budget", json.dumps(budgets[1])]
     config = settings(workplace, *flags)
-    assert train.longest_lengths(config, 300, 20, 31) == (31, longest)
+    assert longest_lengths(config, 300, 20, 31) == (31, longest)
 
 
 # Rollouts.
@@ -746,9 +762,9 @@ def test_longest_lengths(workplace, budgets, longest):
 def rollouts(workplace):
     """A function that samples for prompts at positions, and the engine it does so with."""
     config = settings(workplace)
-    loaded = convert.load_model("nano")
-    examples = train.read_examples(config, loaded, "")
-    sampler = train.make_engine(config, loaded, examples)
+    loaded = load_model("nano")
+    examples = read_examples(config, loaded, "")
+    sampler = make_engine(config, loaded, examples)
     sampler.params = loaded.params
     with Grader() as grader:
 
@@ -756,7 +772,7 @@ def rollouts(workplace):
             rollout = dataclasses.replace(config.rollout, temperature=temperature)
             changed = dataclasses.replace(config, seed=seed, rollout=rollout)
             prompts = [Prompt(p, p % 5, *examples[p % 5]) for p in positions]
-            return train.sample_rollouts(
+            return _sample_rollouts(
                 changed, sampler, prompts, grader, lambda new_tokens: None
             )
 
@@ -782,7 +798,7 @@ def test_draws_depend_on_seed_position_and_sample_alone(rollouts):
 
 def test_requests_of_a_step_draw_from_the_whole_distribution(workplace):
     config = dataclasses.replace(settings(workplace), seed=3)
-    assert train.rollout_request(config, 17) == SamplingParams(
+    assert rollout_request(config, 17) == SamplingParams(
         8, 6, n=4, temperature=0.9, top_p=1.0, top_k=0, seed=request_seed(3, 17)
     )
 
@@ -836,7 +852,7 @@ def test_metrics_of_a_step_are_means_over_responses_and_shares_of_prompts():
         completion([1, 2], 9, forced=0, finish_reason="stop"),
     ]
     rewards = np.array([[1, 1], [0, 1], [0, 0]], np.float32)
-    assert train.rollout_metrics(completions, rewards) == pytest.approx(
+    assert rollout_metrics(completions, rewards) == pytest.approx(
         {
             "reward": 0.5,
             "accuracy": 0.5,
@@ -881,7 +897,7 @@ def torch_logprobs(model, c: Completion, temperature: float):
     return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
 
-def torch_steps(config: GRPOConfig, steps: list[train.Rollouts], rates: list[float]):
+def torch_steps(config: GRPOConfig, steps: list[Rollouts], rates: list[float]):
     """The policy after steps of GRPO written down once more, and their metrics."""
     policy = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     reference = copy.deepcopy(policy)
@@ -970,7 +986,7 @@ REWARDS = (
 )
 
 
-def made_up_steps(model) -> list[train.Rollouts]:
+def made_up_steps(model) -> list[Rollouts]:
     """Responses of 7 to 10 random tokens, some forced; a sampler that is off."""
     rng = np.random.default_rng(7)
     steps = []
@@ -985,7 +1001,7 @@ def made_up_steps(model) -> list[train.Rollouts]:
             completions.append(
                 dataclasses.replace(c, logprobs=(exact + noise).tolist())
             )
-        steps.append(train.Rollouts(completions, np.array(rewards, np.float32), {}))
+        steps.append(Rollouts(completions, np.array(rewards, np.float32), {}))
     return steps
 
 
@@ -1039,7 +1055,7 @@ def test_steps_are_those_of_torch(case, workplace, tiny_hf, tmp_path):
             else:
                 assert found[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
     # Those of the first mini-batch are of its own update, unless it comes again.
-    assert len(passes) == len(steps) * plan.logprob_passes(config)
+    assert len(passes) == len(steps) * logprob_passes(config)
     assert logprobs._cache_size() == (len(passes) > 0)  # compilations
     if config.loss.clip == "ppo":
         assert 0.02 < found["clip_fraction"] < 0.9
@@ -1067,8 +1083,8 @@ def make_learner(model, run_dir, loss, optimizer, update):
             **{"minibatch_prompts": 1, "microbatch": 2, "remat": False, **update}
         ),
     )
-    loaded = convert.load_model(config.model, None, config.update.param_dtype)
-    learner = train.Learner(config, loaded, longest=(9, 13))
+    loaded = load_model(config.model, None, config.update.param_dtype)
+    learner = Learner(config, loaded, longest=(9, 13))
     assert learner.restore(RunCheckpoints(run_dir, config.checkpoint), None) == 0
     return config, learner
 
@@ -1184,5 +1200,5 @@ def test_shipped_configs_load(path):
     config, run_dir = load_config(GRPOConfig, ["--config", str(path)], "train")
     assert run_dir == Path("runs") / path.stem
     assert len(path.read_text().splitlines()) < 40
-    assert train.make_optimizer(config)
+    assert make_optimizer(config)
     assert config.rollout.prompts >= config.update.minibatch_prompts

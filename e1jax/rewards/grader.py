@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
-from e1jax.config import UserError, check_integer, check_number
+from e1jax.config.checks import UserError, check_integer, check_number
 from e1jax.tokenizer import THINK_END, extract_boxed
 
 Accepted = str | float | Sequence[str | float]

@@ -1,0 +1,190 @@
+"""Models of any kind, by name or directory: files found, checked and read onto a mesh."""
+
+import dataclasses
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from e1jax.checkpoint.huggingface import (
+    INDEX_FILE,
+    StoredTensor,
+    lazy_arrays,
+    open_hf,
+    read_config,
+)
+from e1jax.checkpoint.int8 import as_int8
+from e1jax.checkpoint.params import check_saved, open_params, place, quantized
+from e1jax.checkpoint.runs import find_params
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError, check_choice
+from e1jax.config.model import QUANTIZED, ModelConfig
+from e1jax.nn.model import abstract_params
+from e1jax.nn.quantize import Params
+from e1jax.sharding.mesh import make_mesh, note_undivided
+from e1jax.tokenizer import FILES, GENERATION, Tokenizer
+
+_BUNDLED = Path(__file__).parent.parent / "models"
+
+
+FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model whose weights are read when, and each time, `params` is asked for."""
+
+    name: str  # as the user gave it
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    mesh: Mesh
+    dtype: Any  # of the parameters and of the computation
+    quantize: str | None = None  # form of kernels and embedding, see quantize
+    # Of a Hugging Face directory, where each tensor is.
+    tensors: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def params(self) -> Params:
+        """The parameters on the mesh, each device reading its own part. They are not
+        kept here: whoever trains them would have them in memory twice."""
+        if saved := find_params(self.path):
+            arrays = open_params(saved[0], self.config)
+        else:
+            arrays = lazy_arrays(self.tensors, self.config)
+        if self.quantize and not quantized(arrays):
+            arrays = as_int8(arrays)
+        return place(arrays, self.config, self.mesh, self.dtype)
+
+
+def load_model(
+    model: str,
+    mesh_text: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+) -> LoadedModel:
+    """A model ready to run.
+
+    `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
+    `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
+    Raises UserError for whatever is missing, broken, or of another model.
+    """
+    if dtype is not None:
+        check_choice("dtype", dtype, ("float32", "bfloat16"))
+    if quantize is not None:
+        check_choice("quantize", quantize, QUANTIZED)
+    path = resolve(model)
+    saved = find_params(path)
+    files = saved[1] if saved else path
+    config, tokenizer = read_config(files), read_tokenizer(files)
+    mesh, tensors = make_mesh(mesh_text, config), {}
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    # Names, shapes and sizes are checked now; the weights themselves can wait.
+    if saved:
+        read_manifest(files)
+        quantize = quantized(check_saved(saved[0], config)) or quantize
+    else:
+        config, tensors = open_hf(path)
+    note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
+    return LoadedModel(
+        *(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize, tensors)
+    )
+
+
+def resolve(model: str) -> Path:
+    """The directory of a model: bundled, local, or downloaded from the hub.
+
+    Raises UserError if there is no such directory or the hub does not give it.
+    """
+    if model in ("nano", "nano-e1"):
+        if not (_BUNDLED / model).is_dir():
+            raise UserError(f"the model {model!r} is not in this installation of e1jax")
+        return _BUNDLED / model
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.name.isdigit() and find_params(path)):
+            return path
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        reason = str(getattr(error, "strerror", error)).rstrip(".")
+        raise UserError(
+            f"the model {reprlib.repr(model)} cannot be looked for: {reason}; "
+            "check the path"
+        ) from None
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise UserError(
+            f"the model {model!r} is neither a directory nor a hub id (owner/name); "
+            "check the path, or use nano, which is bundled"
+        )
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model,
+                allow_patterns=["config.json", *FILES, "*.safetensors", INDEX_FILE],
+            )
+        )
+    except Exception as error:  # many kinds: no network, no such repository, no right
+        reason = str(error).strip().split("\n")[0].strip(" .:")
+        raise UserError(
+            f"the model {model!r} is not a directory here and cannot be had from the "
+            f"hub ({reason}); check the name and the network, or give a local directory"
+        ) from None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model, checked to have no id beyond the model's.
+
+    A response ends at its own EOS and at each that `generation_config.json` or
+    `config.json` names. Raises UserError for one that is not an id of the model.
+    """
+    tokenizer = Tokenizer.from_dir(path)
+    largest = max(tokenizer.backend.get_vocab().values())
+    vocab_size = read_config(path).vocab_size
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path / 'tokenizer.json'} has the id {largest}, but vocab_size in "
+            f"config.json is {vocab_size}; the two are of different models"
+        )
+    named = [
+        token
+        for name in (GENERATION, "config.json")
+        for token in _named_eos_ids(path / name, vocab_size)
+    ]
+    more = [token for token in dict.fromkeys(named) if token != tokenizer.eos_id]
+    return dataclasses.replace(tokenizer, more_eos_ids=tuple(more))
+
+
+def _named_eos_ids(file: Path, vocab_size: int) -> list[int]:
+    """The ids under `eos_token_id`, one or a list; none without such a file or key."""
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+        raise UserError(
+            f"{file}: eos_token_id={reprlib.repr(value)} must be an id of this model (0 "
+            f"to {vocab_size - 1}) or a list of them"
+        )
+    return ids
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an e1jax checkpoint; empty if it has none, as a run has.
+
+    Raises UserError for one of another version of the format.
+    """
+    file = path / "manifest.json"
+    if not file.is_file():
+        return {}
+    manifest = read_json(file)
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format_version {version!r}, and this e1jax reads "
+            f"{FORMAT_VERSION}; convert the model again, or install a newer e1jax"
+        )
+    return manifest

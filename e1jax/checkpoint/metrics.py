@@ -1,0 +1,161 @@
+"""Metrics of a run: metrics.jsonl, TensorBoard and Weights & Biases."""
+
+import contextlib
+import json
+import math
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from e1jax.config.checks import UserError, writing
+
+
+class MetricsLog:
+    """RUN_DIR/metrics.jsonl, one object a step, and progress on stderr.
+
+    The same numbers go to RUN_DIR/tensorboard and, if `wandb` names a project, to
+    Weights & Biases. A step is written when the next one is added: its numbers are read
+    from the device while that computes. Lines beyond `step`, where the run goes on from,
+    are dropped.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        steps: int,
+        headline: Sequence[str],
+        wandb: str | None = None,
+    ):
+        # Slow to load, and `sample` needs none of it.
+        from tensorboardX import SummaryWriter
+
+        self.wandb = _wandb_run(wandb, run_dir) if wandb else None
+        self.path = path = run_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        new = run_dir / "metrics.jsonl.new"
+        with writing(run_dir):
+            new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            new.replace(path)
+            # Drawn anew: a kill loses what TensorBoard has not written yet.
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+        for line in kept:
+            self._draw(json.loads(line))
+        self.headline = headline
+        self.waiting: dict[str, Any] | None = None
+        self.clock = time.perf_counter()
+        self.bar = tqdm(initial=step, total=steps, disable=not sys.stderr.isatty())
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Notes a step's metrics, which may still be on the device."""
+        self.flush()
+        now = time.perf_counter()
+        self.waiting = {"step": step, **metrics, "seconds": round(now - self.clock, 4)}
+        self.clock = now
+
+    def flush(self, more: Mapping[str, float] | None = None) -> None:
+        """Writes the step that was added last, with more metrics of it.
+
+        Raises UserError if one of them is not a finite number: training has failed.
+        """
+        if self.waiting is None:
+            return
+        line = {key: np.asarray(v).item() for key, v in self.waiting.items()}
+        line |= more or {}
+        self.waiting = None
+        check_finite(line["step"], line)
+        # Opened for each line: a mounted bucket gets what was written when it is closed.
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        values = self._draw(line)
+        if self.wandb:
+            self.wandb.log(values, step=line["step"])
+        self._show(line)
+
+    def _draw(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Hands a line to TensorBoard; its numbers without the step."""
+        values = {key: value for key, value in line.items() if key != "step"}
+        for key, value in values.items():
+            self.board.add_scalar(key, value, line["step"])
+        return values
+
+    def _show(self, line: dict[str, Any]) -> None:
+        shown = ", ".join(f"{key} {line[key]:.4g}" for key in self.headline)
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        step, steps = line["step"], self.bar.total
+        if self.bar.disable and (step % max(1, steps // 20) == 0 or step == 1):
+            print(f"step {step}/{steps}: {shown}", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.bar.close()
+
+
+class NoLog:
+    """In place of a MetricsLog, for a process that leaves it to another."""
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def flush(self, more: Mapping[str, float] | None = None) -> None: ...
+    def close(self) -> None: ...
+
+
+def check_finite(step: int, metrics: Mapping[str, float]) -> None:
+    """Raises UserError if a metric is not a finite number: training has failed."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {step}: {name} is {value}; lower the learning rate and take "
+                "another --run-dir"
+            )
+
+
+def import_wandb(project: str) -> Any:
+    """The package wandb; raises UserError if it is not installed."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports] (an optional package)
+    except ImportError:
+        raise UserError(
+            f"wandb: {project} needs the package wandb; pip install wandb, or leave it out"
+        ) from None
+    return wandb
+
+
+def _wandb_run(project: str, run_dir: Path) -> Any:
+    """A run of Weights & Biases that goes on where the run directory's earlier one did."""
+    wandb = import_wandb(project)
+    # Not the directory's name: a run made anew under it would be taken for the old one,
+    # whose steps cannot be written again.
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex)
+    key, name = file.read_text(), run_dir.absolute().name
+    try:
+        return wandb.init(
+            project=project, id=key, name=name, dir=run_dir, resume="allow"
+        )
+    except Exception as error:  # many kinds: no login, no network, no right
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"wandb: {project} cannot be written ({reason}); log in, or leave it out"
+        ) from None
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinite if a kill has cut the line short."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

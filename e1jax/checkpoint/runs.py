@@ -1,0 +1,191 @@
+"""Checkpoints of a run: parameters, optimizer state and position in the data, as one.
+
+A run directory of `sft` or `train` keeps `config.json` and the tokenizer files once,
+beside `checkpoints/<step>/params/`.
+"""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from e1jax.checkpoint.params import PARAMS, explain_orbax, restore_args
+from e1jax.cli.files import read_json
+from e1jax.config.checks import UserError
+from e1jax.config.training import CheckpointConfig
+from e1jax.nn.quantize import Params
+from e1jax.sharding.hosts import is_first
+from e1jax.sharding.mesh import replicated
+
+CHECKPOINTS = "checkpoints"
+
+
+def find_params(path: Path) -> tuple[Path, Path] | None:
+    """Where a checkpoint keeps its parameters, and where its config and tokenizer.
+
+    `path` is an e1jax checkpoint, a run directory (its best step), or one step of a
+    run: RUN_DIR/checkpoints/STEP or RUN_DIR/STEP. None if it is none of them; so is a
+    Hugging Face directory, whatever subdirectories it has.
+    """
+    # By their names: training leaves other files behind, as training_args.bin.
+    if any(path.glob("model*.safetensors*")) or any(path.glob("pytorch_model*.bin*")):
+        return None
+    if (path / "config.json").is_file():
+        if (path / CHECKPOINTS).is_dir():
+            return path / CHECKPOINTS / str(_best_step(path)) / PARAMS, path
+        return (path / PARAMS, path) if (path / PARAMS).is_dir() else None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        run_dir, step = path.parent.parent, path
+    elif path.name.isdigit() and (path.parent / CHECKPOINTS).is_dir():
+        run_dir, step = path.parent, path.parent / CHECKPOINTS / path.name
+    else:
+        return None
+    if not (step / PARAMS).is_dir():
+        steps = ", ".join(map(str, _saved_steps(run_dir))) or "none"
+        raise UserError(f"{run_dir} has no step {path.name}; its saved steps: {steps}")
+    return step / PARAMS, run_dir
+
+
+def _saved_steps(run_dir: Path) -> list[int]:
+    return sorted(
+        int(step.name)
+        for step in (run_dir / CHECKPOINTS).iterdir()
+        if step.name.isdigit() and (step / PARAMS).is_dir()
+    )
+
+
+def _best_step(run_dir: Path) -> int:
+    """The step that the run recorded as its best, or the latest."""
+    steps = _saved_steps(run_dir)
+    if not steps:
+        raise UserError(f"{run_dir} has no finished checkpoint yet; let the run go on")
+    record = run_dir / CHECKPOINTS / "best.json"
+    best = read_json(record).get("step") if record.is_file() else None
+    return best if best in steps else steps[-1]
+
+
+class RunCheckpoints:
+    """Checkpoints of a training run: RUN_DIR/checkpoints/STEP/{params,optimizer,record}.
+
+    Writing goes on in the background while training does. A step exists once it is whole:
+    one that was being written when the run was killed is ignored, and removed.
+    With `best`, the name of a metric, the step with its highest value is kept besides the
+    latest ones, and named in `best.json`.
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, best: str | None = None
+    ):
+        policy: Any = ocp.checkpoint_managers.LatestN(config.keep)
+        value = (lambda metrics: metrics.get(best, -math.inf)) if best else None
+        if value:
+            highest = ocp.checkpoint_managers.BestN(get_metric_fn=value, n=1)
+            policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, highest])
+        self.directory = run_dir.absolute() / CHECKPOINTS
+        self.best = best
+        # Its threads log the tracebacks of errors that `wait` then raises.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy,
+                best_fn=value,  # or Orbax does not write the metrics
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self, step: int, params: Params, optimizer: Any, record: dict[str, Any]
+    ) -> None:
+        """Starts to write a step. `record` is JSON: whatever else the run goes on from.
+
+        The arrays are copied before this returns, so they may be donated. With `best`,
+        `record["metrics"]` holds that metric if it was measured at this step.
+        """
+        self.wait()
+        args = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params),
+            optimizer=ocp.args.PyTreeSave(optimizer),
+            record=ocp.args.JsonSave(record),
+        )
+        with self._saying_what_is_left():
+            self.manager.save(step, args=args, metrics=record.get("metrics", {}))
+
+    def restore(
+        self, params: Params, optimizer: Any
+    ) -> tuple[int, Params, Any, dict[str, Any]] | None:
+        """Step, parameters, optimizer state and record of the latest step; None if none.
+
+        The arguments are abstract: shapes, dtypes and where each array shall lie.
+        """
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(
+            params=restore_args(params),
+            optimizer=restore_args(optimizer),
+            record=ocp.args.JsonRestore(),
+        )
+        with explain_orbax(
+            f"{self.directory / str(step)} is damaged, delete it to go on"
+        ):
+            saved = self.manager.restore(step, args=args)
+        return step, saved["params"], saved["optimizer"], saved["record"]
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises UserError if it cannot be."""
+        with self._saying_what_is_left():
+            self.manager.wait_until_finished()
+        if self.best and is_first():
+            self._name_best(self.best)
+
+    def close(self) -> None:
+        self.wait()
+        self.manager.close()
+
+    def _saying_what_is_left(self):
+        steps = _saved_steps(self.directory.parent)
+        left = f"the last step there is {steps[-1]}" if steps else "no step is there"
+        return explain_orbax(f"{self.directory} cannot be written, {left}")
+
+    def _name_best(self, metric: str) -> None:
+        """Only a step that is whole can be the best one; of equals it is the latest."""
+        measured = [
+            (metrics[metric], step)
+            for step in self.manager.all_steps()
+            if metric in (metrics := self.manager.metrics(step) or {})
+        ]
+        if measured:
+            value, step = max(measured)
+            new = self.directory / "best.json.new"
+            new.write_text(json.dumps({"step": step, metric: value}) + "\n")
+            new.replace(self.directory / "best.json")
+
+
+def abstract_state(
+    optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
+) -> Any:
+    """The optimizer's state as shapes: moments lie where their parameters do."""
+
+    def like(array, param):
+        if isinstance(array, optax.MaskedNode):  # in the state of the other optimizer
+            return array
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=param.sharding)
+
+    def whole(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=replicated(mesh))
+
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        like,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=whole,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )

@@ -1,0 +1,1 @@
+"""What all commands share: how they run, stop and print, their flags and their files."""

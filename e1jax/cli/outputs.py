@@ -1,0 +1,211 @@
+"""Output that grows while a command runs: lines of JSON that resume, and progress."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from e1jax.cli.command import stop_signals
+from e1jax.config.checks import UserError
+
+
+def digest(value: Any) -> str:
+    """Names a JSON value: equal ones, and hardly others, have the same digest."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Progress:
+    """Progress of sampling on stderr. Called with the new tokens after each chunk.
+
+    That is where Ctrl-C stops. Elsewhere it could come in the middle of JAX, which may
+    lose it.
+    """
+
+    bar: tqdm
+    signals: list[int]
+    start: float
+
+    def __init__(self, total: int, kept_in: Path | None):
+        self.total, self.kept_in = total, kept_in
+        self.completions = self.tokens = 0
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """While it is entered; it begins when the weights are there."""
+        unit = "completion"
+        self.bar = tqdm(total=self.total, unit=unit, file=sys.stderr, disable=None)
+        self.start = time.monotonic()
+        try:
+            with self.bar, stop_signals() as self.signals:
+                yield
+        except KeyboardInterrupt:
+            way_on = f", kept in {self.kept_in}; run the same command again to go on"
+            raise KeyboardInterrupt(
+                f"after {self.completions} of {self.total} completions"
+                f"{way_on if self.kept_in else ''}"
+            ) from None
+
+    def __call__(self, new_tokens: int) -> None:
+        self.tokens += new_tokens
+        self.bar.set_postfix_str(self._speed())
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def step(self) -> None:
+        """One more completion is done."""
+        self.completions += 1
+        self.bar.update()
+
+    def summary(self) -> str:
+        return f"{self.total} completion{'s' * (self.total > 1)}, {self._speed()}"
+
+    def _speed(self) -> str:
+        seconds = time.monotonic() - self.start
+        speed = self.tokens / seconds
+        return f"{self.tokens} tokens in {seconds:.1f} s ({speed:.0f} tokens/s)"
+
+
+class JsonlOutput:
+    """A file of completions, one JSON object a line: appended to as they finish, and read
+    when the command is run again.
+
+    Beside it lies FILE.settings.json, which says how it was made, so that a run with
+    other settings is refused and not mixed in. Nothing is written before the context is
+    entered.
+
+    `requests` holds a digest of each request by its id. `entry` gives the key and the
+    value under which `done` keeps a record; it raises KeyError or TypeError for what is
+    none. Raises UserError for a file that cannot be written, or that is not ours.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        requests: Mapping[str | int, str],
+        entry: Callable[[dict[str, Any]], tuple[Any, Any]],
+    ):
+        self.path = path
+        with self._reading():
+            if path.exists() and not path.is_file():
+                raise UserError(f"--output {path} is not a regular file; give one")
+            self.sidecar = path.with_name(path.name + ".settings.json")
+            content = path.read_bytes() if path.exists() else b""
+            ours = self.sidecar.exists()
+        self.made_how: dict[str, Any] = {}
+        self.requests = {json.dumps(key): value for key, value in requests.items()}
+        if content and not ours:
+            raise UserError(
+                f"{path} has content but no {self.sidecar.name} beside it, so it was "
+                "not made by this command; choose another --output"
+            )
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"--output {path}: {path.parent} is no writable directory")
+        self.done, self.size = self._whole_lines(content, entry)
+        self.size_read = len(content)
+        self.file: TextIO | None = None
+
+    def compare(self, settings: dict[str, Any]) -> None:
+        """Refuses settings or requests that differ from those of the earlier run."""
+        self.made_how = {"settings": settings, "requests": self.requests}
+        if not self.size:
+            return
+        try:
+            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
+            before, requests = old["settings"], old["requests"]
+            names = [n for n, v in settings.items() if before.get(n) != v]
+            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.sidecar} is not readable; choose another --output"
+            ) from None
+        if names:
+            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
+            here = ", ".join(f"{n}={settings[n]!r}" for n in names)
+            raise UserError(
+                f"{self.path} was made with {there}, and this run has {here}; use the "
+                "same settings or another --output"
+            )
+        if changed:
+            raise UserError(
+                f"{self.path} was made with another prompt or other parameters for id "
+                f"{changed[0]}; choose another --output"
+            )
+        self.made_how["requests"] = {**requests, **self.requests}
+
+    def __enter__(self) -> "JsonlOutput":
+        part = self.sidecar.with_name(self.sidecar.name + ".part")
+        with self._writing():
+            self.file = self.path.open("a", encoding="utf-8")
+            self._lock(self.file)
+            if os.fstat(self.file.fileno()).st_size != self.size_read:
+                raise UserError(
+                    f"another run has written {self.path} meanwhile; run the same "
+                    "command again"
+                )
+            # A run that was killed while writing leaves half a line: written again.
+            self.file.truncate(self.size)
+            part.write_text(json.dumps(self.made_how, indent=1) + "\n")
+            os.replace(part, self.sidecar)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.file is not None
+        self.file.close()
+
+    def append(self, record: dict[str, Any]) -> None:
+        assert self.file is not None
+        with self._writing():
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+
+    def _lock(self, file: TextIO) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing {self.path}; let it end or choose another "
+                "--output"
+            ) from None
+
+    @contextlib.contextmanager
+    def _reading(self):
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--output {self.path} cannot be read: {reason}") from None
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"--output {self.path} cannot be written: {reason}; choose another one"
+            ) from None
+
+    def _whole_lines(
+        self, content: bytes, entry: Callable[[dict[str, Any]], tuple[Any, Any]]
+    ) -> tuple[dict[Any, Any], int]:
+        """What is there, and the bytes up to the end of the last whole line."""
+        done, size = {}, content.rfind(b"\n") + 1
+        for number, line in enumerate(content[:size].splitlines(), 1):
+            try:
+                key, value = entry(json.loads(line))
+                done[key] = value
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(
+                    f"{self.path} line {number} is not a completion of this command; "
+                    "choose another --output"
+                ) from None
+        return done, size

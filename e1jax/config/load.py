@@ -1,0 +1,243 @@
+"""Settings from a YAML file and flags, by jsonargparse; and the record of them in a run directory."""
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import jsonargparse
+import yaml
+
+from e1jax.config.checks import UserError, check_known, writing
+from e1jax.config.texts import check_backslashes, two_backslashes
+
+ConfigT = TypeVar("ConfigT")
+
+
+FlagsT = TypeVar("FlagsT")
+
+
+def load_config(
+    cls: type[ConfigT], argv: Sequence[str], prog: str
+) -> tuple[ConfigT, Path]:
+    """The configuration (a dataclass) and run directory that a training command names.
+
+    `--config FILE.yaml` is read first, then flags `--section.key value` set what they
+    name in it: YAML keys, flags and dataclass fields are the same names. The run
+    directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
+    or flag, a value of the wrong type, and whatever the dataclasses refuse.
+    """
+    config, run_dir, _ = load_config_and_flags(cls, NoFlags, argv, prog)
+    return config, run_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class NoFlags:
+    """A command whose flags are all settings of the run."""
+
+
+def load_config_and_flags(
+    cls: type[ConfigT], flags: type[FlagsT], argv: Sequence[str], prog: str
+) -> tuple[ConfigT, Path, FlagsT]:
+    """As `load_config`, and the flags that are no settings of the run, a dataclass."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="YAML file with these settings; required"
+    )
+    parser.add_argument(
+        "--run-dir", help="directory of the run (default: runs/NAME-OF-THE-YAML-FILE)"
+    )
+    parser.add_class_arguments(flags)
+    parser.add_class_arguments(cls)
+    try:
+        if not {"-h", "--help"} & set(argv):
+            _check_names(cls, flags, argv, prog)
+        parsed = parser.instantiate(parser.parse_args(list(argv)))
+    except argparse.ArgumentError as error:
+        raise UserError(_sentence(error, (cls, flags), argv)) from None
+    run_dir = str(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
+    if "://" in run_dir:  # a Path would make a directory here of it
+        raise UserError(
+            f"--run-dir {run_dir} is not a path; mount the bucket (docs/tpu.md says "
+            "how) and give the path where it is mounted"
+        )
+    config = cls(**{name: parsed[name] for name in _types(cls)})
+    others = flags(**{name: parsed[name] for name in _types(flags)})
+    return config, Path(run_dir), others
+
+
+def record_config(config: Any, run_dir: Path) -> None:
+    """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
+
+    Raises UserError naming the settings that differ from those the run began with, and
+    for a directory with other content.
+    """
+    now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
+    path, new = run_dir / "config.yaml", run_dir / "config.yaml.new"
+    with writing(run_dir):
+        if not path.exists():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(file != new for file in run_dir.iterdir()):
+                raise UserError(
+                    f"{run_dir} holds files but no config.yaml, so it is not the "
+                    "directory of a run; take another --run-dir"
+                )
+            text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True)
+            new.write_text(text, encoding="utf-8")
+            new.replace(path)  # whole, wherever the run is killed
+            return
+    then, now = dict(flatten(read_yaml(path))), dict(flatten(now))
+    changes = [
+        f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    ]
+    if changes:
+        raise UserError(
+            f"{run_dir} was begun with other settings: {', '.join(changes)}; "
+            "repeat those, or take another --run-dir"
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; raises UserError if it is missing or is not one."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_yaml(path, error) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")
+    return value
+
+
+def _not_yaml(path: Path, error: Exception) -> UserError:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or ""
+    if mark is None or "escape" not in problem:
+        return UserError(f"{path} is not YAML: {' '.join(str(error).split())}")
+    start = mark.buffer.rfind("\\", 0, mark.pointer)
+    return UserError(
+        f"{path} line {mark.line + 1} is not YAML ({problem}); "
+        f"{two_backslashes(mark.buffer[start:])}, or use single quotes"
+    )
+
+
+def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
+    """Refuses flags and YAML keys that name no setting, offering the nearest one."""
+    names = [f"--{name}" for kind in (cls, flags) for name, _ in flatten(_types(kind))]
+    # The last one comes with jsonargparse, which explains it in --help.
+    known = [*names, "--config", "--run-dir", "--print_config"]
+    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    check_known(given, known, prog)
+    path = _config_path(argv)
+    if path is None:
+        raise UserError(f"{prog} needs --config FILE.yaml; see configs/")
+    _check_keys(cls, read_yaml(Path(path)), path)
+    _check_quoted(Path(path))
+
+
+def _check_quoted(path: Path) -> None:
+    r"""Refuses double-quoted texts of a YAML file with an escape that looks like LaTeX.
+
+    Not for files that we write: YAML's own writer makes "\_" of a no-break space.
+    """
+    text = path.read_text(encoding="utf-8")
+    for token in yaml.scan(text):
+        if not isinstance(token, yaml.ScalarToken) or token.style != '"':
+            continue
+        quoted = text[token.start_mark.index : token.end_mark.index]
+        where = f"{path} line {token.start_mark.line + 1}"
+        for escape in re.findall(r"\\(?:[A-Za-z]+|.)", quoted, re.DOTALL):
+            if escape[1] in "abefv0_NLP":
+                raise UserError(
+                    f"{where}: YAML reads {escape[:2]} in double quotes as one "
+                    rf"character; write \{escape}, or use single quotes"
+                )
+        check_backslashes(token.value, where)
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    finder.add_argument("--config")
+    return finder.parse_known_args(argv)[0].config
+
+
+def _sentence(
+    error: argparse.ArgumentError, kinds: Sequence[Any], argv: Sequence[str]
+) -> str:
+    """What is wrong with a value, from what jsonargparse says over several lines:
+    'Parser key "steps": Expected a <class 'int'>. Got value: five'."""
+    text = " ".join(str(error).split()).removeprefix("Parser key ")
+    found = re.match(r'"([\w.]+)": .*?(?:Got|Given) value: ?(.*)', text)
+    if not found:
+        return text
+    name, value = found[1], found[2] or "''"
+    kind = {key: kind for cls in kinds for key, kind in flatten(_types(cls))}[name]
+    path, places = _config_path(argv), []
+    if path is not None and name in dict(flatten(read_yaml(Path(path)))):
+        places.append(f"{path}: {name}")
+    if f"--{name}" in [word.partition("=")[0] for word in argv]:
+        places.append(f"--{name}")
+    where = " or ".join(places) or name
+    words = _in_words(kind)
+    if get_origin(kind) is tuple:  # of which the value may be an item
+        return f"{where} must be {words}; {value} does not fit"
+    return f"{where} must be {words}, not {value}"
+
+
+def _in_words(kind: Any) -> str:
+    """What a setting of this type may be."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(parts)
+    if get_origin(kind) is tuple:
+        return f"[{', '.join(map(_in_words, parts))}]"
+    if parts:  # of a union
+        return " or ".join(map(_in_words, parts))
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+        ...: "...",
+    }
+    return words[kind]
+
+
+def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    check_known(values, fields, where)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{where}: {key} is {value!r}, but it is a section; write its "
+                    "settings below it, indented"
+                )
+            _check_keys(fields[key], value, f"{where}: {key}")
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of nested dicts."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _types(cls: Any) -> dict[str, Any]:
+    """Of the fields of a dataclass, those of nested ones as dicts."""
+    return {
+        f.name: _types(f.type) if dataclasses.is_dataclass(f.type) else f.type
+        for f in dataclasses.fields(cls)
+    }

@@ -1,0 +1,44 @@
+"""How a prompt is sampled: budgets, temperature, cuts and seed."""
+
+import dataclasses
+import numbers
+
+from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number
+from e1jax.config.texts import check_backslashes
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How one prompt is sampled. Budgets are in sampled tokens, None is unlimited."""
+
+    thinking_budget: int | None = 1024
+    solution_budget: int | None = 1024
+    n: int = 1  # samples of the prompt
+    temperature: float = 0.6  # 0 is greedy
+    top_p: float = 0.95  # in (0, 1]; 1 is off
+    top_k: int = 0  # 0 is off
+    seed: int = 0
+    end_of_thinking_text: str = (
+        ""  # inserted, unsampled, right before a forced </think>
+    )
+
+    def __post_init__(self):
+        for name in ("thinking_budget", "solution_budget"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0, UNLIMITED - 1)
+        check_integer("n", self.n, 1, 10**6)
+        check_number("temperature", self.temperature, "of 0 or more", lambda v: v >= 0)
+        check_number("top_p", self.top_p, "above 0 and at most 1", lambda v: 0 < v <= 1)
+        check_integer("top_k", self.top_k, 0, UNLIMITED)
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        if not isinstance(self.end_of_thinking_text, str):
+            raise UserError(
+                f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
+            )
+        check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
+        # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
+        for name, value in list(vars(self).items()):
+            if isinstance(value, numbers.Integral):
+                object.__setattr__(self, name, int(value))
+            elif isinstance(value, numbers.Real):
+                object.__setattr__(self, name, float(value))

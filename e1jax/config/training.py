@@ -1,0 +1,374 @@
+"""Settings of fine-tuning and of GRPO: frozen dataclasses that are YAML keys and flags."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from e1jax.config.checks import (
+    UNLIMITED,
+    UserError,
+    check_choice,
+    check_integer,
+    check_known,
+    check_number,
+    check_share,
+)
+from e1jax.config.model import ModelConfig
+from e1jax.config.sampling import SamplingParams
+from e1jax.config.texts import check_backslashes
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceMix:
+    """How the solutions of one phase of nano fine-tuning are written, and batched."""
+
+    batch_size: int = 32
+    """Solutions in a step."""
+    terse: float = 0.5
+    """Share of solutions thought through in the terse style, the rest being verbose."""
+    rechecks: tuple[float, float, float] = (1.0, 0.0, 0.0)
+    """Probabilities that the thinking is checked again 0, 1, 2 times; sum to 1."""
+    recap: float = 0.0
+    """Share of solutions that repeat steps, tersely, between </think> and the box."""
+
+    def __post_init__(self):
+        check_integer("batch_size", self.batch_size, 1)
+        for name in ("terse", "recap"):
+            check_share(name, getattr(self, name))
+        for share in self.rechecks:
+            check_share("rechecks", share)
+        if not math.isclose(sum(self.rechecks), 1, abs_tol=1e-6):
+            raise UserError(f"rechecks must sum to 1, not {sum(self.rechecks)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """Muon for the matrices in the layers, Adam for embeddings, norms and biases."""
+
+    learning_rate: float = 4e-3
+    """Peak learning rate of both."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0 to its peak."""
+    final: float = 0.02
+    """Learning rate of the last step, as a share of the peak; in between a cosine."""
+    adam_b2: float = 0.98
+    """Decay of Adam's second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(name, getattr(self, name), "above 0", lambda v: v > 0)
+        check_share("final", self.final)
+        for name in ("warmup", "adam_b2"):
+            value = getattr(self, name)
+            check_number(name, value, "from 0 to below 1", lambda v: 0 <= v < 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints of a run."""
+
+    every: int = 100
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    keep: int = 2
+    """Latest checkpoints kept."""
+
+    def __post_init__(self):
+        check_integer("every", self.every, 1)
+        check_integer("keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning of a new model on the nano task, in two phases."""
+
+    model: ModelConfig
+    steps: int
+    """Optimizer steps of the whole run."""
+    seed: int = 0
+    """Fixes the initial parameters and the data."""
+    first_phase: float = 0.5
+    """Share of the steps that train on the mix `first`; the others on `second`."""
+    first: TraceMix = TraceMix()
+    second: TraceMix = TraceMix()
+    optimizer: MuonConfig = MuonConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: str | None = None
+    """Device mesh, like data=4,tensor=1; by default one that suits the model."""
+
+    def __post_init__(self):
+        check_integer("steps", self.steps, 1)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        check_share("first_phase", self.first_phase)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Problems to train on."""
+
+    problems: str = "deepscaler"
+    """Built-in name, or a file (JSON list, JSONL, parquet) with problem and answer."""
+    instruction: str | None = None
+    """Text after every problem; null: the one recorded with the model."""
+    max_prompt_len: int = 1024
+    """Tokens of the longest prompt; longer ones are dropped, and counted."""
+
+    def __post_init__(self):
+        check_backslashes(self.instruction, "data.instruction")
+        check_integer("max_prompt_len", self.max_prompt_len, 1, UNLIMITED)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled for training: under one fixed pair of budgets."""
+
+    prompts: int = 128
+    """Prompts in a step."""
+    samples: int = 8
+    """Responses to each prompt, whose rewards are compared with each other."""
+    thinking_budget: int | None = 1024
+    """Tokens sampled before </think> is forced; null: unlimited."""
+    solution_budget: int | None = 1024
+    """Tokens sampled after </think>; null: unlimited."""
+    temperature: float = 0.6
+    """Above 0; log-probabilities in training are at this temperature too."""
+    slots: int = 64
+    """Responses that are sampled at a time, by each host of several."""
+    cache_len: int | None = None
+    """Positions of a slot, prompt included; null: the longest that budgets allow."""
+
+    def __post_init__(self):
+        check_integer("prompts", self.prompts, 1)
+        check_integer("samples", self.samples, 2)
+        for name in ("thinking_budget", "solution_budget"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0, UNLIMITED - 1)
+        check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
+        check_integer("slots", self.slots, 1)
+        if self.cache_len is not None:
+            check_integer("cache_len", self.cache_len, 1, 2**30)
+        elif None in (self.thinking_budget, self.solution_budget):
+            raise UserError(
+                "a rollout without a budget needs rollout.cache_len, which then ends it"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The objective of GRPO; see e1jax.grpo."""
+
+    clip: Literal["ppo", "none"] = "ppo"
+    """ppo: clipped surrogate; none: as the reference code of E1, which drops the clip."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped above 1 + clip_high."""
+    kl_coef: float = 0.001
+    """Weight of the divergence (k3) from the model that training began with."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy, which is raised."""
+    aggregate: Literal["token", "sequence"] = "token"
+    """token: mean over all tokens; sequence: mean over responses of their means."""
+    train_on_forced: bool = False
+    """Whether forced tokens count, though the policy did not choose them."""
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
+    """recomputed: by the training forward, which for the first update of a step is its
+    own; sampler: those seen while sampling, which saves that forward, with importance
+    ratios truncated at max_ratio."""
+    max_ratio: float = 2.0
+    """Largest weight of a token where old_logprobs is sampler."""
+
+    def __post_init__(self):
+        check_choice("clip", self.clip, ("ppo", "none"))
+        check_choice("aggregate", self.aggregate, ("token", "sequence"))
+        check_choice("old_logprobs", self.old_logprobs, ("recomputed", "sampler"))
+        check_share("clip_low", self.clip_low)
+        for name in ("clip_high", "kl_coef", "entropy_coef"):
+            value = getattr(self, name)
+            check_number(name, value, "of 0 or more", lambda v: v >= 0)
+        check_number("max_ratio", self.max_ratio, "of 1 or more", lambda v: v >= 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW, after the gradient is clipped by its global norm."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises to its peak, in equal parts."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or falling to 0 at the last step."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.999
+    """Decay of the second moment."""
+    weight_decay: float = 0.0
+    """Share of a parameter, times the learning rate, taken off at each update."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger global norm are scaled down to it."""
+
+    def __post_init__(self):
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_choice("schedule", self.schedule, ("constant", "linear", "cosine"))
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(name, getattr(self, name), "above 0", lambda v: v > 0)
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            check_number(name, value, "from 0 to below 1", lambda v: 0 <= v < 1)
+        check_number(
+            "weight_decay", self.weight_decay, "of 0 or more", lambda v: v >= 0
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """How the responses of a step are turned into parameter updates."""
+
+    minibatch_prompts: int = 64
+    """Prompts in a mini-batch, all of their responses together; one update each."""
+    microbatch: int = 8
+    """Responses that go through the model at a time, on all devices together."""
+    epochs: int = 1
+    """Passes over the responses of a step."""
+    remat: bool = True
+    """Whether a layer's activations are computed again in the backward pass."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters that are trained, their moments and their checkpoints."""
+
+    def __post_init__(self):
+        for name in ("minibatch_prompts", "microbatch", "epochs"):
+            check_integer(name, getattr(self, name), 1)
+        check_choice("param_dtype", self.param_dtype, ("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Accuracy on problems that are not trained on."""
+
+    problems: str | None = None
+    """As data.problems; null: no validation, the latest checkpoint is the best."""
+    limit: int = 256
+    """Problems, the first of the file."""
+    every: int = 20
+    """Steps from one validation to the next; each is followed by a checkpoint."""
+    budgets: tuple[tuple[int | None, int | None], ...] = ((1024, 1024),)
+    """Pairs of thinking and solution budget, null being unlimited."""
+    temperature: float = 0.6
+    """Of sampling; 0 is greedy."""
+    top_p: float = 0.95
+    """Of sampling; 1 is off."""
+    best: str = "validation_accuracy"
+    """Metric whose highest value names the best checkpoint: validation_accuracy (mean
+    over the budgets), or validation_accuracy_32_28, say."""
+
+    def __post_init__(self):
+        check_integer("limit", self.limit, 1)
+        check_integer("every", self.every, 1)
+        if not self.budgets:
+            raise UserError("validation.budgets is empty; give pairs, like [[32, 28]]")
+        for thinking, solution in self.budgets:
+            # The rules for these are those of a request.
+            SamplingParams(
+                thinking, solution, temperature=self.temperature, top_p=self.top_p
+            )
+        check_known([self.best], self.metrics, "validation.best")
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names that `best` may take."""
+        each = [f"validation_accuracy_{budget_name(*pair)}" for pair in self.budgets]
+        return ["validation_accuracy", *each]
+
+
+def budget_name(thinking: int | None, solution: int | None) -> str:
+    """A pair of budgets in the name of a metric: "32_28", "none_none"."""
+    pair = (thinking, solution)
+    return "_".join("none" if budget is None else str(budget) for budget in pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """GRPO with rollouts under a thinking and a solution budget (arXiv 2505.05315)."""
+
+    model: str
+    """Model to start from: hub id, Hugging Face or e1jax directory, run, nano."""
+    steps: int
+    """Steps of the whole run; each samples new responses."""
+    seed: int = 0
+    """Fixes the order of the problems and all random draws."""
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: AdamWConfig = AdamWConfig()
+    update: UpdateConfig = UpdateConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; null: float32 on a CPU, bfloat16 elsewhere."""
+    mesh: str | None = None
+    """Device mesh of the updates, like data=4,tensor=2; by default all devices on data.
+    Each host samples on its own devices, as many of them on tensor as suits the model."""
+    wandb: str | None = None
+    """Weights & Biases project that gets the metrics too; null: none."""
+
+    def __post_init__(self):
+        check_integer("steps", self.steps, 1)
+        check_integer("seed", self.seed, 0, 2**32 - 1)
+        rollout, update = self.rollout, self.update
+        _check_divides(
+            ("rollout.prompts", rollout.prompts),
+            ("update.minibatch_prompts", update.minibatch_prompts),
+        )
+        _check_divides(
+            (
+                "update.minibatch_prompts x rollout.samples",
+                update.minibatch_prompts * rollout.samples,
+            ),
+            ("update.microbatch", update.microbatch),
+        )
+
+    @property
+    def updates_per_step(self) -> int:
+        minibatches = self.rollout.prompts // self.update.minibatch_prompts
+        return minibatches * self.update.epochs
+
+
+def _check_divides(whole: tuple[str, int], part: tuple[str, int]) -> None:
+    if whole[1] % part[1]:
+        raise UserError(
+            f"{whole[0]}={whole[1]} is not a multiple of {part[0]}={part[1]}; "
+            "change one of them"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """How the processes of a run find each other; not needed on TPU pods or one host."""
+
+    coordinator: str | None = None
+    """HOST:PORT, with any free port of process 0's host, where the others find it; each
+    process gets the same command but for --process."""
+    processes: int | None = None
+    """How many processes the run has."""
+    process: int | None = None
+    """Which one this is, from 0."""
+
+    def __post_init__(self):
+        given = [name for name, value in vars(self).items() if value is not None]
+        if len(given) not in (0, 3):
+            raise UserError(
+                f"--{given[0]} came without all of --coordinator, --processes and "
+                "--process; give all three or none"
+            )
+        if self.coordinator is None or self.processes is None:
+            return
+        address = re.fullmatch(r"\S+:([0-9]{1,5})", self.coordinator)
+        if not address or int(address[1]) > 65535:
+            raise UserError(
+                f"--coordinator must be like 10.0.0.1:1234, not {self.coordinator!r}"
+            )
+        check_integer("--processes", self.processes, 1)
+        check_integer("--process", self.process, 0, self.processes - 1)

@@ -1,0 +1,1 @@
+"""Accuracy at budgets: completions of files, statistics, tables and a figure."""

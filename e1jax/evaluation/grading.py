@@ -1,0 +1,118 @@
+"""Completions that a file holds, and how many answers could not be compared."""
+
+import contextlib
+import math
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from e1jax import rewards
+from e1jax.config.checks import UserError
+from e1jax.config.texts import parse_json
+from e1jax.data.problems import Problem
+from e1jax.evaluation.results import Budgets, Outcome
+
+# What `grade` reads of a record: types, and the same in words.
+_FIELDS = {
+    "id": ((str, int), "a text or a whole number"),
+    "sample": ((int,), "a whole number"),
+    "solution": ((str,), "a text"),
+    "token_ids": ((list,), "a list"),
+    "thinking_tokens": ((int,), "a whole number"),
+    "solution_tokens": ((int,), "a whole number"),
+    "thinking_end": ((str, type(None)), "a text or null"),
+    "thinking_budget": ((int, type(None)), "a whole number or null"),
+    "solution_budget": ((int, type(None)), "a whole number or null"),
+}
+
+
+_MAY_LACK = ("thinking_budget", "solution_budget")  # in files of other programs
+
+
+@contextlib.contextmanager
+def noting_grader() -> Iterator[rewards.Grader]:
+    """A Grader; at its end, says how many answers it could not compare."""
+    with rewards.Grader() as grader:
+        yield grader
+    for kind, how in (("timeout", "ran into the time limit"), ("crash", "crashed")):
+        if count := grader.failures[kind]:
+            print(
+                f"note: {count} comparison{'s' * (count > 1)} of answers {how}; such an "
+                "answer counts as wrong",
+                file=sys.stderr,
+            )
+
+
+class _Found(NamedTuple):
+    """A completion of a file, with the fields that `rewards.grade` looks at."""
+
+    prompt_index: int  # which problem
+    solution: str
+    budgets: Budgets
+    outcome: Outcome  # its reward is not known yet
+
+
+def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
+    """The completions in a file of `sample` or `evaluate`.
+
+    Raises UserError naming the line for one that is broken, has an id that no problem
+    has, or has been there before.
+    """
+    # As written, else as text: 3 and "3" are one id, unless problems have both.
+    indices: dict[str | int, int] = {str(p.id): i for i, p in enumerate(problems)}
+    indices |= {problem.id: index for index, problem in enumerate(problems)}
+    found, first = [], {}
+    try:
+        with path.open("rb") as file:
+            lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    for number, line in lines:
+        at = f"{path} line {number}"
+        record = _checked_record(parse_json(line.rstrip(), path, number), at)
+        identity = record["id"]
+        index = indices.get(identity, indices.get(str(identity)))
+        if index is None:
+            raise UserError(
+                f"{at}: no problem has the id {identity!r}; ids must be those of the "
+                "dataset's problems or, where these have none, their numbers from 0"
+            )
+        budgets = record.get("thinking_budget"), record.get("solution_budget")
+        before = first.setdefault((index, record["sample"], budgets), number)
+        if before != number:
+            raise UserError(
+                f"{at}: sample {record['sample']} of id {identity!r} is in line {before} "
+                "already; remove one of them"
+            )
+        outcome = outcome_of(record, reward=math.nan)
+        found.append(_Found(index, record["solution"], budgets, outcome))
+    if not found:
+        raise UserError(f"{path} holds no completion")
+    return found
+
+
+def _checked_record(record: Any, at: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{at} is not a JSON object but a {type(record).__name__}")
+    for name, (types, rule) in _FIELDS.items():
+        if name not in record and name not in _MAY_LACK:
+            raise UserError(
+                f"{at} has no field {name}; give a file of sample --json or --output, "
+                "or the completions.jsonl of evaluate"
+            )
+        if name in record and type(record[name]) not in types:
+            value = reprlib.repr(record[name])
+            raise UserError(f"{at}: {name} must be {rule}, not {value}")
+    return record
+
+
+def outcome_of(record: Mapping[str, Any], reward: float) -> Outcome:
+    return Outcome(
+        reward=reward,
+        tokens=len(record["token_ids"]),
+        thinking_tokens=record["thinking_tokens"],
+        solution_tokens=record["solution_tokens"],
+        forced=record["thinking_end"] in ("budget", "eos"),
+    )

@@ -1,0 +1,349 @@
+"""The policy in training: optimizer, jitted updates, log-probabilities of the reference."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from e1jax.checkpoint.load import LoadedModel
+from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import AdamWConfig, GRPOConfig
+from e1jax.grpo.logprobs import response_logprobs
+from e1jax.grpo.loss import policy_loss, token_weights
+from e1jax.grpo.rollouts import Batch, Rollouts, computed_in, make_batch, metrics_of_all
+from e1jax.nn.model import Whole, abstract_params
+from e1jax.nn.quantize import Params
+from e1jax.sharding.fsdp import make_whole, map_over_data, over_data, sum_over_data
+from e1jax.sharding.hosts import local_mesh, make_local_copy, of_all
+from e1jax.sharding.runtime import COMPILER_OPTIONS, backward_options
+
+
+def default_mesh(devices: int) -> str:
+    """All on `data`: an update gathers the weights layer by layer, and each device takes
+    whole sequences."""
+    return f"data={devices},tensor=1"
+
+
+class Learner:
+    """The policy in training: its parameters, the optimizer's state, the reference.
+
+    The engine samples from `sampling_params()`, which are the parameters themselves
+    where they have the dtype of the computation and lie as sampling has them.
+    """
+
+    def __init__(
+        self,
+        config: GRPOConfig,
+        loaded: LoadedModel,
+        longest: tuple[int, int],
+    ):
+        self.dtype = computed_in(config)
+        self.config, self.loaded = config, loaded
+        self.longest = longest  # prompt and response, in tokens
+        self.optimizer = make_optimizer(config)
+        self.schedule = learning_rates(config.optimizer, config.steps)
+        self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+        local = local_mesh(loaded.config, loaded.mesh)
+        sampled = abstract_params(loaded.config, local, self.dtype)
+        self.to_local = make_local_copy(loaded.mesh, sampled)
+        self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
+        shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
+        self.update = make_update(
+            config, loaded.config, self.optimizer, self.dtype, shardings
+        )
+        self.logprobs = make_logprobs(
+            loaded.config, self.dtype, shardings[0], config.rollout.samples
+        )
+        self.params: Params = {}
+        self.state: Any = None
+        self.reference: Params | None = None
+
+    def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
+        """Goes on from the latest checkpoint, or begins with the model; the step."""
+        restored = checkpoints.restore(self.shapes, self.state_shapes)
+        if restored:
+            step, self.params, self.state, record = restored
+            batches.set_state(record["data"])
+            if self.config.loss.kl_coef:
+                self.reference = _cast(self.loaded.params, self.dtype)
+            return step
+        self.params = self.loaded.params
+        if self.config.loss.kl_coef:  # copied, because the update donates its input
+            self.reference = _cast(self.params, self.dtype, copy=True)
+        shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
+        init = jax.jit(
+            self.optimizer.init,
+            out_shardings=shardings,
+            compiler_options=COMPILER_OPTIONS,
+        )
+        self.state = init(self.params)
+        return 0
+
+    def sampling_params(self) -> Params:
+        """The policy where the engine samples: on this process's own devices."""
+        return self.to_local(self.params)
+
+    def learn(self, rollouts: Rollouts) -> dict[str, float]:
+        """Updates the policy by the responses of a step; the metrics of the step."""
+        start = time.perf_counter()
+        config = self.config
+        temperature = jnp.float32(config.rollout.temperature)
+        measured = []
+        for batch in self._minibatches(rollouts, temperature):
+            # The first update is of the parameters that sampled.
+            on_policy = config.loss.old_logprobs == "recomputed" and not measured
+            self.params, self.state, metrics = self.update(
+                self.params, self.state, batch, on_policy, temperature
+            )
+            measured.append(metrics)
+        means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
+        tokens = sum(len(c.token_ids) for c in rollouts.completions)
+        tokens = of_all(tokens).sum()
+        seconds = time.perf_counter() - start
+        return {
+            **metrics_of_all(rollouts.metrics),
+            **means,
+            "sampler_gap": measured[0]["sampler_gap"].item(),
+            "update_tokens_per_second": tokens * config.update.epochs / seconds,
+        }
+
+    def _minibatches(self, rollouts: Rollouts, temperature: jax.Array) -> list[Batch]:
+        """Of each update in turn. The old log-probabilities are the sampler's; if they
+        are to be recomputed, those after the first update are, by the parameters as they
+        are now."""
+        loss, epochs = self.config.loss, self.config.update.epochs
+        whole = make_batch(self.config, rollouts, *self.longest)
+        num_micro = len(whole.tokens) * epochs // self.config.updates_per_step
+        rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
+
+        def logprobs(params: Params, batch: Batch) -> jax.Array:
+            # Some batches have a reference's by then: it would be compiled twice.
+            return self.logprobs(params, batch._replace(ref_logprobs=None), temperature)
+
+        def minibatch(first: int) -> Batch:
+            def put(x: np.ndarray) -> jax.Array:
+                x = x[first : first + num_micro]
+                return jax.make_array_from_process_local_data(rows, x, x.shape)
+
+            batch = jax.tree.map(put, whole)
+            if self.reference is None:
+                return batch
+            return batch._replace(ref_logprobs=logprobs(self.reference, batch))
+
+        def recomputed(batch: Batch) -> Batch:
+            return batch._replace(old_logprobs=logprobs(self.params, batch))
+
+        batches = [minibatch(at) for at in range(0, len(whole.tokens), num_micro)]
+        first, *others = batches
+        if loss.old_logprobs == "recomputed":
+            others = [recomputed(batch) for batch in others]
+            batches = [recomputed(first) if epochs > 1 else first, *others]
+        return [first, *others, *batches * (epochs - 1)]
+
+
+def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
+    """Parameters in another dtype; the same arrays, or copies, if they have it."""
+
+    def cast(p):
+        return (jnp.copy(p) if copy else p) if p.dtype == dtype else p.astype(dtype)
+
+    return jax.tree.map(cast, params)
+
+
+def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
+    """AdamW on clipped gradients; the learning rate is that of the step."""
+    adam, updates = config.optimizer, config.updates_per_step
+    rates = learning_rates(adam, config.steps)
+    return optax.chain(
+        clip_by_norm(adam.max_grad_norm),
+        optax.adamw(
+            lambda count: rates(jnp.asarray(count) // updates),
+            b1=adam.b1,
+            b2=adam.b2,
+            weight_decay=adam.weight_decay,
+        ),
+    )
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm by one factor for all gradients. That one divides by
+    the norm first, which is one pass more over arrays as large as the parameters."""
+
+    def clip(grads, _):
+        factor = jnp.minimum(1, max_norm / optax.tree.norm(grads))
+        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
+
+    return optax.stateless(clip)
+
+
+def learning_rates(config: AdamWConfig, steps: int) -> Callable[[Any], Any]:
+    """Linear warm-up to the peak, which the last warm-up step has; then the schedule,
+    which would be 0 one step after the last."""
+    warmup = config.warmup_steps
+    falls = {
+        "constant": lambda left: 1.0,
+        "linear": lambda left: left,
+        "cosine": lambda left: 0.5 - 0.5 * jnp.cos(jnp.pi * left),
+    }
+
+    def rate(step):
+        left = (steps - step) / max(1, steps - warmup)
+        fall = falls[config.schedule](jnp.clip(left, 0, 1))
+        rise = jnp.minimum(1, (step + 1) / max(1, warmup))
+        return config.learning_rate * rise * fall
+
+    return rate
+
+
+def make_update(
+    config: GRPOConfig,
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    dtype: Any,
+    shardings: tuple[Any, Any],
+):
+    """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
+
+    (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
+    `on_policy` (bool), the batch was sampled from these parameters: the old
+    log-probabilities are then the update's own, and those of the batch are only
+    compared with them, for `sampler_gap`. The first two arguments are donated, and lie
+    where `shardings` says. Each place on the mesh axis `data` goes through its own rows
+    with the parameters gathered layer by layer, in `dtype`; gradients are summed up in
+    float32.
+    """
+    mesh = jax.tree.leaves(shardings[0])[0].mesh
+    whole = make_whole(shardings[0], dtype)
+
+    def of_shard(params, batch, weights, on_policy, temperature):
+        def add(grads, inputs):
+            microbatch, weight = inputs
+            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
+                *(config, model, params, microbatch, weight[0]),
+                *(on_policy, temperature),
+                mesh=mesh,
+                whole=whole,
+            )
+            return jax.tree.map(jnp.add, grads, new), metrics
+
+        # So that gradients are of float32, whatever the parameters are.
+        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
+        return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
+
+    specs, rows = over_data(shardings[0]), PartitionSpec(None, "data")
+    of_shards = map_over_data(
+        *(of_shard, mesh),
+        in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
+        out_specs=(specs, PartitionSpec()),
+    )
+
+    def update(params, state, batch, on_policy, temperature):
+        weights = _share_weights(
+            batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
+        )
+        grads, metrics = of_shards(params, batch, weights, on_policy, temperature)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, metrics
+
+    return jax.jit(
+        update,
+        donate_argnums=(0, 1),
+        out_shardings=(*shardings, None),
+        compiler_options=backward_options(mesh),
+    )
+
+
+def _share_weights(
+    loss_mask: Bool[Array, "M B R"], aggregate: str, shares: int
+) -> Float[Array, "M S"]:
+    """What the mean over each device's share of each micro-batch counts in the mean
+    over all; see loss.token_weights."""
+    num_micro, rows, length = loss_mask.shape
+    weights = token_weights(loss_mask.reshape(-1, length), aggregate)
+    weights = weights.reshape(num_micro, shares, rows // shares, length)
+    return weights.sum(axis=(2, 3))
+
+
+def grpo_loss(
+    config: GRPOConfig,
+    model: ModelConfig,
+    params: Params,
+    batch: Batch,
+    weight: Float[Array, ""],
+    on_policy: Bool[Array, ""],
+    temperature: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    whole: Whole = lambda part, name: part,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """Loss of a micro-batch and its metrics, both times `weight`; see make_update."""
+    loss = config.loss
+    logprobs, entropy = response_logprobs(
+        *(model, params, batch.tokens, batch.prompt_len, batch.loss_mask.shape[-1]),
+        temperature,
+        mesh=mesh,
+        remat=config.update.remat,
+        whole=whole,
+        entropy_grad=loss.entropy_coef > 0,
+        samples=config.rollout.samples,
+    )
+    own = jax.lax.stop_gradient(logprobs)
+    value, metrics = policy_loss(
+        *(logprobs, jnp.where(on_policy, own, batch.old_logprobs), batch.ref_logprobs),
+        *(batch.advantages, batch.loss_mask),
+        clip=loss.clip,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        max_ratio=loss.max_ratio if loss.old_logprobs == "sampler" else None,
+        kl_coef=loss.kl_coef,
+        aggregate=loss.aggregate,
+    )
+    weights = token_weights(batch.loss_mask, loss.aggregate)
+
+    def mean(values):
+        return (jnp.where(batch.loss_mask, values, 0.0) * weights).sum()
+
+    entropy = mean(entropy)
+    value -= loss.entropy_coef * entropy
+    gap = mean(jnp.abs(own - batch.old_logprobs))
+    metrics |= {"loss": value, "entropy": entropy, "sampler_gap": gap}
+    return value * weight, {name: v * weight for name, v in metrics.items()}
+
+
+def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int = 1):
+    """Log-probabilities of responses, a micro-batch at a time; `samples` rows in turn
+    have the same prompt.
+
+    (params, batch, temperature) -> [M, B, R] float32; see make_update.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    whole = make_whole(shardings, dtype)
+
+    def of_shard(params, batch, temperature):
+        def of_one(microbatch):
+            logprobs, _ = response_logprobs(
+                *(model, params, microbatch.tokens, microbatch.prompt_len),
+                *(batch.loss_mask.shape[-1], temperature),
+                mesh=mesh,
+                whole=whole,
+                samples=samples,
+            )
+            return logprobs
+
+        return jax.lax.map(of_one, batch)
+
+    rows = PartitionSpec(None, "data")
+    in_specs = (over_data(shardings), rows, PartitionSpec())
+    of_shards = map_over_data(of_shard, mesh, in_specs, rows)
+    return jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)

@@ -1,0 +1,147 @@
+"""Log-probabilities of responses, in chunks, so that logits of all positions never exist."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from e1jax.config.model import ModelConfig
+from e1jax.nn.attention import Groups
+from e1jax.nn.model import Whole, forward, unembed
+from e1jax.nn.quantize import Params
+from e1jax.sharding.mesh import on_tpu
+
+# Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
+# fewer, a TPU spends its time on the gradient of the output matrix, which it reads and
+# writes once per chunk.
+CHUNK_TOKENS = 512
+
+
+def response_logprobs(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    prompt_len: Int[Array, " B"],
+    response_len: int,
+    temperature: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+    whole: Whole = lambda part, name: part,
+    entropy_grad: bool = False,
+    samples: int = 1,
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Log-probability of each response token under the policy, and the policy's entropy.
+
+    `tokens` are prompt and response, one after the other, then padding; R is
+    `response_len`, and T at least the longest prompt plus R. Both results are of
+    softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
+    positions go through the model but not through its head. `mesh`, `remat` and `whole`
+    are those of model.forward. `samples` rows in turn have the same prompt: it goes
+    through the model once with them, where the rows are whole groups, and not on TPUs.
+    """
+
+    def of_response(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, response_len)
+
+    targets = jax.vmap(of_response)(tokens, prompt_len)
+    compute = functools.partial(
+        forward, config, params, mesh=mesh, remat=remat, whole=whole
+    )
+    # The token at a position is predicted from the position before it.
+    whole_groups = samples > 1 and len(tokens) % samples == 0
+    if whole_groups and response_len > 1 and not on_tpu(mesh):
+        hidden = _hidden_of_groups(compute, tokens, targets, prompt_len, samples)
+    else:
+        inputs = tokens[:, :-1]  # the last position predicts none of them
+        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        hidden, _ = compute(inputs, positions)
+        hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
+    name = "embedding" if config.tie_word_embeddings else "lm_head"
+    params = {name: whole(params[name], name)}  # for all chunks at once
+    return chunked_logprobs(
+        config, params, hidden, targets, temperature, entropy_grad=entropy_grad
+    )
+
+
+def _hidden_of_groups(
+    compute: Callable[..., tuple[jax.Array, Any]],
+    tokens: Int[Array, "B T"],
+    responses: Int[Array, "B R"],
+    prompt_len: Int[Array, " B"],
+    samples: int,
+) -> Float[Array, "B R D"]:
+    """Hidden states from which the tokens of responses are predicted, `samples` of which
+    in turn follow the same prompt."""
+    groups = Groups(
+        prompt_len[::samples], samples, tokens.shape[1] - responses.shape[1]
+    )
+    prompts, inputs = tokens[::samples, : groups.longest_prompt], responses[:, :-1]
+    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
+    following = prompt_len[:, None] + jnp.arange(inputs.shape[1])[None]
+    inputs, positions = (
+        groups.join((a[..., None], b[..., None]))[..., 0]
+        for a, b in ((prompts, inputs), (positions, following))
+    )
+    hidden, _ = compute(inputs, positions, groups=groups)
+    of_prompts, of_responses = groups.split(hidden)
+    last = of_prompts[jnp.arange(len(of_prompts)), groups.prompt_len - 1]
+    first = jnp.repeat(last, samples, axis=0)[:, None]
+    return jnp.concatenate([first, of_responses], axis=1)
+
+
+def chunked_logprobs(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "B R D"],
+    targets: Int[Array, "B R"],
+    temperature: Float[Array, ""],
+    *,
+    chunk_len: int | None = None,
+    entropy_grad: bool = False,
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Log-softmax of the logits / temperature at the targets, and the entropy there.
+
+    The logits of `chunk_len` positions of each row (None: of about CHUNK_TOKENS tokens)
+    exist at a time, forward and backward (they are computed again), never [B, R, V]. Rows
+    are not mixed, so they may be split over devices. The entropy has a gradient, which
+    costs time, only with `entropy_grad`.
+    """
+    batch, length = targets.shape
+    if chunk_len is None:  # chunks of one size, so that none is mostly padding
+        chunk_len = -(-length // max(1, round(batch * length / CHUNK_TOKENS)))
+    chunk_len = min(chunk_len, length)
+    num_chunks = -(-length // chunk_len)
+    padding = num_chunks * chunk_len - length
+
+    def split(x):  # [B, R, ...] to [chunks, B, chunk_len, ...]
+        x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(batch, num_chunks, chunk_len, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+    @jax.checkpoint
+    def step(carry, chunk):
+        hidden, targets = chunk
+        logits = unembed(config, params, hidden) / temperature
+        # Not a gather, for which the logits of a vocabulary that lies over several
+        # devices would be sent around.
+        is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
+        chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+        log_mass = jax.nn.logsumexp(logits, axis=-1)
+        entropy = _entropy(logits if entropy_grad else jax.lax.stop_gradient(logits))
+        return carry, (chosen - log_mass, entropy)
+
+    _, (logprobs, entropy) = jax.lax.scan(step, None, (split(hidden), split(targets)))
+    return join(logprobs), join(entropy)
+
+
+def _entropy(logits: Float[Array, "B R V"]) -> Float[Array, "B R"]:
+    # Not log_mass - sum(probs * logits), which loses digits where logits are large.
+    logprobs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return -(jnp.exp(logprobs) * logprobs).sum(axis=-1)

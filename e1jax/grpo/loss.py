@@ -1,0 +1,116 @@
+"""The maths of GRPO (arXiv 2402.03300), as Elastic Reasoning trains with it
+(arXiv 2505.05315): advantages, loss, and weights of tokens.
+
+Pure functions. B are responses, N prompts with G responses each, R response positions.
+Masks made from lengths say which tokens of a response count, never a comparison of token
+ids: end-of-sequence and padding may be the same id.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from e1jax.config.checks import UserError
+
+Metrics = dict[str, Array]
+
+
+def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
+    """(reward - mean) / (std + 1e-6) among the G responses to each prompt.
+
+    The standard deviation is the unbiased one. Raises UserError for fewer than two
+    responses, which have nothing to be compared with. Equal rewards give exactly 0.
+    """
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise UserError(
+            f"rewards of shape {list(rewards.shape)} are no groups; give [N, G] with 2 "
+            "or more responses a prompt"
+        )
+    # A rounded mean of equal rewards is off by about the 1e-6 below; that of zeros is 0.
+    rewards -= rewards[:, :1]
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+
+
+def policy_loss(
+    logprobs: Float[Array, "B R"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"] | None,
+    advantages: Float[Array, " B"],
+    loss_mask: Shaped[Array, "B R"],
+    *,
+    clip: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    max_ratio: float | None = None,
+    kl_coef: float = 0.001,
+    aggregate: str = "token",
+) -> tuple[Float[Array, ""], Metrics]:
+    """Clipped surrogate plus `kl_coef` times the divergence from the reference policy.
+
+    With ratio = exp(logprobs - old_logprobs) and advantage A, a token adds
+
+        max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))
+
+    (PPO, arXiv 1707.06347, equation 7; no dual clip), or -A * ratio for clip="none".
+    With `max_ratio`, a larger ratio counts, and is differentiated, as that multiple of
+    the policy gradient: truncated importance sampling, for `old_logprobs` that are those
+    of a sampler which computes a little otherwise. The divergence is k3,
+    exp(ref - logprobs) - (ref - logprobs) - 1, not clamped
+    (http://joschu.net/blog/kl-approx.html).
+
+    `loss_mask` (bool, or 1 and 0) says which tokens count; where it does not, the other
+    arrays may hold anything, even NaN.
+    aggregate="token" is the mean over all tokens that count, "sequence" the mean over
+    responses of each one's mean; a response without a token that counts is left out.
+
+    Metrics, means of the same kind: kl (0 without reference), clip_fraction (share of
+    tokens whose clipped term is the one that counts), ratio. Raises UserError if
+    `ref_logprobs` is None though kl_coef is not 0, or for an unknown `clip` or
+    `aggregate`.
+    """
+    if ref_logprobs is None and kl_coef:
+        raise UserError(
+            f"kl_coef={kl_coef} needs ref_logprobs; give them, or kl_coef=0"
+        )
+    if clip not in ("ppo", "none"):
+        raise UserError(f"clip must be ppo or none, not {clip!r}")
+    mask = loss_mask > 0
+    weights = token_weights(mask, aggregate)
+
+    def mean(values):
+        return (values * weights).sum()
+
+    def difference(a, b):
+        return jnp.where(mask, a - b, 0.0)
+
+    gap = difference(logprobs, old_logprobs)
+    if max_ratio is not None:  # the value is cut off, the gradient is not
+        gap += jax.lax.stop_gradient(jnp.minimum(gap, jnp.log(max_ratio)) - gap)
+    ratio = jnp.exp(gap)
+    plain = -advantages[:, None] * ratio
+    clipped = -advantages[:, None] * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    if clip == "none":
+        clipped = plain
+    cut = clipped > plain  # no maximum, which where they are equal halves the gradient
+    loss = mean(jnp.where(cut, clipped, plain))
+    kl = jnp.float32(0)
+    if ref_logprobs is not None:
+        gap = difference(ref_logprobs, logprobs)
+        kl = mean(jnp.expm1(gap) - gap)
+        loss += kl_coef * kl
+    return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
+
+
+def token_weights(mask: Shaped[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
+    """How much each token counts in a mean; they sum to 1, or to 0 without any token."""
+    if aggregate not in ("token", "sequence"):
+        raise UserError(f"aggregate must be token or sequence, not {aggregate!r}")
+    weights = (mask > 0).astype(jnp.float32)
+    if aggregate == "sequence":
+        weights /= jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+    # A sum of whole rows is their number, up to rounding; below 1 there is none.
+    return weights / jnp.maximum(weights.sum(), 1)

@@ -1,0 +1,257 @@
+"""Responses of a step: sampled, graded and laid out as micro-batches."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e1jax.checkpoint.load import LoadedModel
+from e1jax.config.checks import UserError
+from e1jax.config.sampling import SamplingParams
+from e1jax.config.training import GRPOConfig
+from e1jax.data.problems import load_problems
+from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_seed
+from e1jax.grpo.loss import group_advantages
+from e1jax.nn.model import abstract_params
+from e1jax.rewards import Grader, grade
+from e1jax.sampling.engine import Completion, Engine
+from e1jax.sharding.hosts import is_first, local_mesh, of_all, rows_of_all
+from e1jax.sharding.mesh import note_undivided
+
+# The prompts of a step are padded to one of this many lengths, and its responses too: each
+# pair is a compilation.
+NUM_LENGTHS = 4
+
+
+TILE = 128  # positions
+
+
+class Batch(NamedTuple):
+    """Responses of a step or a mini-batch: M micro-batches of B rows, which lie over
+    `data`."""
+
+    tokens: Any  # [M, B, T] int32: prompt, response, padding
+    prompt_len: Any  # [M, B] int32
+    advantages: Any  # [M, B] float32
+    loss_mask: Any  # [M, B, R] bool: the response tokens that are learned
+    old_logprobs: Any  # [M, B, R] float32
+    ref_logprobs: Any = None  # [M, B, R] float32, where the divergence counts
+
+
+def read_examples(
+    config: GRPOConfig, loaded: LoadedModel, instruction: str
+) -> list[EncodedProblem]:
+    """The problems to train on, as token ids."""
+    problems = load_problems(config.data.problems)
+    longest = config.data.max_prompt_len
+    examples, dropped = encode_problems(
+        problems, loaded.tokenizer, instruction, longest
+    )
+    if dropped and is_first():
+        print(
+            f"note: {dropped} of {len(problems)} prompts have more than {longest} "
+            "tokens and are left out",
+            file=sys.stderr,
+        )
+    return examples
+
+
+def make_engine(
+    config: GRPOConfig, loaded: LoadedModel, examples: Sequence[EncodedProblem]
+) -> Engine:
+    """The engine that samples for training; it has no parameters yet.
+
+    Raises UserError if its cache is too short for a prompt and both budgets.
+    """
+    rollout, data = config.rollout, loaded.mesh.shape["data"]
+    if config.update.microbatch % data:
+        raise UserError(
+            f"update.microbatch={config.update.microbatch} is not a multiple of the "
+            f"mesh's data={data}; change one of them"
+        )
+    longest_prompt = max(len(example.prompt_ids) for example in examples)
+    cache_len = rollout_cache_len(config, longest_prompt)
+    mesh = local_mesh(loaded.config, loaded.mesh)
+    if mesh.shape != loaded.mesh.shape:
+        shapes = abstract_params(loaded.config, mesh, computed_in(config))
+        note_undivided(loaded.config, shapes)
+    engine = Engine(
+        *(loaded.config, None, loaded.tokenizer, mesh),
+        cache_len=cache_len,
+        slots=rollout.slots,
+    )
+    # Refuses, now, what the model cannot do.
+    engine.stream([[0] * longest_prompt], rollout_request(config, 0), names=["rollout"])
+    return engine
+
+
+def rollout_cache_len(config: GRPOConfig, longest_prompt: int) -> int:
+    """Positions of a slot: as the configuration says, else as many as are needed.
+
+    Raises UserError if they are too few for such a prompt and both budgets.
+    """
+    rollout = config.rollout
+    needed = longest_prompt + least_room(config)
+    if rollout.cache_len is None:
+        return needed
+    if rollout.cache_len < needed:
+        raise UserError(
+            f"rollout.cache_len={rollout.cache_len} is too short for a prompt of "
+            f"{longest_prompt} tokens, budgets of {rollout.thinking_budget} and "
+            f"{rollout.solution_budget} and </think>; {needed} is enough"
+        )
+    return rollout.cache_len
+
+
+def least_room(config: GRPOConfig) -> int:
+    """Positions that a slot has for the response at least: for both budgets and
+    `</think>`. An unlimited solution gets one token or more."""
+    thinking, solution = config.rollout.thinking_budget, config.rollout.solution_budget
+    return (thinking or 0) + 1 + (1 if solution is None else solution)
+
+
+def longest_lengths(
+    config: GRPOConfig, cache_len: int, shortest_prompt: int, longest_prompt: int
+) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest response that can come."""
+    if None in (config.rollout.thinking_budget, config.rollout.solution_budget):
+        return longest_prompt, cache_len - shortest_prompt
+    return longest_prompt, least_room(config)
+
+
+class Rollouts(NamedTuple):
+    """The responses of a step with their rewards, prompt by prompt."""
+
+    completions: list[Completion]  # N x G
+    rewards: np.ndarray  # [N, G] float32
+    metrics: dict[str, float]
+
+
+def sample_rollouts(
+    config: GRPOConfig,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    stop_if_asked: Callable[[int], None],
+) -> Rollouts:
+    """Samples the responses of a step and grades each while others are sampled."""
+    start = time.perf_counter()
+    failures = dict(grader.failures)
+    stream = engine.stream(
+        [prompt.prompt_ids for prompt in prompts],
+        [rollout_request(config, prompt.position) for prompt in prompts],
+        progress=stop_if_asked,
+    )
+    graded = list(grade(stream, [prompt.answers for prompt in prompts], grader))
+    graded.sort(key=lambda pair: (pair[0].prompt_index, pair[0].sample))
+    completions = [completion for completion, _ in graded]
+    rewards = np.array([reward for _, reward in graded], np.float32)
+    rewards = rewards.reshape(len(prompts), config.rollout.samples)
+    seconds = time.perf_counter() - start
+    metrics = rollout_metrics(completions, rewards) | {
+        "reward_timeouts": grader.failures["timeout"] - failures["timeout"],
+        "reward_crashes": grader.failures["crash"] - failures["crash"],
+        "rollout_waste": 1 - engine.stats.tokens / engine.stats.slot_steps,
+        "rollout_tokens_per_second": engine.stats.tokens / seconds,
+    }
+    return Rollouts(completions, rewards, metrics)
+
+
+def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
+    """How the prompt at a position of the stream is sampled in training."""
+    return SamplingParams(
+        config.rollout.thinking_budget,
+        config.rollout.solution_budget,
+        n=config.rollout.samples,
+        temperature=config.rollout.temperature,
+        top_p=1.0,  # a ratio of probabilities is of the whole distribution
+        seed=request_seed(config.seed, position),
+    )
+
+
+def rollout_metrics(
+    completions: Sequence[Completion], rewards: np.ndarray
+) -> dict[str, float]:
+    """Means over responses; `solved` and `mixed` are shares of prompts."""
+
+    def mean(value: Callable[[Completion], float]) -> float:
+        return float(np.mean([value(completion) for completion in completions]))
+
+    return {
+        "reward": float(rewards.mean()),
+        "accuracy": float((rewards == 1).mean()),
+        "solved": float((rewards == 1).any(axis=1).mean()),
+        "mixed": float((rewards.std(axis=1) > 0).mean()),  # the rest teaches nothing
+        "response_tokens": mean(lambda c: len(c.token_ids)),
+        "thinking_tokens": mean(lambda c: c.thinking_tokens),
+        "solution_tokens": mean(lambda c: c.solution_tokens),
+        "forced_share": mean(lambda c: any(c.forced)),
+        "unfinished_share": mean(lambda c: c.finish_reason != "stop"),
+    }
+
+
+def metrics_of_all(metrics: dict[str, float]) -> dict[str, float]:
+    """Of the step, from those of each process, which all have as many responses."""
+    summed = ("reward_timeouts", "reward_crashes", "rollout_tokens_per_second")
+    return {
+        name: float(each.sum() if name in summed else each.mean())
+        for name, each in zip(metrics, of_all(list(metrics.values())).T, strict=True)
+    }
+
+
+def make_batch(
+    config: GRPOConfig, rollouts: Rollouts, longest_prompt: int, longest_response: int
+) -> Batch:
+    """Rollouts as arrays, of few different shapes, in the order of the prompts' stream;
+    of several processes, each gets the rows of all.
+
+    Masks follow from lengths and from what was forced, never from token ids.
+    """
+    completions = rollouts.completions
+    lengths = [(len(c.prompt_ids), len(c.token_ids)) for c in completions]
+    lengths = np.array(lengths, np.int32)
+    of_step = of_all(lengths.max(axis=0)).max(axis=0).astype(int).tolist()
+    length, response_len = padded_lengths((longest_prompt, longest_response), of_step)
+    shape = (len(completions), response_len)
+    tokens = np.zeros((len(completions), length), np.int32)
+    mask, logprobs = np.zeros(shape, bool), np.zeros(shape, np.float32)
+    for row, c in enumerate(completions):
+        ids = c.prompt_ids + c.token_ids
+        tokens[row, : len(ids)] = ids
+        logprobs[row, : len(c.logprobs)] = c.logprobs
+        mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
+    advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
+    batch = Batch(tokens, lengths[:, 0], advantages, mask, logprobs)
+    batch = rows_of_all(batch, config.rollout.samples)
+    micro = config.update.microbatch
+    return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
+
+
+def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int, int]:
+    """T and R of a step's arrays, where `longest` are the tokens of the longest prompt and
+    response that can come, and `of_step` those of the step.
+
+    Prompts of a tile and less are all padded to the longest. The model sees T - 1 tokens,
+    as the last one predicts nothing; where these are many, they are whole tiles of a TPU.
+    """
+
+    def padded(length: int, longest: int, unit: int) -> int:
+        unit = max(unit, -(-longest // NUM_LENGTHS))
+        return min(-(-length // unit) * unit, longest)
+
+    prompt_len = padded(of_step[0], longest[0], TILE)
+    response_len = 1 + padded(max(1, of_step[1] - 1), longest[1] - 1, 1)
+    seen = prompt_len + response_len - 1
+    if seen > 4 * TILE:
+        seen = -(-seen // TILE) * TILE
+    return seen + 1, response_len
+
+
+def computed_in(config: GRPOConfig) -> Any:
+    """The dtype of the computation, and of the parameters that the engine samples from."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))

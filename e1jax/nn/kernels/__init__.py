@@ -1,0 +1,1 @@
+"""Kernels for accelerators (Pallas), one a file; attention and sampling choose them."""

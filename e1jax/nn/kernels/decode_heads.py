@@ -1,0 +1,186 @@
+"""A kernel for TPUs (Pallas): biases, RoPE and the cache's write of one token a row."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from e1jax.nn.scores import BLOCK_LEN
+from e1jax.sharding.mesh import on_tpu, sharding
+
+SUBLANES = 8  # rows of a TPU's registers, and of the tiles of its memory
+
+
+class Heads(NamedTuple):
+    """What `decode_heads` needs besides the products, the same in all layers."""
+
+    turns: jax.Array  # [R, 2 * C] float32: cos, cos, -sin, sin of a row's angles
+    numbers: jax.Array  # [R] int32: of the row of the products
+    biases: list[jax.Array]  # of q, k and v, [L, 1, N]
+
+
+def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
+    """Whether a decode step takes `decode_heads`, which is for heads of whole registers
+    and a cache [L, B, K, S, C] of whole tiles, not of int8."""
+    capacity, head_dim = k_cache.shape[3:]
+    whole = head_dim % BLOCK_LEN == 0 and capacity % SUBLANES == 0
+    return on_tpu(mesh) and whole and k_cache.dtype != jnp.int8
+
+
+def prepare_heads(
+    rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], shards: int = 1
+) -> Heads:
+    """`rope` is that of one position a row, see `rope_angles`; `shards`, see `sequence_shards`."""
+    cos, sin = (x[:, 0, 0] for x in rope)
+    turns = jnp.concatenate([cos, cos, -sin, sin], axis=1)
+    numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), shards)
+    turns = jnp.tile(turns, (shards, 1))
+    # Without the barrier, the compiler computes what is cheap again in every layer.
+    return jax.lax.optimization_barrier(
+        Heads(turns, numbers, [bias[:, None] for bias in biases])
+    )
+
+
+def decode_heads(
+    products: list[Float[Array, "B _N"]],
+    caches: tuple[Float[Array, "L R K S C"], Float[Array, "L R K S C"]],
+    layer: Int[Array, ""],
+    places: Int[Array, "R 1"],
+    heads: Heads,
+    mesh: Mesh | None = None,
+) -> tuple[Float[Array, "B H 1 C"], tuple[Array, Array]]:
+    """Queries of one token a row, and the caches with its keys and values written in
+    place at `places`, as a kernel for TPUs (Pallas): XLA takes some twenty operations for
+    that, and each costs its launch.
+
+    `products` are those of the weights of q, k and v, before the biases. On a mesh, each
+    device has them of all rows, and takes those of its own part of the cache: XLA would
+    cut these out in four more operations.
+    """
+    args = (products, caches, layer[None], places[:, 0], *heads)
+    if mesh is None:
+        return _heads_local(*args)
+
+    def place(x, *axes):
+        return sharding(mesh, axes, x.shape).spec
+
+    names = "heads", "kv_heads", "kv_heads"
+    turns = place(heads.turns, "rows", None)
+    rows = PartitionSpec(turns[0])
+    cache = place(caches[0], "layers", "rows", "kv_heads", None, None)
+    of_products = [place(x, None, n) for x, n in zip(products, names, strict=True)]
+    biases = [place(x, None, None, n) for x, n in zip(heads.biases, names, strict=True)]
+    specs = (of_products, cache, PartitionSpec(), rows, turns, rows, biases)
+    # A device has shards of all rows, if it has any.
+    shards = len(heads.turns) // len(products[0])
+    q = PartitionSpec(turns[0] if shards == 1 else None, of_products[0][1], None, None)
+    local = jax.shard_map(
+        _heads_local, mesh=mesh, in_specs=specs, out_specs=(q, cache), check_vma=False
+    )
+    return local(*args)
+
+
+def _heads_local(products, caches, layer, places, turns, numbers, biases):
+    """`decode_heads` of one device; `layer` [1], `places` and `numbers` [R]. `products`
+    are those of all rows."""
+    _, rows, kv_heads, _, size = caches[0].shape
+    group = products[0].shape[1] // (kv_heads * size)
+
+    def whole(x):
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    def of_layer(x):
+        return pl.BlockSpec(
+            (None, *x.shape[1:]), lambda _, layer, *__: (layer[0], 0, 0)
+        )
+
+    q = jax.ShapeDtypeStruct((rows, kv_heads, group, size), products[0].dtype)
+    in_place = [pl.BlockSpec(memory_space=pl.ANY)] * 2
+    tiles = pltpu.VMEM((2, rows, kv_heads, SUBLANES, size), caches[0].dtype)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(1,),
+        in_specs=[
+            *(*in_place, whole(turns)),
+            *(*map(whole, products), *map(of_layer, biases)),
+        ],
+        out_specs=[*in_place, whole(q)],
+        scratch_shapes=[tiles, tiles, pltpu.SemaphoreType.DMA],
+    )
+    kernel = pl.pallas_call(
+        _make_heads,
+        grid_spec=grid,
+        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches), q],
+        input_output_aliases={3: 0, 4: 1},  # the caches, after three scalars
+        name="decode_heads",
+    )
+    scalars = layer, places, numbers
+    *caches, q = kernel(*scalars, *caches, turns, *products, *biases)
+    return q.reshape(rows, -1, 1, size), tuple(caches)
+
+
+def _make_heads(layer, places, numbers, _, __, turns, *refs):
+    """Gives q [R, K, G, C] and writes k and v. HBM takes whole tiles: those of `places`,
+    [2, R, K, SUBLANES, C], are fetched, changed and sent back. For a place beyond the
+    cache, its last tile is, and stays as it was."""
+    *products, q_bias, k_bias, v_bias, k_cache, v_cache, q_out, tiles, new, done = refs
+    rows, _, group, size = q_out.shape
+    cos, sin = turns[:, :size], turns[:, size:]
+
+    def start_of(row):
+        last = k_cache.shape[3] - SUBLANES
+        return jnp.minimum(places[row] // SUBLANES * SUBLANES, last)
+
+    def copies(row, back=False):
+        start = pl.multiple_of(start_of(row), SUBLANES)
+        for i, cache in enumerate((k_cache, v_cache)):
+            there = cache.at[layer[0], row, :, pl.ds(start, SUBLANES)]
+            source, target = (tiles.at[i, row], there)[:: 1 if back else -1]
+            yield pltpu.make_async_copy(source, target, done)
+
+    def own_heads(product, bias):
+        """[R, C] of each head; in float32, which can be cut at any row."""
+        x = (product[...] + bias[...]).astype(jnp.float32)
+        own = x[:rows]
+        for start in range(rows, len(x), rows):
+            own = jnp.where(numbers[0] == start, x[start : start + rows], own)
+        return [own[:, at : at + size] for at in range(0, x.shape[1], size)]
+
+    def turned(x):
+        return (x * cos + pltpu.roll(x, size // 2, 1) * sin).astype(q_out.dtype)
+
+    @pl.loop(0, rows)
+    def fetch(row):
+        for copy in copies(row):
+            copy.start()
+
+    q, k, v = map(own_heads, products, (q_bias, k_bias, v_bias))
+    for head, x in enumerate(q):
+        q_out[:, head // group, head % group] = turned(x)
+    for i, heads in enumerate(([turned(x) for x in k], v)):
+        for head, x in enumerate(heads):
+            x = jnp.broadcast_to(x[:, None], (rows, SUBLANES, size))
+            new[i, :, head] = x.astype(new.dtype)
+
+    @pl.loop(0, rows)
+    def arrive(row):
+        for copy in copies(row):
+            copy.wait()
+
+    @pl.loop(0, rows)
+    def change(row):
+        index = jax.lax.broadcasted_iota(jnp.int32, tiles.shape[2:], 1)
+        is_new = index == places[row] - start_of(row)
+        for i in range(2):
+            tiles[i, row] = jnp.where(is_new, new[i, row], tiles[i, row])
+        for copy in copies(row, back=True):
+            copy.start()
+
+    @pl.loop(0, rows)
+    def leave(row):
+        for copy in copies(row, back=True):
+            copy.wait()

@@ -1,0 +1,128 @@
+"""Exact top-k and top-p without a sort: the rank of the last token kept, by bisection.
+
+On TPUs as a kernel (Pallas), a row at a time in vector memory.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
+
+from e1jax.sharding.mesh import sharding
+
+MAX_GAP = float(np.finfo(np.float32).max)
+
+
+MAX_RANK = np.int32(np.iinfo(np.int32).max)
+
+
+_LANES = 128  # of a TPU's vector registers
+
+
+def limits_on_tpu(gaps, top_k, top_p, mesh):
+    """[B, 1] of `_limit`: it is 62 passes over little data, so that its time would go
+    into starting operations and collectives if XLA ran it."""
+    batch, vocab = gaps.shape
+    rows, columns = -batch % mesh.size, -vocab % _LANES
+    by_vocab = sharding(mesh, (None, "vocab"), gaps.shape)
+    gaps = jax.lax.with_sharding_constraint(gaps, by_vocab)  # as what else uses them
+    gaps = jnp.pad(gaps, ((0, rows), (0, columns)), constant_values=MAX_GAP)
+    options = [jnp.pad(x, (0, rows))[:, None, None] for x in (top_k, top_p)]
+
+    def one_row(gaps, top_k, top_p, limit):
+        limit[...] = last_rank(gaps[...], top_k[...], top_p[...])
+
+    def local(gaps, top_k, top_p):
+        gaps = gaps.reshape(gaps.shape[0], -1, _LANES)
+        number = pl.BlockSpec((None, 1, 1), lambda row: (row, 0, 0))
+        whole = pl.BlockSpec((None, *gaps.shape[1:]), lambda row: (row, 0, 0))
+        return pl.pallas_call(
+            one_row,
+            grid=gaps.shape[:1],
+            in_specs=[whole, number, number],
+            out_specs=number,
+            out_shape=jax.ShapeDtypeStruct(top_k.shape, jnp.int32),
+            name="top_k_top_p",
+        )(gaps, top_k, top_p)
+
+    place = PartitionSpec(mesh.axis_names)
+    everywhere = jax.shard_map(
+        local, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
+    )
+    return everywhere(gaps, *options)[:batch, 0]
+
+
+def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Rank of the last token kept [..., 1, 1], where a row's gaps are [..., M, N] and
+    its top_k and top_p [..., 1, 1]."""
+    ranks = as_ranks(gaps)
+
+    def total(x):
+        return x.sum(axis=(-2, -1), keepdims=True)
+
+    def k_most_probable():
+        count = jnp.where(top_k > 0, top_k, MAX_RANK)
+        count = jnp.minimum(count, gaps.shape[-2] * gaps.shape[-1])
+
+        def reaches(cut):
+            return total((ranks <= cut).astype(jnp.int32)) >= count
+
+        return _smallest(reaches, top_k.shape)
+
+    everything = jnp.full_like(top_k, MAX_RANK)
+    by_k = jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
+    limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in _limbs(jnp.exp(-gaps))]
+
+    def rest(cut):
+        # What the cut leaves out. Near top_p = 1 it is small, so its float32 is finer
+        # than that of what the cut keeps.
+        sums = [total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
+        return sum(
+            s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
+        )
+
+    mass = rest(jnp.full_like(top_k, -1))
+    spare = (1 - top_p) * mass
+    cut = _smallest(lambda cut: rest(cut) <= spare, top_k.shape)
+    # 0.5 + 0.3 reaches 0.8 though their float32 sum may not: the last token is given up
+    # if only rounding, and next to nothing of its own weight, was missing without it.
+    before = jnp.maximum(cut - 1, 0)
+    last = jnp.exp(-jax.lax.bitcast_convert_type(cut, jnp.float32))
+    rounding = jnp.minimum(2e-7 * mass, 1e-3 * last)
+    cut = jnp.where(rest(before) - spare <= rounding, before, cut)
+    return jnp.where(top_p >= 1, by_k, jnp.minimum(by_k, cut))
+
+
+def as_ranks(gaps: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(gaps, jnp.int32)
+
+
+def _limbs(weights: jax.Array) -> list[jax.Array]:
+    """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18
+    tokens are exact, where a float32 sum over a large vocabulary is off by 1e-6."""
+    first = (weights * 4096).astype(jnp.int32)
+    weights = weights * 4096 - first
+    second = (weights * 4096).astype(jnp.int32)
+    # Rounded, not cut off: the errors of a long tail would add up to one side.
+    third = jnp.round((weights * 4096 - second) * 4096).astype(jnp.int32)
+    return [first, second, third]
+
+
+def _smallest(
+    reaches: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+    """The smallest non-negative int32 that `reaches` accepts (a monotone test), by
+    bisection; the largest one if it accepts none."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = reaches(middle)
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    low = jnp.zeros(shape, jnp.int32)
+    high = jnp.full(shape, MAX_RANK)
+    return jax.lax.fori_loop(0, 31, halve, (low, high))[1]

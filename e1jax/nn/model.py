@@ -1,0 +1,234 @@
+"""Qwen2 in Flax, with a fixed-shape key/value cache.
+
+Dimensions: B rows, T tokens, R rows of the cache, S positions of one, L layers,
+D hidden ("embed"), F mlp, H query heads, K key/value heads, C head dim, V vocabulary.
+*axis* is a logical or mesh axis, *dim* a dimension of an array.
+
+The Flax API stays inside this file and `layers`. Everybody else holds `params`, a nested
+dict of arrays whose layers are stacked on a leading dim L, and calls `forward` and
+`unembed`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from e1jax.config.model import ModelConfig
+from e1jax.nn.attention import (
+    Groups,
+    cached_attention,
+    causal_attention,
+    grouped_attention,
+)
+from e1jax.nn.cache import KVCache, sequence_shards
+from e1jax.nn.cpu import matmul_precision, vectors_apart
+from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
+from e1jax.nn.kernels.decode_heads import prepare_heads, takes_heads
+from e1jax.nn.layers import Block, Linear, RMSNorm
+from e1jax.nn.quantize import (
+    Params,
+    join,
+    map_kernels,
+    matmul,
+    matmul_transposed,
+    pack,
+    split,
+    take_rows,
+)
+from e1jax.nn.rope import rope_angles, rope_frequencies
+from e1jax.nn.scores import KEPT
+from e1jax.sharding.mesh import on_cpu, on_tpu, sharding
+
+Whole = Callable[[Any, str], Any]
+
+
+class Qwen2(nnx.Module):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        init = nnx.initializers.normal(0.02)
+        sizes = (config.vocab_size, config.hidden_size)
+        self.embedding = nnx.Param(
+            init(rngs.params(), sizes, jnp.float32), axes=("vocab", None)
+        )
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else Linear((sizes[1], sizes[0]), (None, "vocab"), rngs=rngs)
+        )
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: KVCache | None = None,
+    *,
+    mesh: Mesh | None = None,
+    from_start: bool = False,
+    remat: bool = False,
+    whole: Whole = lambda part, name: part,
+    groups: Groups | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Final hidden states, and the cache with the keys and values written.
+
+    With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
+    every position up to their own (one token each, where rows lie in shards); without
+    one, tokens see the earlier ones of the same call, which `from_start` (`positions`
+    begin at 0) asks for with a cache too. `mesh` is where the arrays lie: on TPUs,
+    attention then takes their kernels. `whole` makes parameters usable that are shards,
+    when and where they are needed; see sharding.fsdp.make_whole. With `groups`, B is 1 and its
+    tokens are those of several prompts and responses; without a cache, and not on TPUs.
+
+    For the backward pass a layer keeps what is expensive (the heads, the result of
+    attention, both products of the mlp), and computes norms, scores and the activation
+    function again; with `remat`, only the inputs of the layers are kept.
+    """
+    rope: Any = rope_angles(
+        positions, rope_frequencies(config.head_dim, config.rope_theta)
+    )
+
+    if groups is not None:
+        cos, sin = (groups.split(x[:, 0]) for x in rope)
+        rope = tuple((c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True))
+    visits, last, places = None, positions, positions
+    if cache is not None:
+        shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
+        last, places = sequence_shards(positions, shards, capacity)
+        if tokens.shape[1] == 1 and on_tpu(mesh):
+            visits = live_blocks(last, capacity, mesh, cache.k.dtype)
+            if takes_heads(mesh, cache.k):
+                stacked = params["layers"]["attention"]
+                biases = [stacked[name]["bias"] for name in ("q", "k", "v")]
+                rope = prepare_heads(rope, biases, shards)
+
+    def attend(q, k, v, cache, layer):
+        if groups is not None:
+            return grouped_attention(q, k, v, groups)
+        if cache is None or from_start:
+            return causal_attention(q, k, v, mesh)
+        args = (q, cache.k, cache.v, layer, last)
+        scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
+        if visits is not None:
+            return decode_attention(*args, visits, mesh, scales=scales)
+        return cached_attention(*args, scales=scales)
+
+    def apply(x, cache, layer, weights):
+        block = _module(config, "layers", weights)
+        return block(x, rope, cache, layer, places, mesh, attend, groups)
+
+    stacked = isinstance(params["layers"], dict)
+    layers, packed = split(params["layers"]) if stacked else ({}, {})
+
+    def layer_step(carry, weights):
+        x, cache, layer = carry
+        weights = whole(weights, "layers")
+        weights = vectors_apart(weights) if on_cpu(mesh) else weights
+        weights = join(weights, packed, layer, mesh)
+        return (*apply(x, cache, layer, weights), layer + 1), None
+
+    names = () if remat else (KEPT,)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
+    embedding = whole(params["embedding"], "embedding")
+    x = take_rows(embedding, tokens, compute_dtype(params))
+    start = (x, cache, jnp.int32(0))
+    with matmul_precision(x.dtype):
+        # The cache is part of the carry, not of the scanned inputs and outputs: as such
+        # it would be copied layer by layer, in and out, at every step.
+        if stacked:
+            (x, cache, _), _ = jax.lax.scan(step, start, layers)
+        else:
+            for layer, weights in enumerate(params["layers"]):
+                weights = join(*split(weights), None, mesh)
+                x, cache = apply(x, cache, jnp.int32(layer), weights)
+    norm = _module(config, "norm", whole(params["norm"], "norm"))
+    return norm(x, mesh), cache
+
+
+def unembed(
+    config: ModelConfig,
+    params: Params,
+    hidden: Float[Array, "... D"],
+    mesh: Mesh | None = None,
+) -> Float[Array, "... V"]:
+    """Logits, float32; of packed parameters, for hidden states [B, D] only."""
+    with matmul_precision(hidden.dtype):
+        if config.tie_word_embeddings:
+            embedding = pack(params["embedding"], mesh)
+            return matmul_transposed(hidden, embedding, jnp.float32)
+        kernel = pack(params["lm_head"]["kernel"], mesh)
+        return matmul(hidden, kernel, jnp.float32)
+
+
+def compute_dtype(params: Params) -> Any:
+    """The dtype of hidden states, which packed kernels do not tell."""
+    return params["norm"]["scale"].dtype
+
+
+def abstract_params(
+    config: ModelConfig, mesh: Mesh, dtype: Any, quantized: str | None = None
+) -> Params:
+    """Shape, dtype and sharding of every parameter; no memory is used. `quantized` is
+    "int8" for kernels and embedding in that form."""
+
+    def leaf(variable: nnx.Variable):
+        axes = variable.get_metadata()["axes"]
+        axes = ("layers", *axes) if variable.ndim > len(axes) else axes
+        return jax.ShapeDtypeStruct(
+            variable.shape, dtype, sharding=sharding(mesh, axes, variable.shape)
+        )
+
+    def as_int8(array: jax.ShapeDtypeStruct, axis: int):
+        sizes, place = list(array.shape), [*array.sharding.spec]
+        del sizes[axis], place[axis]
+        place = NamedSharding(mesh, PartitionSpec(*place))
+        return {
+            "values": jax.ShapeDtypeStruct(
+                array.shape, jnp.int8, sharding=array.sharding
+            ),
+            "scale": jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place),
+        }
+
+    _, state = _structure(config)
+    params = nnx.to_pure_dict(
+        jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    )
+    return map_kernels(as_int8, params) if quantized else params
+
+
+def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
+    """Random parameters, made where they will lie."""
+    abstract = abstract_params(config, mesh, dtype)
+
+    def build():
+        params = nnx.to_pure_dict(nnx.state(Qwen2(config, rngs=nnx.Rngs(seed))))
+        return jax.tree.map(lambda p: p.astype(dtype), params)
+
+    return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
+def _module(config: ModelConfig, name: str, params: Params) -> Any:
+    """The part `name` of the model; of the stacked layers, one of them."""
+    return nnx.merge(_structure(config)[0][name], params)
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: ModelConfig) -> tuple[dict[str, Any], Any]:
+    """Graphs of the parts that are called, and the parameters as shapes with their
+    logical axes."""
+    model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    graphs = {name: nnx.graphdef(getattr(model, name)) for name in ("layers", "norm")}
+    return graphs, nnx.state(model)

@@ -1,0 +1,165 @@
+"""The text of a compiled XLA program, read into computations and instructions."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+class Shape(NamedTuple):
+    """An array; those of a tuple are listed one after the other."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int  # 0: HBM
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def item_bytes(self) -> float:
+        bits = re.search(r"\d+", self.dtype)
+        return int(bits[0]) / 8 if bits else {"pred": 1}.get(self.dtype, 0)
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(self.size * self.item_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    literal: str  # what stands in the parentheses
+    attributes: str  # what stands after them
+
+    def attribute(self, name: str) -> str | None:
+        """A computation, or a word, that an attribute names."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+    @property
+    def op_name(self) -> str:
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def is_collective(self) -> bool:
+        return self.opcode.removesuffix("-start") in COLLECTIVES
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    name: str
+    instructions: dict[str, Instruction]  # in the order of their execution
+    parameters: tuple[str, ...]
+    root: str
+
+    def __getitem__(self, name: str) -> Instruction:
+        return self.instructions[name]
+
+    def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
+        """Each use: the instruction, and which of its operands it is."""
+        for instruction in self.instructions.values():
+            for position, operand in enumerate(instruction.operands):
+                if operand == name:
+                    yield instruction, position
+
+
+_HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\) -> .*\{$")
+
+
+_NAMED = re.compile(r"\s+(ROOT )?%([\w.\-]+) = ")
+
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\](\{[^{}]*\})?")
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a program by name, and the name of the entry.
+
+    Metadata of a kernel can run over several lines, of which one may begin with braces:
+    a computation ends at a line that is one brace and nothing else.
+    """
+    computations, entry = {}, None
+    name, lines = None, []
+    for line in text.splitlines():
+        if name is None:
+            if header := _HEADER.match(line):
+                name, lines = header[2], []
+                entry = name if header[1] else entry
+        elif line == "}":
+            computations[name] = _computation(name, lines)
+            name = None
+        elif _NAMED.match(line):
+            lines.append(line)
+        elif lines:
+            lines[-1] += " " + line
+    if entry is None or entry not in computations:
+        raise ValueError("this is not the text of a compiled program: no whole ENTRY")
+    return computations, entry
+
+
+def _computation(name: str, lines: Sequence[str]) -> Computation:
+    instructions, parameters, root = {}, {}, ""
+    for line in lines:
+        instruction, is_root = _instruction(line)
+        instructions[instruction.name] = instruction
+        if instruction.opcode == "parameter":
+            parameters[int(instruction.literal)] = instruction.name
+        root = instruction.name if is_root else root
+    ordered = tuple(parameters[index] for index in sorted(parameters))
+    return Computation(name, instructions, ordered, root)
+
+
+def _instruction(line: str) -> tuple[Instruction, bool]:
+    """`  ROOT %name = f32[8]{0} opcode(%a, %b), attribute=...`"""
+    line = re.sub(r"/\*.*?\*/", "", line)
+    named = _NAMED.match(line)
+    assert named  # or parse would have joined it to the line before
+    start = named.end()
+    # Not at the first space: in the type of a tuple there are some.
+    end = _closing(line, start) if line[start] == "(" else line.index(" ", start)
+    shapes = tuple(_shape(*found) for found in _ARRAY.findall(line[start:end]))
+    opening = line.index("(", end)
+    closing = _closing(line, opening)
+    literal = line[opening + 1 : closing - 1]
+    instruction = Instruction(
+        name=named[2],
+        opcode=line[end:opening].strip(),
+        shapes=shapes,
+        operands=tuple(re.findall(r"%([\w.\-]+)", literal)),
+        literal=literal,
+        attributes=line[closing:],
+    )
+    return instruction, bool(named[1])
+
+
+def _closing(line: str, opening: int) -> int:
+    """The index after the parenthesis that closes the one at `opening`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, opening):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.end()
+    raise ValueError(f"an instruction has no end: {line[:80]!r}")
+
+
+def _shape(dtype: str, dims: str, layout: str) -> Shape:
+    space = re.search(r"S\((\d+)\)", layout)
+    sizes = tuple(int(size) for size in re.findall(r"\d+", dims))
+    return Shape(dtype, sizes, int(space[1]) if space else 0)

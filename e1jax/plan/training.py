@@ -1,0 +1,368 @@
+"""Training on a slice: what fits, and how long a step takes."""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from e1jax.checkpoint.load import LoadedModel
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import GRPOConfig
+from e1jax.grpo.learner import Learner, default_mesh
+from e1jax.grpo.rollouts import (
+    Batch,
+    least_room,
+    longest_lengths,
+    padded_lengths,
+    rollout_cache_len,
+)
+from e1jax.nn.model import abstract_params
+from e1jax.plan.account import Account, account
+from e1jax.plan.programs import (
+    Program,
+    compile_for_tpu,
+    computed_dtype,
+    device_bytes,
+    on_mesh,
+)
+from e1jax.plan.report import (
+    LARGE_COPY,
+    LARGE_REDUCE,
+    Report,
+    all_fit,
+    collective_bytes,
+    count_seconds,
+    new_report,
+    note,
+    set_most,
+    warn_if_undivided,
+    warn_of_copies,
+)
+from e1jax.plan.sampling import (
+    Sampler,
+    rollout_sampler,
+    sampling_phases,
+    sampling_programs,
+)
+from e1jax.plan.slices import GIB, Chip, Slice, host_slice, larger_slices, slice_mesh
+from e1jax.sharding.hosts import make_copy_to_all
+
+
+def plan_training(
+    config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
+) -> Report:
+    """The update, what goes before it, and all that lies in memory meanwhile."""
+    named = args.mesh or config.mesh
+    config = dataclasses.replace(config, mesh=named, dtype=computed_dtype(config).name)
+    mesh = slice_mesh(slice_, named or default_mesh(len(slice_.devices)), sizes)
+    learner, batch = abstract_learner(config, sizes, mesh)
+    report = new_report("train", slice_, mesh)
+    rows = config.update.microbatch // mesh.shape["data"]
+    report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
+    warn_if_undivided(report, sizes, learner.shapes)
+    held = report.memory = resident(learner)
+    state = sum(held.values())
+    if state > report.hbm_limit_bytes:  # no need to compile for minutes
+        report.hbm_bytes_per_chip, report.fits = state, False
+        report.warnings.append(
+            "does not fit: parameters, optimizer and reference alone take "
+            f"{state / GIB:.2f} GiB; nothing was compiled"
+        )
+        report.fitting = _larger_learner(learner, slice_, 0, 0)
+        return report
+    programs = training_programs(learner, batch)
+    note(report, programs)
+    for name, program in programs.items():
+        if program.text:
+            _cost_of_training(report, name, program.text, learner, slice_.chip)
+    phases = training_phases(learner, programs)
+    phases |= rollout_phases(report, learner, slice_)
+    report.settings["phases"] = phases
+    set_most(report, phases)
+    held["temporaries"] = programs["update"].temporaries
+    rest = phases["update"] - sum(held.values())
+    held["other" if programs["update"].fits else "temporaries"] = max(0, rest)
+    if not report.fits:
+        report.fitting = _fitting_learner(report, learner, slice_)
+    return report
+
+
+def abstract_learner(
+    config: GRPOConfig, sizes: ModelConfig, mesh: Mesh
+) -> tuple[Learner, Batch]:
+    """The learner, without parameters, and a mini-batch of the longest responses.
+
+    Raises UserError if the mesh does not divide the rows of a micro-batch, or the cache
+    is too short for both budgets.
+    """
+    data, update, rollout = mesh.shape["data"], config.update, config.rollout
+    if update.microbatch % data:
+        raise UserError(
+            f"update.microbatch={update.microbatch} is not a multiple of the mesh's "
+            f"data={data}; change one of them, as by --update.microbatch"
+        )
+    longest_prompt = config.data.max_prompt_len
+    if rollout.cache_len is not None:  # in which training takes no prompt without room
+        room = rollout.cache_len - least_room(config)
+        longest_prompt = max(1, min(longest_prompt, room))
+    cache_len = rollout_cache_len(config, longest_prompt)
+    longest = longest_lengths(config, cache_len, 1, longest_prompt)
+    tokenizer: Any = None  # no text is made
+    dtype = jnp.dtype(update.param_dtype)
+    loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
+    learner = Learner(config, loaded, longest)
+    length, response_len = padded_lengths(longest, longest)
+    place = NamedSharding(mesh, PartitionSpec(None, "data"))
+    num_micro = update.minibatch_prompts * rollout.samples // update.microbatch
+
+    def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        shape = (num_micro, update.microbatch, *shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    values = array(jnp.float32, response_len)
+    batch = Batch(
+        tokens=array(jnp.int32, length),
+        prompt_len=array(jnp.int32),
+        advantages=array(jnp.float32),
+        loss_mask=array(jnp.bool_, response_len),
+        old_logprobs=values,
+        ref_logprobs=values if config.loss.kl_coef else None,
+    )
+    return learner, batch
+
+
+def resident(learner: Learner) -> dict[str, int]:
+    """Bytes on a device that are there all the time."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    computed = abstract_params(sizes, mesh, learner.dtype)
+    return {
+        "parameters": device_bytes(learner.shapes),
+        "optimizer": device_bytes(learner.state_shapes),
+        "reference": device_bytes(computed) if learner.config.loss.kl_coef else 0,
+    }
+
+
+def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
+    """The update, which needs most, and if it fits what may go before it."""
+    temperature = on_mesh(learner.loaded.mesh, np.float32(1))
+    given = (learner.shapes, learner.state_shapes, batch, False, temperature)
+    programs = {"update": compile_for_tpu(learner.update.trace(*given))}
+    if programs["update"].fits and logprob_passes(learner.config):
+        batch = batch._replace(ref_logprobs=None)  # as training calls it
+        traced = learner.logprobs.trace(learner.shapes, batch, temperature)
+        programs["logprobs"] = compile_for_tpu(traced)
+    return programs
+
+
+def logprob_passes(config: GRPOConfig) -> int:
+    """How often a step computes the log-probabilities of a mini-batch: the reference's,
+    and the old ones of those that an update after the first one sees."""
+    updates, epochs = config.updates_per_step, config.update.epochs
+    minibatches = updates // epochs
+    passes = minibatches if config.loss.kl_coef else 0
+    if config.loss.old_logprobs == "recomputed":
+        passes += min(updates - 1, minibatches)
+    return passes
+
+
+def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str, int]:
+    """Bytes on a device while each runs; what it is not given waits beside it."""
+    held = resident(learner)
+    waiting = {"update": 0, "logprobs": held["optimizer"]}
+    return {
+        name: program.total + waiting[name] + held["reference"]
+        for name, program in programs.items()
+    }
+
+
+def host_sampler(learner: Learner, slice_: Slice) -> Sampler:
+    """The engine of one of a slice's hosts, which samples on its own devices."""
+    sizes = learner.loaded.config
+    mesh = slice_mesh(host_slice(slice_), None, sizes)
+    return rollout_sampler(learner.config, sizes, mesh)
+
+
+def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str, int]:
+    """Bytes on a device while the parameters are copied to where the engine samples, if
+    they do not lie there, and while it does. The copy is made once after each update;
+    it and the cache are released before the next."""
+    if slice_.hosts > 1:
+        report.settings["rollouts_on"] = host_slice(slice_).topology
+    sampler, loaded = host_sampler(learner, slice_), learner.loaded
+    copied, phases = {}, {}
+    beside = resident(learner)
+    if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
+        del beside["parameters"]  # the engine's are these
+    else:
+        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(learner.shapes)
+        copied["copy"] = compile_for_tpu(traced)
+        waiting = beside["optimizer"] + beside["reference"]
+        phases["copy"] = copied["copy"].total + waiting
+        warn_if_undivided(report, sampler.sizes, sampler.params)
+    programs = sampling_programs(sampler)
+    note(report, copied | programs)
+    most = max(sampling_phases(sampler, programs).values())
+    return phases | {"rollouts": sum(beside.values()) + most}
+
+
+def _cost_of_training(
+    report: Report, name: str, text: str, learner: Learner, chip: Chip
+) -> None:
+    """Adds what a program costs in a step to the report."""
+    config = learner.config
+    counted = account(text)
+    times = config.updates_per_step if name == "update" else logprob_passes(config)
+    kernels = _kernel_flops(counted, learner)
+    seconds = counted.cycles / chip.hertz
+    seconds += kernels / (_KERNEL_SHARE * chip.flops_per_second)
+    report.bytes_per_step = (report.bytes_per_step or 0) + times * counted.bytes
+    report.estimated_seconds = (report.estimated_seconds or 0.0) + times * seconds
+    report.not_in_estimate = ["collectives"]
+    if kernels:
+        report.not_in_estimate.append(
+            "the attention kernel's real speed (half of the peak is assumed)"
+        )
+    if counted.unknown_loops:
+        report.warnings.append(
+            f"{name}: loops of unknown length count once: "
+            f"{', '.join(sorted(set(counted.unknown_loops)))}"
+        )
+    warn_of_copies(report, counted, 16 * LARGE_COPY, calls=times)
+    if name == "update":
+        held = device_bytes((learner.shapes, learner.state_shapes))
+        report.floor_bytes = 2 * held * times
+        useful = update_flops(learner) / learner.loaded.mesh.size
+        report.flops = {
+            "useful_per_update": useful,
+            "matrix_per_update": float(counted.flops),
+            "kernels_per_update": float(kernels),
+            "matrix_to_useful": counted.flops / useful,
+        }
+        report.settings["update_seconds"] = seconds
+        report.roofline_share = useful / chip.flops_per_second / seconds
+        report.collective_bytes = collective_bytes(counted)
+        large = [
+            op
+            for op in counted.collectives
+            if op.opcode == "all-reduce" and op.payload >= LARGE_REDUCE
+        ]
+        if large:
+            size = max(op.payload for op in large) / 2**20
+            report.warnings.append(
+                f"{len(large)} all-reduce of up to {size:.0f} MiB: gradients are not "
+                "scattered as they are summed"
+            )
+
+
+_KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of kernels
+
+
+def update_flops(learner: Learner) -> float:
+    """6 flops per weight of a matrix product and token, of one update; the output
+    matrix sees responses only. Attention's products are not in it."""
+    config, sizes = learner.config, learner.loaded.config
+    matrices = jax.tree.leaves(learner.shapes["layers"])
+    per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
+    head = sizes.hidden_size * sizes.vocab_size
+    prompt_len, response_len = learner.longest
+    rows = config.update.minibatch_prompts * config.rollout.samples
+    tokens = prompt_len + response_len
+    return 6.0 * rows * (tokens * per_token + response_len * head)
+
+
+def _kernel_flops(counted: Account, learner: Learner) -> float:
+    """Flops of attention kernels: a product of scores or values over half a square."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    tokens = sum(learner.longest)
+    rows = learner.config.update.microbatch / mesh.shape["data"]
+    heads = sizes.num_heads / mesh.shape["tensor"]
+    product = rows * heads * tokens**2 * sizes.head_dim
+    count = 0
+    for op in counted.custom_calls:
+        if op.target == "tpu_custom_call":
+            # Forward has two products; backward computes the scores again, and those
+            # of the weights' gradient, once for queries and once for keys and values.
+            passes = {"dkv": 4, "dq": 3}
+            products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
+            count += op.times * products[0]
+    return count * product
+
+
+def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
+    """What would fit: a smaller micro-batch or fewer slots, else a larger slice."""
+    limit, held = report.hbm_limit_bytes, resident(learner)
+    state, phases = sum(held.values()), dict(report.settings["phases"])
+    rollouts, copied = phases.pop("rollouts"), phases.pop("copy", 0)
+    most = max(phases.values())
+    gradients = held["parameters"] * 4 // learner.loaded.dtype.itemsize  # of float32
+    if max(rollouts, copied, state + gradients) <= limit:
+        if microbatch := smaller_microbatch(report, learner):
+            return f"--update.microbatch {microbatch} fits"
+    elif max(most, copied) <= limit < rollouts:
+        sampler = host_sampler(learner, slice_)
+        row = device_bytes(sampler.cache) / sampler.slots
+        data = sampler.mesh.shape["data"]
+        slots = int(sampler.slots - (rollouts - limit) / row) // data * data
+        if slots > 0:
+            return f"--rollout.slots {slots} would fit by an estimate"
+    return _larger_learner(learner, slice_, max(0, most - state), copied - state)
+
+
+def smaller_microbatch(report: Report, learner: Learner) -> int | None:
+    """The largest that fits of those with half the rows a device or less; found by
+    compiling."""
+    config, loaded = learner.config, learner.loaded
+    data = loaded.mesh.shape["data"]
+    rows = config.update.microbatch // data
+    while rows > 1:
+        # A divisor of the present one divides the rows of a mini-batch too.
+        rows = max(n for n in range(1, rows // 2 + 1) if rows % n == 0)
+        update = dataclasses.replace(config.update, microbatch=rows * data)
+        trial = dataclasses.replace(config, update=update)
+        learner, batch = abstract_learner(trial, loaded.config, loaded.mesh)
+        programs = training_programs(learner, batch)
+        count_seconds(report, programs.values())
+        if all_fit(report, programs, training_phases(learner, programs)):
+            return rows * data
+    return None
+
+
+def _larger_learner(
+    learner: Learner, slice_: Slice, temporaries: int, copied: int
+) -> str:
+    """The next larger slice by an estimate: state is divided among the devices,
+    temporaries of the update go with the rows of a micro-batch on each, what the copy
+    to sample from takes stays, and all of that comes in turn."""
+    config, loaded = learner.config, learner.loaded
+    data, tensor = loaded.mesh.shape["data"], loaded.mesh.shape["tensor"]
+    for larger in larger_slices(slice_):
+        new_data = len(larger.devices) // tensor
+        if config.update.microbatch % new_data:
+            continue
+        text = f"data={new_data},tensor={tensor}"
+        mesh = slice_mesh(larger, text, loaded.config)
+        larger_learner, _ = abstract_learner(config, loaded.config, mesh)
+        sampler = host_sampler(larger_learner, larger)
+        needed = sum(resident(larger_learner).values()) + max(
+            temporaries * data / new_data,
+            copied,
+            device_bytes((sampler.params, sampler.cache)),
+        )
+        if needed <= larger.chip.hbm_bytes:
+            with_mesh = f" with --mesh {text}" if config.mesh else ""
+            what = "" if temporaries else ", temporaries of the update not counted"
+            return (
+                f"{larger.topology}{with_mesh} would fit ({needed / GIB:.1f} GiB by an "
+                f"estimate{what})"
+            )
+    return (
+        "no larger slice of this chip would fit with this micro-batch and these slots; "
+        "use another chip"
+    )

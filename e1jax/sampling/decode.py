@@ -1,0 +1,265 @@
+"""The jitted programs of sampling: prefill of a prompt, admission into slots, decode steps.
+
+The cache (rows, or positions of a few, over the mesh axis `data`, heads over `tensor`)
+is donated to every call and updated in place; everything else per slot is replicated.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from e1jax.config.model import ModelConfig
+from e1jax.nn.cache import (
+    KVCache,
+    cache_on_mesh,
+    cache_sizes,
+    capacity,
+    init_cache,
+    prompt_shards,
+)
+from e1jax.nn.cpu import as_bits
+from e1jax.nn.kernels.splash import takes_splash
+from e1jax.nn.model import compute_dtype, forward, unembed
+from e1jax.nn.quantize import LANES, Params
+from e1jax.nn.scores import BLOCK_LEN
+from e1jax.sampling.budget import (
+    DONE,
+    Budget,
+    BudgetState,
+    TokenIds,
+    advance,
+    start_state,
+)
+from e1jax.sampling.draw import Sampling, draw, row_keys, token_keys, token_logprobs
+from e1jax.sharding.mesh import on_cpu, replicated, sharding
+from e1jax.sharding.runtime import COMPILER_OPTIONS
+
+CHUNK_STEPS = 64  # the most decode steps between two looks of the host
+
+
+_PREFILL_LEN = 512  # prompt tokens that go through the model at a time
+
+
+_SHORTEST_BUCKET = 16
+
+
+class Rows(NamedTuple):
+    """All that a slot knows beside its keys and values; DONE without a request."""
+
+    token: (
+        jax.Array
+    )  # [B] int32: the last token, which the next step puts into the cache
+    position: jax.Array  # [B] int32: where it stands, prompt included
+    sampling: Sampling
+    budget: Budget
+    state: BudgetState
+
+
+class Chunk(NamedTuple):
+    """What one decode call gave; a row's tokens start at column 0."""
+
+    tokens: jax.Array  # [B, CHUNK_STEPS] int32
+    logprobs: jax.Array  # [B, CHUNK_STEPS] float32
+    forced: jax.Array  # [B, CHUNK_STEPS] bool
+    num_steps: jax.Array  # [] int32
+
+
+def prepare(params: Params, kv_dtype: str | None, mesh: Mesh) -> tuple[Params, Any]:
+    """Parameters as decoding takes them, and the dtype of the cache; see quantize."""
+    dtype = jnp.dtype(kv_dtype or compute_dtype(params))
+    if not on_cpu(mesh):
+        return params, dtype
+    if compute_dtype(params) == jnp.bfloat16:
+        params = as_bits(params)
+    return params, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
+
+
+_jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+@functools.partial(_jit, static_argnums=(0, 1, 5))
+def prefill(
+    config: ModelConfig,
+    mesh: Mesh,
+    params: Params,
+    tokens: jax.Array,
+    length: jax.Array,
+    kv_dtype: Any = None,
+) -> KVCache:
+    """Keys and values of the first `length` of `tokens` [1, P], in a cache of P
+    positions and of `kv_dtype`, as `prepare` gives it (None: as it is computed).
+
+    The prompt goes through the model in pieces, as many as it fills, or at once where
+    a kernel spares the memory for its scores; no logits are made.
+    """
+    bucket = tokens.shape[1]
+    dtype = compute_dtype(params)
+    empty = init_cache(config, 1, bucket, kv_dtype or dtype)
+    cache = cache_on_mesh(mesh, empty)
+    at_once = takes_splash(mesh, dtype, config.head_dim)
+    piece = bucket if at_once else math.gcd(bucket, _PREFILL_LEN)
+
+    def step(i, cache):
+        start = i * piece
+        positions = start + jnp.arange(piece)[None]
+        part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
+        _, cache = forward(
+            config, params, part, positions, cache, mesh=mesh, from_start=at_once
+        )
+        return cache_on_mesh(mesh, cache)
+
+    return jax.lax.fori_loop(0, -(-length // piece), step, cache)
+
+
+@functools.partial(_jit, static_argnums=0, donate_argnums=(1, 3))
+def admit(
+    mesh: Mesh,
+    cache: KVCache,
+    prefix: KVCache,
+    rows: Rows,
+    slots: jax.Array,
+    count: jax.Array,
+    new: tuple[jax.Array, Rows],
+) -> tuple[KVCache, Rows]:
+    """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their
+    rows.
+
+    `new` is (which rows are new [B] bool, their contents).
+    """
+    shards = cache.k.shape[1] // len(slots)
+    k, v, *scales = jax.tree.leaves(prefix)
+    block = BLOCK_LEN  # one row of the scales, if there are any
+    prefix = KVCache(
+        *(prompt_shards(x, shards, block) for x in (k, v)),
+        *(prompt_shards(x, shards, block // LANES) for x in scales),
+    )
+
+    def put(buffer, prompt, slot):
+        by_shard = buffer.reshape(buffer.shape[0], shards, -1, *buffer.shape[2:])
+        at = (0, 0, slot, 0, 0, 0)
+        return jax.lax.dynamic_update_slice(by_shard, prompt, at).reshape(buffer.shape)
+
+    def copy(i, cache):
+        return jax.tree.map(lambda old, new: put(old, new, slots[i]), cache, prefix)
+
+    is_new, fresh = new
+
+    def merge(now, old):
+        return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), now, old)
+
+    cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
+    return cache_on_mesh(mesh, cache), _everywhere(
+        mesh, jax.tree.map(merge, fresh, rows)
+    )
+
+
+@functools.partial(_jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def decode(
+    config: ModelConfig,
+    mesh: Mesh,
+    params: Params,
+    ids: TokenIds,
+    cache: KVCache,
+    rows: Rows,
+    enough: jax.Array,
+    num_steps: jax.Array,
+) -> tuple[KVCache, Rows, Chunk]:
+    """Steps all rows until `enough` of them are DONE, but `num_steps` (at most
+    CHUNK_STEPS) times."""
+    batch, of_rows = rows.token.shape[0], row_keys(rows.sampling)
+    # An unfinished row gets a token at every step: its keys are made all at once.
+    index = rows.state.num_tokens[None] + jnp.arange(CHUNK_STEPS)[:, None]
+    keys = jax.vmap(token_keys, (None, 0))(of_rows, index)
+    everywhere = functools.partial(_everywhere, mesh)
+
+    def unfinished(carry):
+        _, rows, chunk = carry
+        return (chunk.num_steps < num_steps) & (
+            (rows.state.phase == DONE).sum() < enough
+        )
+
+    def step(carry):
+        cache, rows, chunk = carry
+        done = rows.state.phase == DONE
+        # A finished row stays at position 0, so that it does not lengthen the others'
+        # attention.
+        position = everywhere(jnp.where(done, 0, rows.position))[:, None]
+        hidden, cache = forward(
+            config, params, rows.token[:, None], position, cache, mesh=mesh
+        )
+        logits = unembed(config, params, hidden[:, 0], mesh)
+        # As the weights lie: were the logits divided by rows, weights would be gathered.
+        place = sharding(mesh, (None, "vocab"), logits.shape)
+        logits = jax.lax.with_sharding_constraint(logits, place)
+        i = chunk.num_steps
+        sampled = everywhere(draw(logits, keys[i], rows.sampling, mesh))
+        token, forced, state = everywhere(
+            advance(rows.state, sampled, rows.budget, ids)
+        )
+        logprobs = token_logprobs(logits, token, rows.sampling.temperature)
+        rows = rows._replace(token=token, position=rows.position + 1, state=state)
+        chunk = Chunk(
+            chunk.tokens.at[:, i].set(token),
+            chunk.logprobs.at[:, i].set(everywhere(logprobs)),
+            chunk.forced.at[:, i].set(forced),
+            i + 1,
+        )
+        return cache_on_mesh(mesh, cache), everywhere(rows), chunk
+
+    shape = (batch, CHUNK_STEPS)
+    chunk = Chunk(
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape),
+        jnp.zeros(shape, bool),
+        jnp.int32(0),
+    )
+    return jax.lax.while_loop(
+        unfinished, step, (cache_on_mesh(mesh, cache), rows, chunk)
+    )
+
+
+@functools.partial(_jit, static_argnums=(0, 1, 2, 3, 4))
+def new_cache(
+    config: ModelConfig, mesh: Mesh, slots: int, cache_len: int, dtype: Any
+) -> KVCache:
+    """An empty cache; its rows and their capacity are `cache_sizes`."""
+    cache = init_cache(config, *cache_sizes(mesh, slots, cache_len), dtype)
+    return cache_on_mesh(mesh, cache)
+
+
+def _everywhere(mesh: Mesh, of_rows: Any) -> Any:
+    """What is known of rows, on every device: the compiler would spread it over `data`, as
+    the cache is, and gather it again by a dozen small operations."""
+    return jax.lax.with_sharding_constraint(of_rows, replicated(mesh))
+
+
+def prefill_len(length: int, cache_len: int) -> int:
+    """The bucket, in positions, of a prompt of `length` tokens before its last."""
+    return min(next_power(length, _SHORTEST_BUCKET), capacity(cache_len))
+
+
+def next_power(length: int, shortest: int) -> int:
+    """The next power of two, at least `shortest`: few lengths, so few compiled
+    programs."""
+    return max(shortest, 1 << max(length - 1, 0).bit_length())
+
+
+def empty_rows(slots: int, width: int) -> Rows:
+    """Rows without a request; `width` tokens can be forced."""
+    zeros: Any = np.zeros(slots, np.int32)
+    ones: Any = np.ones(slots, np.float32)  # a top_p of 1 asks for no filtering
+    seed: Any = np.zeros((slots, 2), np.uint32)
+    forced_ids: Any = np.zeros((slots, width), np.int32)
+    done: Any = np.full(slots, DONE, np.int32)
+    return Rows(
+        token=zeros,
+        position=zeros,
+        sampling=Sampling(ones, ones, zeros, seed, zeros),
+        budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
+        state=start_state(done),
+    )

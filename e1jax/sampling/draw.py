@@ -1,0 +1,121 @@
+"""Random draws of tokens, cut by top-k and top-p, and the log-probabilities of tokens.
+
+Each draw has a key of its own, from the request's seed, the sample and the position.
+Temperature, top-p, top-k and seeds are arrays [B], so one compiled program serves any
+mix of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from e1jax.nn.kernels.top_p import MAX_GAP, MAX_RANK, as_ranks, last_rank, limits_on_tpu
+from e1jax.sharding.mesh import on_tpu
+
+
+class Sampling(NamedTuple):
+    """How a row draws its tokens."""
+
+    temperature: Float[Array, " B"]  # 0 is greedy
+    top_p: Float[Array, " B"]
+    top_k: Int[Array, " B"]  # 0 is off
+    seed: UInt[Array, "B 2"]  # low and high half of the request's seed
+    sample: Int[Array, " B"]  # which sample of the request
+
+
+def row_keys(sampling: Sampling) -> Key[Array, " B"]:
+    """Of the seed and the sample of each row. Its token i is drawn with `token_keys` of
+    it and i, and so by these three and nothing else."""
+
+    def key(seed, sample):
+        base = jax.random.fold_in(jax.random.key(seed[0], impl="threefry2x32"), seed[1])
+        return jax.random.fold_in(base, sample)
+
+    return jax.vmap(key)(sampling.seed, sampling.sample)
+
+
+def token_keys(rows: Key[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " B"]:
+    """The key of token `index` of each row, from `row_keys`."""
+    return jax.vmap(jax.random.fold_in)(rows, index)
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    mesh: Mesh | None = None,
+) -> Int[Array, " B"]:
+    """Draws a token of each row from softmax(logits / temperature), cut by top-k, then
+    top-p, renormalised.
+
+    The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
+    `mesh` is where the arrays lie; see `kept`.
+    """
+    gaps = _gaps(logits, sampling.temperature)
+    keep = kept(gaps, sampling.top_k, sampling.top_p, mesh)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    noisy = jnp.where(keep, noise - gaps, -jnp.inf)
+    chosen = jnp.where((sampling.temperature == 0)[:, None], logits, noisy)
+    return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
+
+
+def kept(
+    gaps: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    mesh: Mesh | None = None,
+) -> Bool[Array, "B V"]:
+    """Which tokens survive top-k and then top-p.
+
+    `gaps` are log p(most probable) - log p(token), 0 or more. Top-p keeps the smallest
+    set of most probable tokens whose share of what top-k left reaches `top_p`. The token
+    that crosses is kept, and so is any token tied with the last one kept, in both cuts.
+
+    Nothing is sorted: floats of one sign are ordered like their bits, so bisection over
+    the int32 range finds the exact cut in 31 passes over the array. Masses are summed in
+    integers (see `_limbs`), so the set depends neither on the order of the sums nor on
+    how the vocabulary is sharded. On a mesh of TPUs each device takes some of the rows,
+    whole, and goes through them in its vector memory.
+    """
+
+    def limits():
+        if on_tpu(mesh):
+            return limits_on_tpu(gaps, top_k, top_p, mesh)
+        return last_rank(gaps[:, None], top_k[:, None, None], top_p[:, None, None])[
+            :, 0
+        ]
+
+    everything = jnp.full((gaps.shape[0], 1), MAX_RANK)
+    filtering = jnp.any((top_k > 0) | (top_p < 1))
+    return as_ranks(gaps) <= jax.lax.cond(filtering, limits, lambda: everything)
+
+
+def token_logprobs(
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, " B"],
+    temperature: Float[Array, " B"],
+) -> Float[Array, " B"]:
+    """log-softmax of logits / temperature (of logits where greedy) at the tokens,
+    before top-k and top-p: what the ratio of a policy gradient needs."""
+    gaps = _gaps(logits, temperature)
+    return -take_from_rows(gaps, tokens) - jnp.log(jnp.exp(-gaps).sum(axis=-1))
+
+
+def take_from_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b]] of each row, as a sum: TPUs gather by a dozen operations, which
+    cost a microsecond each, more than going through a row does."""
+    here = jnp.arange(x.shape[1])[None] == index[:, None]
+    return jnp.where(here, x, jnp.zeros((), x.dtype)).sum(axis=1)
+
+
+def _gaps(
+    logits: Float[Array, "B V"], temperature: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """(largest logit - logit) / temperature; finite, so that a tiny temperature gives
+    no infinity or NaN."""
+    scale = jnp.where(temperature == 0, 1.0, temperature)[:, None]
+    gaps = (logits.max(axis=-1, keepdims=True) - logits) / scale
+    return jnp.minimum(gaps, MAX_GAP)

@@ -1,0 +1,1 @@
+"""Where arrays are: meshes, shards of parameters (FSDP), hosts, and what XLA is told."""

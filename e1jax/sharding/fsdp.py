@@ -1,0 +1,118 @@
+"""Parameters in shards over the mesh axis `data`, and functions of them (FSDP).
+
+A function is mapped over `data`; inside, parameters are all-gathered where they are
+needed, and gradients are summed and scattered back.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any):
+    """`jax.shard_map` over `data` alone: the function sees the shards of one place on
+    that axis, and is divided over `tensor` by the compiler."""
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"data"},
+        check_vma=False,
+    )
+
+
+def over_data(shardings: Any) -> Any:
+    """What of them lies over `data`, as specs for `map_over_data`."""
+
+    def spec(sharding: NamedSharding) -> PartitionSpec:
+        return PartitionSpec(*["data" if _on_data(p) else None for p in sharding.spec])
+
+    return jax.tree.map(spec, shardings)
+
+
+def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], Any]:
+    """(part, name) -> part with whole arrays of `dtype`, for use in `map_over_data`.
+
+    `part` are the shards of the parameters under `name`, stacked layers or one of them.
+    Their gradients are summed over `data` in float32, and only the own shard's sum is
+    sent to each device (reduce-scatter); left to the compiler, a gathered parameter gets
+    an all-reduce of its whole gradient, in `dtype`.
+    """
+
+    def from_end(sharding: NamedSharding) -> int:  # 0: lies on no dim of it
+        places = [_on_data(p) for p in sharding.spec]
+        return places.index(True) - len(places) if any(places) else 0
+
+    dims = jax.tree.map(from_end, shardings)
+
+    def whole(part: Any, name: str) -> Any:
+        return jax.tree.map(lambda x, dim: _gather(x, dim, dtype), part, dims[name])
+
+    return whole
+
+
+def sum_over_data(tree: Any) -> Any:
+    """Sums over the mesh axis `data`, in `map_over_data`."""
+    if _one_shard():
+        return tree
+    return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, dim: int, dtype: Any) -> jax.Array:
+    x = x.astype(dtype)
+    if not dim or _one_shard():
+        return x
+    return jax.lax.all_gather(x, "data", axis=x.ndim + dim, tiled=True)
+
+
+def _gather_forward(x, dim, dtype):
+    return _gather(x, dim, dtype), jnp.zeros(0, x.dtype)
+
+
+def _gather_backward(dim, dtype, like, grad):
+    grad = grad.astype(jnp.float32)
+    if not dim or _one_shard():
+        grad = sum_over_data(grad)
+    else:
+        grad = jnp.moveaxis(grad, dim, 0)
+        # The first dim in memory too: a scattered last one gets an all-reduce on TPUs.
+        grad = with_layout_constraint(grad, Layout(tuple(range(grad.ndim))))
+        grad = jnp.moveaxis(_sum_and_scatter(grad), 0, dim)
+    return (grad.astype(like.dtype),)
+
+
+def _sum_and_scatter(x: jax.Array) -> jax.Array:
+    """The own share, of the first dim, of the sum over `data`.
+
+    In two steps, over the columns and then the rows of a grid of devices: one step over
+    4 x 4 or 8 x 8 TPUs is compiled to an all-reduce of everything.
+    """
+    size = jax.lax.axis_size("data")
+    columns = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    grid = np.arange(size).reshape(-1, columns)
+    for groups in (grid.T, grid):
+        x = jax.lax.psum_scatter(
+            x, "data", axis_index_groups=groups.tolist(), tiled=True
+        )
+    return x
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _one_shard() -> bool:
+    # XLA refuses collectives over one place beside an axis that it divides by itself.
+    return jax.lax.axis_size("data") == 1
+
+
+def _on_data(part: str | tuple[str, ...] | None) -> bool:
+    return part == "data" or (isinstance(part, tuple) and "data" in part)

@@ -1,0 +1,243 @@
+"""Several processes, one per host, as one run: how they start, agree and end.
+
+Each samples on its own devices, without waiting for the others; an update takes in the
+devices of all. On the host's side, only the responses of a step and a few numbers pass
+between them. With one process, all functions give back what they are given.
+"""
+
+import collections
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from e1jax.config.checks import UserError
+from e1jax.config.model import ModelConfig
+from e1jax.config.training import HostsConfig
+from e1jax.sharding.mesh import make_mesh
+from e1jax.sharding.runtime import COMPILER_OPTIONS
+
+# After so long without a sign of life, a process is given up by the others. JAX's own
+# default is 100.
+HEARTBEAT_SECONDS = 30
+
+
+_GO_ON = "start all of them again, in any number, to go on from the last checkpoint"
+
+
+@contextlib.contextmanager
+def joined(config: HostsConfig) -> Iterator[None]:
+    """While it is entered, this process is one of a run's, if there are several.
+
+    To be entered before JAX looks for devices. Processes find each other by `config`,
+    or without it where JAX knows the environment (TPU pods, Slurm, Open MPI). If one
+    fails, it exits at once, with its error; the others end within HEARTBEAT_SECONDS,
+    with a sentence and exit code 1.
+    """
+    if not _join(config):
+        yield
+        return
+    _explain_abort()
+    try:
+        _check_even()
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        jax.distributed.shutdown()  # all of them stop at the same step
+        raise
+    except Exception as error:
+        if re.search("Gloo|heartbeat", str(error)):  # between CPUs; in Orbax's barriers
+            _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
+        if isinstance(error, UserError):
+            _leave(f"error: {error}", 2)
+        _leave(traceback.format_exc(), 1)
+    jax.distributed.shutdown()
+
+
+def _join(config: HostsConfig) -> bool:
+    if config.coordinator and config.process == 0:
+        _check_port(config.coordinator)
+    # JAX's would take SIGTERM, which is for `stop_signals`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        with warnings.catch_warnings():
+            # That JAX knows clusters of Kubernetes better with jax[k8s]: TPUs need it not.
+            warnings.filterwarnings("ignore", message="(?s).*jax\\[k8s\\]")
+            jax.distributed.initialize(
+                config.coordinator,
+                config.processes,
+                config.process,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+    except ValueError as error:
+        if "coordinator_address" in str(error):
+            return False  # nothing says that there are several
+        raise UserError(
+            f"the processes of the run are not known ({error}); give --coordinator, "
+            "--processes and --process"
+        ) from None
+    except RuntimeError as error:
+        if config.coordinator is None and "before any JAX calls" in str(error):
+            return False  # called by a program that uses JAX already
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the other processes of the run are not found ({reason}); start all of "
+            "them within five minutes, with the same --coordinator and --processes"
+        ) from None
+    return True
+
+
+def _check_port(coordinator: str) -> None:
+    """Refuses a port that is taken; JAX, which is to listen there, may crash on one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            raise UserError(
+                f"--coordinator {coordinator}: this process, the first one, cannot listen "
+                f"there ({error.strerror}); give a port of this host that is free"
+            ) from None
+
+
+def _check_even() -> None:
+    """Refuses hosts of different sizes, as each takes an equal share of the work."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        sizes = ", ".join(f"{n} in process {i}" for i, n in sorted(counts.items()))
+        raise UserError(
+            f"the processes of the run have different numbers of devices ({sizes}); give "
+            "all of them as many"
+        )
+
+
+def _leave(message: str, code: int) -> None:
+    """Exits without JAX's shutdown, which waits for the others: they wait for us."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if is_first():
+        # JAX ends the others as soon as this one is gone; they may have to say the same.
+        time.sleep(2)
+    os._exit(code)
+
+
+def _explain_abort() -> None:
+    """JAX ends a process by abort(), in a thread of its own, when another is gone."""
+    sentence = (
+        "error: JAX has ended this process, as it does when another of the run has "
+        f"stopped; {_GO_ON}\n"
+    ).encode()
+
+    def explain(number: int) -> None:
+        os.write(2, sentence)
+        os._exit(1)
+
+    # Not Python's signal: its handlers run in the main thread, which is not given time.
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    _handlers.append(handler)
+
+
+_handlers: list[Any] = []  # alive as long as the process
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints what is that of the whole run."""
+    return jax.process_index() == 0
+
+
+def of_all(numbers: Any) -> np.ndarray:
+    """The numbers [...] of every process, [P, ...] float64. Waits for all of them."""
+    array = np.array(numbers, np.float64)
+    bits = array.reshape(-1).view(np.uint32)  # JAX would make them float32
+    every = np.ascontiguousarray(multihost_utils.process_allgather(bits))
+    return every.view(np.float64).reshape(jax.process_count(), *array.shape)
+
+
+def any_of(flag: Any) -> bool:
+    """Whether it is true in any process. Waits for all of them."""
+    return bool(of_all(bool(flag)).any())
+
+
+def rows_of_all(rows: Any, group: int) -> Any:
+    """Arrays with the rows of every process, in the order of the stream of prompts.
+
+    Each process has as many, `group` of them a prompt, and of the prompts in turn: the
+    p-th, the (P + p)-th, ...
+    """
+    count = jax.process_count()
+    if count == 1:
+        return rows
+
+    def in_order(x):  # [P, rows, ...]
+        x = x.reshape(count, -1, group, *x.shape[2:]).swapaxes(0, 1)
+        return x.reshape(-1, *x.shape[3:])
+
+    return jax.tree.map(in_order, multihost_utils.process_allgather(rows))
+
+
+def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
+    """The mesh to sample on: this process's devices out of `mesh`, which has those of
+    all, as suits the model."""
+    by_process = mesh.devices.reshape(jax.process_count(), -1)
+    return make_mesh(None, config, by_process[jax.process_index()])
+
+
+def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
+    """params -> the same on the local mesh, with the dtypes that `local` (abstract) has:
+    the same arrays if they are so already, else copies.
+
+    The devices send each other what they lack; nothing goes through the host. Every
+    process calls it at the same time.
+    """
+    copy = make_copy_to_all(mesh, local)
+
+    def own_part(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = [shard.data for shard in x.addressable_shards]
+        assert like.sharding is not None
+        return jax.make_array_from_single_device_arrays(x.shape, like.sharding, parts)
+
+    def to_local(params: Any) -> Any:
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(local), strict=True)
+        if all(x.dtype == y.dtype and x.sharding == y.sharding for x, y in pairs):
+            return params
+        return jax.tree.map(own_part, copy(params), local)
+
+    return to_local
+
+
+def make_copy_to_all(mesh: Mesh, local: Any):
+    """One jitted program, params -> the same on every host's local mesh, with the dtypes
+    that `local` (abstract) has and divided as it is."""
+    own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
+    # One local mesh after the other: what is replicated over `hosts` is, on each,
+    # divided as its own mesh says.
+    every = Mesh(
+        mesh.devices.reshape(-1, *own.devices.shape),
+        ("hosts", *own.axis_names),
+        axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
+    )
+
+    def copy(params: Any) -> Any:
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), params, local)
+
+    return jax.jit(
+        copy,
+        out_shardings=jax.tree.map(
+            lambda x: NamedSharding(every, x.sharding.spec), local
+        ),
+        compiler_options=COMPILER_OPTIONS,
+    )
