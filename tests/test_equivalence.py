@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from e1jax.rewards.equivalence import equivalent
+from e1jax.rewards.marks import marked
 from e1jax.rewards.spelling import spell
+from e1jax.rewards.tex import elements
 from e1jax.rewards.units import conversion, split_unit
 
 # `gold` is the accepted answer.
@@ -85,6 +87,30 @@ def test_a_constant_is_right_for_no_other_number():
 def test_one_spelling(text, spelled):
     assert spell(text) == spelled
     assert spell(spelled) == spelled
+
+
+# Longer ones would not end in a lifetime, were the patterns to try every way.
+LOOPS = [
+    "cm/",
+    "m/",
+    "'",
+    r"\text{and",
+    r"\text{a} ",
+    "a",
+    "/ ",
+    "1,",
+    "{",
+    "=",
+    "°",
+    r"\pm",
+]
+
+
+@pytest.mark.parametrize("part", LOOPS)
+def test_what_a_model_repeats_ends(part):
+    for text in (part * 60, f"5{part * 60}x", rf"\text{{{part * 60}=1}}"):
+        value, _ = split_unit(spell(text))
+        elements(marked(value))
 
 
 def test_units():

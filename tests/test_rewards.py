@@ -199,7 +199,10 @@ def test_the_end_of_a_worked_solution_is_accepted():
     assert score([solved("72"), solved("24")], [worked] * 2) == [1.0, 0.0]
     matrix = "\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\n"
     assert accepted_texts(matrix, "here") == [matrix.strip()]
-    for lines in ("48 + 24\n72", f"{matrix}x", "#### \n1\n2"):
+    assert accepted_texts("a\n#### 72\nThanks", "here") == ["72"]
+    with pytest.raises(UserError, match=r"answers\[0\] holds a form feed where \\frac"):
+        score([solved("1/2")], ["\frac{1}{2}"])
+    for lines in ("48 + 24\n72", f"{matrix}x", "48\r72"):
         with pytest.raises(UserError, match=r"answers\[0\] has several lines.*####"):
             score([solved("72")], [lines])
 

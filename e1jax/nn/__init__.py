@@ -2,3 +2,22 @@
 
 `model.forward` and `model.unembed` are what others call.
 """
+
+from e1jax.nn.cache import KVCache, init_cache
+from e1jax.nn.model import (
+    Params,
+    abstract_params,
+    forward,
+    init_params,
+    unembed,
+)
+
+__all__ = [
+    "KVCache",
+    "Params",
+    "abstract_params",
+    "forward",
+    "init_cache",
+    "init_params",
+    "unembed",
+]

@@ -1,8 +1,9 @@
 """Are two SymPy values equal? math-verify's verdict, and a check of every yes.
 
 math-verify rounds decimals to six places and drops what is below its precision, so that
-0 was equal to 1e-10. Here numbers agree exactly or, where one of them is a decimal,
-relatively to its digits; of sets, intervals, matrices and expressions, number by number.
+0 was equal to 1e-10. After its yes, numbers must also agree exactly or, where one of them is a decimal, to a
+relative 1e-5; in sets, intervals, inequalities, matrices and expressions, number by
+number.
 """
 
 import functools
@@ -17,6 +18,7 @@ from latex2sympy2_extended.latex2sympy2 import (
 )
 from math_verify import verify
 from sympy.core.function import AppliedUndef
+from sympy.logic.boolalg import Boolean
 
 from e1jax.rewards.marks import IMAGINARY
 
@@ -49,7 +51,7 @@ def parse(text: str, fold: bool, real: bool) -> Any:
         return _with_imaginary_unit(value)
     except MemoryError:
         raise
-    except Exception:  # the parser raises what it likes
+    except Exception:  # of many kinds
         return None
 
 
@@ -65,15 +67,13 @@ def equal(answer: Any, accepted: Any) -> bool:
         return _equal(answer, accepted)
     except MemoryError:
         raise
-    except (
-        Exception
-    ):  # SymPy raises what it likes: what cannot be compared is not equal
+    except Exception:  # of many kinds; values that cannot be compared are not equal
         return False
 
 
 def _equal(answer: Any, accepted: Any) -> bool:
     if any(side.has(sympy.zoo, sympy.nan) for side in (answer, accepted)):
-        return False  # the parser lost its way
+        return False  # math-verify's parser misread one of them
     if is_number(answer) and is_number(accepted):
         if _same_number(exact(answer), exact(accepted)):
             return True
@@ -108,7 +108,19 @@ def _agree(answer: Any, accepted: Any) -> bool:
         return all(map(any, matched)) and all(map(any, zip(*matched, strict=True)))
     if isinstance(answer, sympy.Expr) and isinstance(accepted, sympy.Expr):
         return _same_at_points(answer, accepted, tolerance)
+    if isinstance(answer, Boolean) and isinstance(accepted, Boolean):
+        return _same_solutions(answer, accepted)
     return True
+
+
+def _same_solutions(answer: Any, accepted: Any) -> bool:
+    """Do inequalities of one variable hold on intervals with equal ends? Of several
+    variables, or where SymPy has no such set, math-verify's yes stands."""
+    try:
+        found, target = answer.as_set(), accepted.as_set()
+    except Exception:
+        return True
+    return _agree(found, target)
 
 
 def _parts(value: Any) -> list[Any]:
@@ -147,9 +159,12 @@ def exact(value: Any) -> Any:
     return _fractions(value).doit()
 
 
-def close(one: Any, other: Any) -> bool:
-    """Are two numbers within 1 %, as a value and its rounded form are?"""
-    return _same_number(exact(one), exact(other), sympy.Rational(1, 100))
+def same_rounded(one: Any, other: Any, places: int) -> bool:
+    """Are two numbers equal, or equal once rounded to a number of decimal places?"""
+    one, other = exact(one), exact(other)
+    if _same_number(one, other) or not (one.is_real and other.is_real):
+        return _same_number(one, other)
+    return bool(abs((one - other).evalf(_DIGITS)) * 2 <= sympy.Integer(10) ** -places)
 
 
 def _same_number(one: Any, other: Any, tolerance: Any = sympy.S.Zero) -> bool:
@@ -162,7 +177,7 @@ def _same_number(one: Any, other: Any, tolerance: Any = sympy.S.Zero) -> bool:
     scale = sympy.Max(abs(one_value), abs(other_value))
     if not scale.is_finite:
         return False
-    # Of sums that cancel to nothing, digits say nothing.
+    # A sum that cancels has no correct digits.
     if abs(one_value) < 1e-40 * scale or abs(other_value) < 1e-40 * scale:
         return bool(sympy.simplify(one - other) == 0)
     most = sympy.Max(tolerance, sympy.Float(10) ** (10 - _DIGITS))
@@ -197,6 +212,6 @@ def _same_for_positive(answer: Any, accepted: Any) -> bool:
     if answer.free_symbols != accepted.free_symbols or not answer.free_symbols:
         return False
     steps = sympy.Abs, sympy.floor, sympy.ceiling, sympy.Mod, sympy.Float
-    return not (answer.has(*steps) or accepted.has(*steps)) and _same_at_points(
-        answer, accepted
-    )
+    if answer.has(*steps) or accepted.has(*steps):
+        return False
+    return _same_at_points(answer, accepted)

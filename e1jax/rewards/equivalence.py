@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import sympy.core.random
 
-from e1jax.rewards.agreement import close, equal, is_number, parse
+from e1jax.rewards.agreement import equal, is_number, parse, same_rounded
 from e1jax.rewards.marks import IMAGINARY, mark_pair, marked, marks_of, name_parameter
 from e1jax.rewards.spelling import spell
 from e1jax.rewards.tex import apply, elements, rules
@@ -30,6 +30,8 @@ _LETTER = r"(?:\\(?:vec|hat)\{[a-zA-Z]\}|(?<![a-zA-Z\\])[a-zA-Z])"
 _PRODUCT = re.compile(
     rf"{_LETTER}\s*\\(cdot|times)(?![a-z])\s*(?={_LETTER}(?![a-zA-Z]))"
 )
+_MOST_SIDES = 4  # of an answer that is a chain of equations
+_EXACT = 40  # decimal places
 _MOST_ELEMENTS = 30  # of lists that are matched element by element
 
 _NAMED = re.compile(r"^[a-zA-Z] ?= ?(\\\{.*\\\}|[(\[].*[)\]])$")  # S = \{1, 2\}
@@ -90,6 +92,8 @@ def _choice(text: str) -> tuple[str, str]:
     if match is None:
         return "", text
     letter, value = (part for part in match.groups() if part is not None)
+    if _CHOICE.fullmatch(value):  # (A)(B): several choices are none
+        return "", text
     return letter, value
 
 
@@ -138,6 +142,11 @@ def _words(text: str) -> list[str] | None:
 def _same_list(answer: str, accepted: str) -> bool:
     r"""Element by element, in any order; `1 \pm 2` has two elements."""
     found, wanted = _expanded(answer), _expanded(accepted)
+    if (r"\cup" in answer) != (r"\cup" in accepted):
+        # A union is a list of inequalities, but not of sets or letters.
+        others = wanted if r"\cup" in answer else found
+        if not all(re.search(r"[<>=]|\\[lg]e(?![a-z])", other) for other in others):
+            return _same_element(answer, accepted)
     if len(found) != len(wanted):
         return _same_tuple(found, answer, wanted, accepted) or (
             r"\cup" in answer + accepted and _same_element(answer, accepted)
@@ -158,15 +167,21 @@ def _same_list(answer: str, accepted: str) -> bool:
 def _match(
     found: list[str], wanted: list[str], same: Callable[[str, str], bool]
 ) -> bool:
-    """Has each element a partner of its own? Equivalence is transitive, so the first
-    that fits will do."""
-    left = list(wanted)
-    for element in found:
-        partner = next((other for other in left if same(element, other)), None)
-        if partner is None:
-            return False
-        left.remove(partner)
-    return True
+    """Has each element a partner of its own? 5 % is equal to 5 and to 0.05, so a partner
+    that is taken may have to move on (augmenting paths of bipartite matching)."""
+    fits = [[same(one, other) for other in wanted] for one in found]
+    partner: dict[int, int] = {}  # of each wanted element
+
+    def place(one: int, seen: set[int]) -> bool:
+        for other, fit in enumerate(fits[one]):
+            if fit and other not in seen:
+                seen.add(other)
+                if other not in partner or place(partner[other], seen):
+                    partner[other] = one
+                    return True
+        return False
+
+    return all(place(one, set()) for one in range(len(found)))
 
 
 def _same_tuple(
@@ -248,17 +263,23 @@ def _same_element(answer: str, accepted: str) -> bool:
 
 
 def _values(sides: list[str]) -> list[str]:
-    r"""What a chain of equations says its value is; nothing if it contradicts itself.
+    r"""The values that a chain of equations states; none if it contradicts itself.
 
-    The last side, or, of numbers (`\frac{17}{3} \approx 5.67`), each of them.
+    That is the last side, or, of numbers (`\frac{17}{3} \approx 5.67`), each of them: all
+    must be equal to the first, or round to one another. Longer chains are no answer: they
+    could run through many numbers.
     """
     if len(sides) == 1:
         return sides
     values = sides[1:] if _is_name(sides[0]) else sides
+    if len(values) > _MOST_SIDES:
+        return []
     parsed = [parse(marked(split_unit(side)[0]), True, True) for side in values]
     if not all(map(is_number, parsed)):
         return [] if values is sides else values[-1:]
-    agree = all(close(one, other) for one, other in itertools.pairwise(parsed))
+    places = [len(part[1]) for side in values if (part := re.search(r"\.(\d+)", side))]
+    digits = min(places, default=_EXACT)
+    agree = all(same_rounded(parsed[0], other, digits) for other in parsed[1:])
     return values if agree else []
 
 

@@ -25,6 +25,7 @@ from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
 from e1jax.config.checks import UserError, check_integer, check_number
+from e1jax.config.texts import check_backslashes
 from e1jax.tokenizer import THINK_END, extract_boxed
 
 Accepted = str | float | Sequence[str | float]
@@ -35,7 +36,7 @@ _START_SECONDS = 60.0
 _START_ATTEMPTS = 3
 _GRACE_SECONDS = 5.0  # a worker that has not ended itself by then is killed
 READY = b"ready\n"  # the first line of a worker
-_AROUND = " \t\r\n$"  # what says nothing around an answer
+_AROUND = " \t\r\n$"  # stripped from both ends of an answer
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 
 
@@ -112,7 +113,7 @@ def _graded(
             first, future = waiting.popleft()
             yield first, future.result()
     finally:
-        for _, future in waiting:  # whoever asked has gone
+        for _, future in waiting:  # the caller has stopped reading
             future.cancel()
 
 
@@ -121,10 +122,12 @@ def accepted_texts(answer: Accepted, where: str) -> list[str]:
 
     Of a worked solution, the last box or the text behind the last `####` (GSM8K) is the
     answer. Raises UserError naming `where` it stands if `answer` is not a text, a finite
-    number or a list of those, is empty, or has several lines and neither mark.
+    number or a list of those, is empty, has lost a backslash, or has several lines and
+    neither mark.
     """
     items = answer if isinstance(answer, list | tuple) else [answer]
     texts = [final_answer(_text(item, where), where).strip(_AROUND) for item in items]
+    check_backslashes(texts, where)
     if not texts or not all(texts):
         raise UserError(f"{where} is empty; write what answer is accepted")
     return texts
@@ -211,7 +214,7 @@ class Grader:
             try:
                 process, reward = self._compare(process, request)
                 future.set_result(reward)
-            except Exception as error:  # goes to whoever waits for the reward
+            except Exception as error:  # raised where the reward is asked for
                 process = None
                 future.set_exception(error)
         if process is not None:
@@ -341,7 +344,7 @@ def _answer(response: str) -> str:
 def final_answer(text: str, where: str) -> str:
     r"""The part of an accepted text that is the answer.
 
-    That is the content of its last `\boxed{}`, else what follows the last `####` (as in
+    That is the content of its last `\boxed{}`, else the line behind the last `####` (as in
     GSM8K), else all of it. Raises UserError naming `where` for several lines without
     either mark: a worked solution, which no answer could equal.
     """
@@ -349,14 +352,16 @@ def final_answer(text: str, where: str) -> str:
     if boxed is not None:
         return boxed
     _, mark, last = text.rpartition("####")
+    if mark:
+        return next((line for line in last.splitlines() if line.strip()), "")
     # A matrix may be written in several lines.
-    one_line = re.sub(r"\\begin\{.*\\end\{", "", last.strip(), flags=re.DOTALL)
-    if "\n" in one_line:
+    one_line = re.sub(r"\\begin\{.*\\end\{", "", text.strip(), flags=re.DOTALL)
+    if len(one_line.splitlines()) > 1:
         raise UserError(
             f"{where} has several lines, and neither \\boxed{{}} nor #### says which part "
             f"is the answer: {reprlib.repr(text)}; give the answer alone"
         )
-    return last if mark else text
+    return text
 
 
 def _reward_at_once(answer: str, accepted: list[str]) -> float | None:

@@ -1,8 +1,10 @@
 r"""One spelling for LaTeX answers that say the same: fonts, spaces, arguments, numbers.
 
-`spell` runs the tables of this file from top to bottom. They remove typography alone:
-no rule changes the value of an answer or drops a mark that bears meaning. Words stay,
-as `\text{...}`; the next modules of this package read them.
+`spell` runs the tables of this file from top to bottom. They remove typography, words
+that introduce or explain an answer, and "approximately"; all other words stay, as
+`\text{...}`, and the next modules of this package read them.
+
+`(?!A)` in a pattern ends the name of a command; see `tex.rules`.
 """
 
 import re
@@ -21,7 +23,7 @@ from e1jax.rewards.tex import (
 # A text with one of these words is more than a unit, a noun or an introduction.
 DECIDING = re.compile(
     r"(?i)\b(?:not?|non|or|and|n?either|nor|but|more|less|fewer|least|most|above|below|over"
-    r"|under|even|odd|wrong|incorrect|false|true|except|between|is|are|if|when|only|than"
+    r"|under|even|odd|wrong|incorrect|false|true|never|cannot|impossible|none|without|rejected|invalid|score|except|between|is|are|if|when|only|than"
     r"|prime|composite|positive|negative|a\.?m|p\.?m|mod|base|squared|cubed|doubled|tripled"
     r"|half|halves|halved|thirds|quarters|too|tens|dozens?|\w*ths?|\w*th|unknown|bad|grad\w*|percent\w*|pct|north\w*"
     r"|south\w*|east|west|left|right|up|down|\w*clockwise|increase|decrease|loss|gain|all|any"
@@ -214,7 +216,9 @@ _FONTS = re.compile(
     r"\\(?:(?P<math>boldsymbol|bm|pmb|mathbf|boxed|fbox|underline|ensuremath)|math(?:rm|it|sf|tt|normal)"
     r"|operatorname|emph|mbox|hbox|text(?:bf|it|rm|sf|tt|normal|up)?)\{"
 )
-_UNIT_LIKE = re.compile(r"(?:[a-zA-Z]+\.?(?:\^-?\d)?(?: |/|\\cdot ?)*)+")
+# Possessive, so that a text that is none is not tried in every way.
+# Possessive: a text that is no unit is not tried in every way.
+_UNIT_LIKE = re.compile(r"(?:[a-zA-Z]++\.?(?:\^-?\d)?(?: |/|\\cdot ?)*+)++")
 _MATH = re.compile(r"[+=<>\\^_]|(?<![a-zA-Z]{2})-|-(?![a-zA-Z]{2})")
 _FUNCTIONS = frozenset(
     [

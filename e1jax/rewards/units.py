@@ -95,11 +95,11 @@ _LONG = _any_of(
 _ALL = _any_of([n for n in _UNITS if n.isalpha()])
 _END = r"(?![a-zA-Z])"
 _NAME = (
-    rf"\\text\{{[^{{}}]*\}}|\\degree(?: ?[CF]{_END})?|\\Omega{_END}|''?|\{{ ?(?:{_ALL}) ?\}}"
+    rf"\\text\{{[^{{}}]*\}}|\\degree(?: ?[CF]{_END})?|\\Omega{_END}|'{{1,2}}+(?!')|\{{ ?(?:{_ALL}) ?\}}"
     rf"|(?<![a-zA-Z\\])(?:{_LONG}){_END}|(?:(?<=\d )|(?<=\}} )|(?<=/)|(?<=/ ))(?:{_ALL}){_END}"
 )
 _TAIL = re.compile(
-    rf"(?:(?:\s|/|per |square |cubic |\\cdot )*(?:{_NAME})(?:\s*\^\{{-?\d\}})?)+$"
+    rf"(?:(?:\s|/|per |square |cubic |\\cdot )*+(?>{_NAME})(?:\s*+\^\{{-?\d\}})?)++$"
 )
 _CURRENCY = re.compile(
     r"^(-?)\s*(\\?\$|€|\\text\{sterling\}|USD|\\text\{USD\})\s*(?=[\d\\])"

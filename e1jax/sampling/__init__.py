@@ -1,1 +1,25 @@
 """Budgeted sampling: the state machine of budgets, random draws, jitted programs, the engine."""
+
+from e1jax.sampling.budget import Budget, TokenIds, advance, resolve_budget, start_state
+from e1jax.sampling.decode import Rows, admit, empty_rows, prefill_len
+from e1jax.sampling.draw import Sampling, kept, token_logprobs
+from e1jax.sampling.engine import SHORTEST_FORCED, Completion, Engine, Prompt
+
+__all__ = [
+    "SHORTEST_FORCED",
+    "Budget",
+    "Completion",
+    "Engine",
+    "Prompt",
+    "Rows",
+    "Sampling",
+    "TokenIds",
+    "admit",
+    "advance",
+    "empty_rows",
+    "kept",
+    "prefill_len",
+    "resolve_budget",
+    "start_state",
+    "token_logprobs",
+]

@@ -27,6 +27,7 @@ from e1jax.checkpoint.load import load_model
 from e1jax.config.checks import UserError, check_choice, check_integer
 from e1jax.config.model import KV_DTYPES, ModelConfig
 from e1jax.config.sampling import SamplingParams
+from e1jax.config.texts import check_backslashes
 from e1jax.nn.cache import KVCache, whole_slots
 from e1jax.nn.cpu import unstack
 from e1jax.nn.quantize import Params
@@ -256,6 +257,7 @@ class Engine:
         if not len(prompt):
             raise UserError(f"{where} is empty; a response needs a token to start from")
         if all(isinstance(item, dict) for item in prompt):
+            check_backslashes(prompt, where)
             try:
                 prompt = self.tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
             except UserError as error:
