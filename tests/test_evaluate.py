@@ -358,6 +358,19 @@ def test_comparisons_that_take_too_long_are_counted(run, tmp_path, monkeypatch):
     assert out.splitlines()[1].split()[1] == "50.0"
 
 
+def test_solutions_that_lost_a_backslash_are_noted(run, tmp_path):
+    solutions = [r"\boxed{5}", "\boxed{5}", "so \frac{1}{2}"]
+    lines = [record(id=i, solution=text) for i, text in enumerate(solutions)]
+    path = write_lines(tmp_path / "c.jsonl", lines)
+    code, _, err = run("grade", path, "--dataset", "nano")
+    assert code == 0
+    assert (
+        rf"note: 2 of 3 solutions seem to have lost a backslash, the first: {path}"
+        in err
+    )
+    assert r"c.jsonl line 2: solution holds a backspace where \boxed" in err
+
+
 def test_share_of_forced_ends(run, tmp_path):
     """By the budget or by EOS; not by the model, nor where `</think>` never came."""
     ends = ["budget", "eos", "model", None, "eos"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from e1jax import rewards
 from e1jax.config.checks import UserError
-from e1jax.config.texts import parse_json
+from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.problems import Problem
 from e1jax.evaluation.results import Budgets, Outcome
 
@@ -63,7 +63,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
     # As written, else as text: 3 and "3" are one id, unless problems have both.
     indices: dict[str | int, int] = {str(p.id): i for i, p in enumerate(problems)}
     indices |= {problem.id: index for index, problem in enumerate(problems)}
-    found, first = [], {}
+    found, first, damaged = [], {}, []
     try:
         with path.open("rb") as file:
             lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
@@ -88,8 +88,18 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
             )
         outcome = outcome_of(record, reward=math.nan)
         found.append(_Found(index, record["solution"], budgets, outcome))
+        try:
+            check_backslashes(record["solution"], f"{at}: solution")
+        except UserError as error:  # a model may have written it so
+            damaged.append(str(error))
     if not found:
         raise UserError(f"{path} holds no completion")
+    if damaged:
+        print(
+            f"note: {len(damaged)} of {len(found)} solutions seem to have lost a "
+            f"backslash, the first: {damaged[0]}",
+            file=sys.stderr,
+        )
     return found
 
 
