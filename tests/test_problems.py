@@ -85,7 +85,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 texts = texts.filter(str.strip).filter(has_its_backslashes)
 # Answers that stay as they are.
 plain = texts.filter(
-    lambda text: not re.search(r"boxed|####|\n", text.strip(), re.DOTALL)
+    lambda text: not re.search(r"boxed|####|\n|\r", text.strip(), re.DOTALL)
 )
 numbers = st.integers(-(10**30), 10**30)
 

@@ -80,6 +80,7 @@ def start(workplace: Path, run: str, *flags: str, devices: int = 1):
     env = {
         **os.environ,
         "XLA_FLAGS": several_devices(devices),
+        "JAX_PLATFORMS": "cpu",  # where libtpu is installed, JAX would look for a TPU
         "JAX_COMPILATION_CACHE_DIR": str(workplace / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -1,10 +1,10 @@
 """Meshes from text, and the same logits on eight devices as on one."""
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.nn.model import abstract_params, forward, unembed
 from e1jax.plan.sizes import SIZES
+from e1jax.sharding.fsdp import line_length
 from e1jax.sharding.mesh import make_mesh, undivided
 from e1jax.sharding.runtime import use_compilation_cache
 
@@ -32,7 +33,7 @@ CONFIG = ModelConfig(
     max_position_embeddings=64,
     rope_theta=1e4,
 )
-EIGHT = [SimpleNamespace(id=i) for i in range(8)]
+EIGHT = [Chip(i) for i in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -234,3 +235,62 @@ def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
     for name, logits in results.items():
         # Sums in another order; the same tolerance as against Hugging Face.
         assert np.abs(logits - one).max() <= 1e-5 * np.abs(one).max(), name
+
+
+@pytest.mark.parametrize(
+    ("coords", "length"),
+    [
+        ([None] * 4, 1),
+        ([(0, 0)], 1),
+        ([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)], 3),
+        ([(0, 0), (1, 0), (2, 0), (3, 0), (3, 1), (2, 1)], 4),  # a snake
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], 2),
+        ([(0, 0), (1, 1), (2, 2)], 1),  # no line
+        ([(0, 0), (0, 0), (0, 1)], 1),  # two devices of one chip
+        ([(0, 0, 0), (0, 0, 1), (0, 0, 2)], 3),
+    ],
+)
+def test_devices_on_a_line_of_the_torus(coords, length):
+    assert line_length(coords) == length
+
+
+TORUS = """
+import numpy as np
+from e1jax.config.model import ModelConfig
+from e1jax.plan.slices import describe
+from e1jax.sharding.fsdp import grid_columns
+from e1jax.sharding.hosts import devices_by_process
+from e1jax.sharding.mesh import make_mesh
+sizes = ModelConfig(4096, 1024, 4096, 3, 8, 4, 128, 4096, 1e4)
+
+def links(a, b, length=8):
+    # On the way from one chip to another, round the torus where that is shorter.
+    ways = (abs(x - y) for x, y in zip(a.coords, b.coords))
+    return sum(min(way, length - way) for way in ways)
+
+slice_ = describe("v5e:8x8")
+mesh = make_mesh("data=64,tensor=1", sizes, slice_.devices)
+grid = mesh.devices.reshape(-1, grid_columns(mesh))
+assert grid.shape == (8, 8)
+for rings in (grid, grid.T):
+    for ring in rings:
+        assert [links(a, b) for a, b in zip(ring, np.roll(ring, 1))] == [1] * 8
+hosts = devices_by_process(mesh)
+assert hosts.shape == (16, 4)
+for process, devices in enumerate(hosts):
+    assert {device.process_index for device in devices} == {process}
+    assert max(links(devices[0], device) for device in devices) == 2  # a block of 2x2
+make_mesh("data=16,tensor=4", sizes, slice_.devices)  # cuts axes: in the order of hosts
+print("rings of direct links")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_sums_over_data_go_over_direct_links_of_the_torus():
+    done = subprocess.run(
+        [sys.executable, "-c", TORUS],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+    )
+    assert done.stdout == "rings of direct links\n", done.stderr

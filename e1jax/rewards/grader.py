@@ -356,7 +356,7 @@ def final_answer(text: str, where: str) -> str:
         return next((line for line in last.splitlines() if line.strip()), "")
     # A matrix may be written in several lines.
     one_line = re.sub(r"\\begin\{.*\\end\{", "", text.strip(), flags=re.DOTALL)
-    if len(one_line.splitlines()) > 1:
+    if re.search(r"[\n\r]", one_line):
         raise UserError(
             f"{where} has several lines, and neither \\boxed{{}} nor #### says which part "
             f"is the answer: {reprlib.repr(text)}; give the answer alone"

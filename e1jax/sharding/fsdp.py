@@ -5,8 +5,9 @@ needed, and gradients are summed and scattered back.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -52,9 +53,13 @@ def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], An
         return places.index(True) - len(places) if any(places) else 0
 
     dims = jax.tree.map(from_end, shardings)
+    columns = grid_columns(jax.tree.leaves(shardings)[0].mesh)
 
     def whole(part: Any, name: str) -> Any:
-        return jax.tree.map(lambda x, dim: _gather(x, dim, dtype), part, dims[name])
+        def gather(x: jax.Array, dim: int) -> jax.Array:
+            return _gather(x, dim, dtype, columns)
+
+        return jax.tree.map(gather, part, dims[name])
 
     return whole
 
@@ -66,19 +71,52 @@ def sum_over_data(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, dim: int, dtype: Any) -> jax.Array:
+def grid_columns(mesh: Mesh) -> int:
+    """Columns of the grid of devices in which gradients are summed over `data`.
+
+    On a TPU, a row of the grid is a line of the torus (`make_mesh` puts neighbours beside
+    each other), so that sums go over direct links. Elsewhere, and where `data` is on one
+    line, the grid is as square as possible.
+    """
+    devices = list(mesh.devices[:, 0])
+    on_line = line_length([getattr(device, "coords", None) for device in devices])
+    if 1 < on_line < len(devices) and len(devices) % on_line == 0:
+        return on_line
+    root = math.isqrt(len(devices))
+    return next(n for n in range(root, 0, -1) if len(devices) % n == 0)
+
+
+def line_length(coords: Sequence[Any]) -> int:
+    """How many devices, from the first on, differ from it in one and the same coordinate
+    of the torus; 1 for devices without coordinates (None)."""
+    first, *others = coords
+    if first is None or not others or others[0] is None:
+        return 1
+    moved = [axis for axis, at in enumerate(first) if at != others[0][axis]]
+    if len(moved) != 1:
+        return 1
+
+    def without_moved(point: Sequence[int]) -> list[int]:
+        return [at for axis, at in enumerate(point) if axis != moved[0]]
+
+    line = without_moved(first)
+    on_line = itertools.takewhile(lambda point: without_moved(point) == line, coords)
+    return sum(1 for _ in on_line)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, dim: int, dtype: Any, columns: int) -> jax.Array:
     x = x.astype(dtype)
     if not dim or _one_shard():
         return x
     return jax.lax.all_gather(x, "data", axis=x.ndim + dim, tiled=True)
 
 
-def _gather_forward(x, dim, dtype):
-    return _gather(x, dim, dtype), jnp.zeros(0, x.dtype)
+def _gather_forward(x, dim, dtype, columns):
+    return _gather(x, dim, dtype, columns), jnp.zeros(0, x.dtype)
 
 
-def _gather_backward(dim, dtype, like, grad):
+def _gather_backward(dim, dtype, columns, like, grad):
     grad = grad.astype(jnp.float32)
     if not dim or _one_shard():
         grad = sum_over_data(grad)
@@ -86,18 +124,17 @@ def _gather_backward(dim, dtype, like, grad):
         grad = jnp.moveaxis(grad, dim, 0)
         # The first dim in memory too: a scattered last one gets an all-reduce on TPUs.
         grad = with_layout_constraint(grad, Layout(tuple(range(grad.ndim))))
-        grad = jnp.moveaxis(_sum_and_scatter(grad), 0, dim)
+        grad = jnp.moveaxis(_sum_and_scatter(grad, columns), 0, dim)
     return (grad.astype(like.dtype),)
 
 
-def _sum_and_scatter(x: jax.Array) -> jax.Array:
-    """The own share, of the first dim, of the sum over `data`.
+def _sum_and_scatter(x: jax.Array, columns: int) -> jax.Array:
+    """This device's share, of the first dim, of the sum over `data`.
 
     In two steps, over the columns and then the rows of a grid of devices: one step over
     4 x 4 or 8 x 8 TPUs is compiled to an all-reduce of everything.
     """
     size = jax.lax.axis_size("data")
-    columns = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
     grid = np.arange(size).reshape(-1, columns)
     for groups in (grid.T, grid):
         x = jax.lax.psum_scatter(

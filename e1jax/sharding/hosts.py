@@ -192,8 +192,14 @@ def rows_of_all(rows: Any, group: int) -> Any:
 def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
     """The mesh to sample on: this process's devices out of `mesh`, which has those of
     all, as suits the model."""
-    by_process = mesh.devices.reshape(jax.process_count(), -1)
-    return make_mesh(None, config, by_process[jax.process_index()])
+    return make_mesh(None, config, devices_by_process(mesh)[jax.process_index()])
+
+
+def devices_by_process(mesh: Mesh) -> np.ndarray:
+    """The devices of a mesh [processes, devices of each], in the order of their ids: the
+    mesh itself may go through the torus of TPUs across hosts."""
+    devices = sorted(mesh.devices.flat, key=lambda d: (d.process_index, d.id))
+    return np.array(devices).reshape(len({d.process_index for d in devices}), -1)
 
 
 def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
@@ -226,7 +232,7 @@ def make_copy_to_all(mesh: Mesh, local: Any):
     # One local mesh after the other: what is replicated over `hosts` is, on each,
     # divided as its own mesh says.
     every = Mesh(
-        mesh.devices.reshape(-1, *own.devices.shape),
+        devices_by_process(mesh).reshape(-1, *own.devices.shape),
         ("hosts", *own.axis_names),
         axis_types=(AxisType.Auto,) * (1 + len(own.axis_names)),
     )

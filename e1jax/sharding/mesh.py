@@ -5,6 +5,7 @@ axes `data` and `tensor`. Changing the parallelism of the model means changing t
 table and nothing else.
 """
 
+import contextlib
 import math
 import re
 import reprlib
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from e1jax.config.checks import UserError
@@ -57,8 +59,20 @@ def make_mesh(
             "make the sizes multiply to it"
         )
     check_divides(config, shape)
-    grid = np.asarray(devices).reshape([shape[name] for name in MESH_AXES])
+    grid = device_grid(devices, [shape[name] for name in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_grid(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+    """The devices in the shape of a mesh. On TPUs of several hosts, devices that are
+    neighbours on an axis have a direct link, where each axis takes in whole axes of the
+    torus; `jax.devices()` goes through the torus host by host, in blocks."""
+    hosts = {device.process_index for device in devices}
+    on_torus = getattr(devices[0], "coords", None) is not None
+    if on_torus and len(hosts) > 1:
+        with contextlib.suppress(NotImplementedError):
+            return mesh_utils.create_device_mesh(shape, devices)
+    return np.asarray(devices).reshape(shape)
 
 
 def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
