@@ -52,7 +52,7 @@ from e1jax.grpo.rollouts import (
 )
 from e1jax.rewards import Grader, grade
 from e1jax.sampling.engine import Engine
-from e1jax.sharding.hosts import any_of, is_first, joined, of_all
+from e1jax.sharding.hosts import any_process, is_first, joined, process_allgather
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
 from e1jax.tokenizer import INSTRUCTION_KEY, copy_files
 
@@ -105,7 +105,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     validate = make_validation(config.validation, engine, instruction)
     if is_first():
         prepare(config, loaded, instruction, run_dir)
-    any_of(False)  # the others wait for that
+    any_process(False)  # the others wait for that
     if not (run_dir / "config.yaml").exists():
         raise UserError(
             f"{run_dir} was made by the first process, and this one does not see it; "
@@ -146,7 +146,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             "python -m e1jax.plan says what fits"
         )
         position = batches.get_state()
-        while not (stopped := any_of(signals)) and step < config.steps:
+        while not (stopped := any_process(signals)) and step < config.steps:
             if engine.params is None:  # else it still has those of the validation
                 engine.params = learner.sampling_params()
             rollouts = None
@@ -154,7 +154,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
                 rollouts = sample_rollouts(
                     config, engine, next(batches), grader, stop_if_asked
                 )
-            if any_of(rollouts is None) or rollouts is None:
+            if any_process(rollouts is None) or rollouts is None:
                 continue  # to where it ends
             engine.params = None  # the update may write where they lie
             engine.release_cache()
@@ -263,7 +263,7 @@ def make_validation(
         for completion, reward in grade(stream, answers, grader):
             at = divmod(completion.prompt_index, len(problems))
             right[at], tokens[at] = reward, len(completion.token_ids)
-        right, tokens = of_all([right, tokens]).sum(axis=0)
+        right, tokens = process_allgather([right, tokens]).sum(axis=0)
         metrics = {"validation_accuracy": right.mean().item()}
         for pair, accuracy, length in zip(
             config.budgets, right.mean(axis=1), tokens.mean(axis=1), strict=True

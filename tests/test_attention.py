@@ -166,8 +166,8 @@ def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
             )
             for side, rows_new in zip(expected, new, strict=True):
                 side[1, shard * rows + row, :, index] = rows_new[row, :, 0]
-        last, places = sequence_shards(jnp.asarray(at), shards, capacity)
-        cache = write(cache, layer, *map(jnp.asarray, new), places)
+        last, write_positions = sequence_shards(jnp.asarray(at), shards, capacity)
+        cache = write(cache, layer, *map(jnp.asarray, new), write_positions)
         if step in (0, 3, 4, 11, 12, 13, 37, 52):
             found = attend(jnp.asarray(q), cache.k, cache.v, layer, last)
             wanted = attend(*map(jnp.asarray, (q, *whole)), layer, jnp.asarray(at))

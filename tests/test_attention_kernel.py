@@ -24,7 +24,7 @@ from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads
 from e1jax.nn.model import forward
 from e1jax.nn.rope import apply_rope, rope_angles, rope_frequencies
 from e1jax.sampling.decode import prefill
-from e1jax.sampling.draw import kept
+from e1jax.sampling.draw import top_k_top_p_mask
 from e1jax.sharding.mesh import make_mesh, sharding
 
 BLOCK = 8
@@ -92,14 +92,16 @@ def test_bfloat16_is_within_its_rounding():
     np.testing.assert_allclose(ours, theirs, atol=2**-7, rtol=2**-7)
 
 
-def of_step(positions, heads, kv_heads, capacity, head_dim, dtype, places=None):
+def of_step(
+    positions, heads, kv_heads, capacity, head_dim, dtype, write_positions=None
+):
     """Products, biases and caches of random numbers, angles, and places in the caches,
     which are `positions` unless rows lie in shards."""
-    places = positions if places is None else places
+    write_positions = positions if write_positions is None else write_positions
     rng = np.random.default_rng(11)
     sizes = [n * head_dim for n in (heads, kv_heads, kv_heads)]
     rows = len(positions)
-    shape = (LAYERS, len(places), kv_heads, capacity, head_dim)
+    shape = (LAYERS, len(write_positions), kv_heads, capacity, head_dim)
     products = [rng.normal(size=(rows, size)) for size in sizes]
     biases = [rng.normal(size=(LAYERS, size)) for size in sizes]
     caches = [rng.normal(size=shape) for _ in range(2)]
@@ -110,11 +112,11 @@ def of_step(positions, heads, kv_heads, capacity, head_dim, dtype, places=None):
     rope = rope_angles(at, rope_frequencies(head_dim, 1e4))
     # Of 8 bits: no product with bfloat16 is rounded, as part of a multiply-add or not.
     rope = tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in rope)
-    places = jnp.asarray(places, jnp.int32)[:, None]
-    return products, biases, KVCache(*caches), rope, places
+    write_positions = jnp.asarray(write_positions, jnp.int32)[:, None]
+    return products, biases, KVCache(*caches), rope, write_positions
 
 
-def plain_heads(products, biases, caches, rope, places, layer):
+def plain_heads(products, biases, caches, rope, write_positions, layer):
     """What `decode_heads` gives, by the functions of the other devices."""
     rows, size = len(products[0]), caches.k.shape[4]
     q, k, v = (
@@ -122,7 +124,7 @@ def plain_heads(products, biases, caches, rope, places, layer):
         for x, bias in zip(products, biases, strict=True)
     )
     q, k = (apply_rope(x, rope) for x in (q, k))
-    return q, *write(caches, layer, k, v, places)[:2]
+    return q, *write(caches, layer, k, v, write_positions)[:2]
 
 
 # By default, XLA leaves out roundings to bfloat16 where it fuses operations.
@@ -131,9 +133,9 @@ def plain_heads(products, biases, caches, rope, places, layer):
     static_argnames="mesh",
     compiler_options={"xla_allow_excess_precision": False},
 )
-def kernel_heads(products, biases, caches, rope, places, layer, mesh=None):
-    heads = prepare_heads(rope, biases, len(places) // len(products[0]))
-    q, caches = decode_heads(products, caches[:2], layer, places, heads, mesh)
+def kernel_heads(products, biases, caches, rope, write_positions, layer, mesh=None):
+    heads = prepare_heads(rope, biases, len(write_positions) // len(products[0]))
+    q, caches = decode_heads(products, caches[:2], layer, write_positions, heads, mesh)
     return q, *caches
 
 
@@ -185,8 +187,8 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
     cache = init_cache(config, 3, 24, jnp.float32)
     rng = np.random.default_rng(0)
     prompt = jnp.asarray(rng.integers(0, config.vocab_size, (3, 9)), jnp.int32)
-    places = jnp.tile(jnp.arange(9)[None], (3, 1))
-    _, cache = forward(config, params, prompt, places, cache)
+    write_positions = jnp.tile(jnp.arange(9)[None], (3, 1))
+    _, cache = forward(config, params, prompt, write_positions, cache)
     tokens, at = prompt[:, :1], jnp.array([[0], [7], [8]], jnp.int32)
 
     plain, plain_cache = forward(config, params, tokens, at, cache)
@@ -253,8 +255,8 @@ def on_a_mesh(data: int, tensor: int, monkeypatch: pytest.MonkeyPatch):
     # Of the products of all rows, each device takes its own; with a row in shards, all
     # take it, and one writes.
     shards = [40] * (data - 1) + [11]
-    for rows, places in ((positions, None), ([3], shards)):
-        args = of_step(rows, 12, 4, 40, 128, jnp.bfloat16, places)
+    for rows, write_positions in ((positions, None), ([3], shards)):
+        args = of_step(rows, 12, 4, 40, 128, jnp.bfloat16, write_positions)
         with pltpu.force_tpu_interpret_mode(True):
             ours = kernel_heads(*args, jnp.int32(2), mesh=mesh)
         assert_same(ours, plain_heads(*args, jnp.int32(2)))
@@ -262,10 +264,10 @@ def on_a_mesh(data: int, tensor: int, monkeypatch: pytest.MonkeyPatch):
     # The kernel for top-k and top-p too; 5 rows do not divide 8 devices.
     gaps = jnp.asarray(np.random.default_rng(3).gamma(2, size=(5, 96)), jnp.float32)
     options = jnp.array([0, 3, 0, 9, 0]), jnp.array([0.9, 1, 0.5, 0.8, 1])
-    theirs = kept(gaps, *options)
+    theirs = top_k_top_p_mask(gaps, *options)
     set_everywhere(monkeypatch, "on_tpu", lambda mesh: mesh is not None)
     with pltpu.force_tpu_interpret_mode(True):
-        ours = jax.jit(lambda *args: kept(*args, mesh))(gaps, *options)
+        ours = jax.jit(lambda *args: top_k_top_p_mask(*args, mesh))(gaps, *options)
     np.testing.assert_array_equal(ours, theirs)
 
 

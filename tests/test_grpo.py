@@ -780,7 +780,7 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
 def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
     """Another process has prompts of up to 160 tokens and responses of up to 5."""
     monkeypatch.setattr(
-        grpo_rollouts, "of_all", lambda own: np.array([own, [160, 5]], float)
+        grpo_rollouts, "process_allgather", lambda own: np.array([own, [160, 5]], float)
     )
     rollouts = Rollouts(completions, REWARDS, {})
     batch = make_batch(settings(), rollouts, 600, 40)

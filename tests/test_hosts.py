@@ -21,9 +21,15 @@ from e1jax.config.load import load_config, load_config_and_flags
 from e1jax.config.training import GRPOConfig, HostsConfig
 from e1jax.data.nano import nano_problems
 from e1jax.grpo import rollouts
-from e1jax.grpo.rollouts import metrics_of_all
+from e1jax.grpo.rollouts import mean_over_processes
 from e1jax.sharding import hosts
-from e1jax.sharding.hosts import _check_even, any_of, joined, of_all, rows_of_all
+from e1jax.sharding.hosts import (
+    _check_even,
+    allgather_rows,
+    any_process,
+    joined,
+    process_allgather,
+)
 
 DRIVER = str(Path(__file__).parent / "interrupt.py")
 COMMAND = ["-m", "e1jax.train"]
@@ -301,7 +307,7 @@ def test_rows_come_in_the_order_of_the_prompts(monkeypatch):
     monkeypatch.setattr(
         hosts.multihost_utils, "process_allgather", lambda tree: gathered
     )
-    np.testing.assert_array_equal(rows_of_all(rows, 2), rows)
+    np.testing.assert_array_equal(allgather_rows(rows, 2), rows)
 
 
 def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
@@ -312,13 +318,15 @@ def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
     numbers = [[0.1, 2.0**60 + 1], [-1e-300, 3.0]]
-    np.testing.assert_array_equal(of_all(numbers), [numbers, numbers])
-    assert any_of([0]) is True and any_of([]) is False
+    np.testing.assert_array_equal(process_allgather(numbers), [numbers, numbers])
+    assert any_process([0]) is True and any_process([]) is False
 
 
 def test_a_whole_step_from_those_of_each_process(monkeypatch):
     each = {"reward": [0.25, 0.75], "reward_crashes": [1, 2]}
     found = {name: values[0] for name, values in each.items()}
-    monkeypatch.setattr(rollouts, "of_all", lambda values: np.array([*each.values()]).T)
+    monkeypatch.setattr(
+        rollouts, "process_allgather", lambda values: np.array([*each.values()]).T
+    )
     expected = {"reward": 0.5, "reward_crashes": 3}
-    assert metrics_of_all(found) == expected
+    assert mean_over_processes(found) == expected

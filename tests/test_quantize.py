@@ -26,13 +26,13 @@ from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
 from e1jax.nn.quantize import (
     Packed,
     _slab_rows,
+    dequantize,
     int8_on_host,
     is_packed,
     map_kernels,
     matmul,
     matmul_transposed,
     take_rows,
-    widen,
 )
 
 CPU = "data=1,tensor=1"
@@ -61,7 +61,7 @@ def bits_of(kernel: jax.Array) -> np.ndarray:
 def dequantized(params: dict) -> dict:
     """The same parameters as float32 arrays."""
     if is_packed(params):
-        values = np.asarray(widen(params["values"], jnp.float32))
+        values = np.asarray(dequantize(params["values"], jnp.float32))
         if "scale" not in params:
             return jnp.asarray(values)
         scale = np.asarray(params["scale"])
@@ -186,14 +186,14 @@ def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
     start = 0
     for end in (131, 171) if shards == 1 else ():  # a prompt's, in two pieces
         k, v = (jnp.asarray(x[:, :, start:end]) for x in new)
-        places = jnp.tile(jnp.arange(start, end)[None], (rows, 1))
-        cache, start = write_cache(cache, layer, k, v, places), end
+        write_positions = jnp.tile(jnp.arange(start, end)[None], (rows, 1))
+        cache, start = write_cache(cache, layer, k, v, write_positions), end
     write = jax.jit(write_cache)
     for step in range(start, length):
         at = jnp.full((rows, 1), step)
-        _, places = sequence_shards(at, shards, capacity)
+        _, write_positions = sequence_shards(at, shards, capacity)
         k, v = (jnp.asarray(x[:, :, step : step + 1]) for x in new)
-        cache = write(cache, layer, k, v, places)
+        cache = write(cache, layer, k, v, write_positions)
     assert not np.asarray(cache.k[0]).any() and not np.asarray(cache.k_scale[0]).any()
     q = jnp.asarray(rng.normal(size=(rows, 4, 1, size)), jnp.float32)
     whole = np.pad(rounded, ((0, 0),) * 3 + ((0, 384 - length), (0, 0)))

@@ -23,8 +23,14 @@ from e1jax.sampling.budget import (
     resolve_budget,
     start_state,
 )
-from e1jax.sampling.draw import Sampling, _gaps, draw, token_keys, token_logprobs
-from e1jax.sampling.draw import kept as draw_kept
+from e1jax.sampling.draw import (
+    Sampling,
+    _gaps,
+    sample_token,
+    token_keys,
+    token_logprobs,
+    top_k_top_p_mask,
+)
 from e1jax.sampling.draw import row_keys as row_keys_of
 
 EOS, CLOSE = 0, 1
@@ -265,7 +271,7 @@ def numpy_kept(logits, temperature, top_k, top_p):
 
 @jax.jit
 def kept_in_jax(logits, temperature, top_k, top_p):
-    return draw_kept(_gaps(logits, temperature), top_k, top_p)
+    return top_k_top_p_mask(_gaps(logits, temperature), top_k, top_p)
 
 
 def kept(logits, temperature, top_k, top_p):
@@ -315,15 +321,15 @@ def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
     gaps = _gaps(jnp.asarray(logits), jnp.full(6, 0.6))
     top_k = jnp.array([0, 3, 0, 2 * vocab, 0, 1])
     top_p = jnp.array([0.95, 0.9, 0.999, 0.5, 1.0, 1e-6], jnp.float32)
-    want = draw_kept(gaps, top_k, top_p)
+    want = top_k_top_p_mask(gaps, top_k, top_p)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1])[None], ("data", "tensor"))
     set_everywhere(monkeypatch, "on_tpu", lambda mesh: mesh is not None)
-    kernel = jax.jit(lambda *options: draw_kept(gaps, *options, mesh))
+    kernel = jax.jit(lambda *options: top_k_top_p_mask(gaps, *options, mesh))
     with pltpu.force_tpu_interpret_mode(True):
         np.testing.assert_array_equal(kernel(top_k, top_p), want)
         off = jnp.zeros_like(top_k)
         got = kernel(off, top_p)
-    np.testing.assert_array_equal(got, draw_kept(gaps, off, top_p))
+    np.testing.assert_array_equal(got, top_k_top_p_mask(gaps, off, top_p))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +367,7 @@ def draw_many(logits, count, temperature, top_k, top_p, seed=5):
     )
     keys = token_keys(row_keys_of(settings), jnp.zeros_like(rows))
     return np.asarray(
-        draw(jnp.tile(jnp.asarray(logits)[None], (count, 1)), keys, settings)
+        sample_token(jnp.tile(jnp.asarray(logits)[None], (count, 1)), keys, settings)
     )
 
 

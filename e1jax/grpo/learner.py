@@ -17,11 +17,22 @@ from e1jax.config.model import ModelConfig
 from e1jax.config.training import AdamWConfig, GRPOConfig
 from e1jax.grpo.logprobs import response_logprobs
 from e1jax.grpo.loss import policy_loss, token_weights
-from e1jax.grpo.rollouts import Batch, Rollouts, computed_in, make_batch, metrics_of_all
-from e1jax.nn.model import Whole, abstract_params
+from e1jax.grpo.rollouts import (
+    Batch,
+    Rollouts,
+    computed_in,
+    make_batch,
+    mean_over_processes,
+)
+from e1jax.nn.model import GatherParams, abstract_params
 from e1jax.nn.quantize import Params
-from e1jax.sharding.fsdp import make_whole, map_over_data, over_data, sum_over_data
-from e1jax.sharding.hosts import local_mesh, make_local_copy, of_all
+from e1jax.sharding.fsdp import (
+    data_specs,
+    make_gather_params,
+    map_over_data,
+    sum_over_data,
+)
+from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
 from e1jax.sharding.runtime import COMPILER_OPTIONS, backward_options
 
 
@@ -105,10 +116,10 @@ class Learner:
             measured.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
         tokens = sum(len(c.token_ids) for c in rollouts.completions)
-        tokens = of_all(tokens).sum()
+        tokens = process_allgather(tokens).sum()
         seconds = time.perf_counter() - start
         return {
-            **metrics_of_all(rollouts.metrics),
+            **mean_over_processes(rollouts.metrics),
             **means,
             "sampler_gap": measured[0]["sampler_gap"].item(),
             "update_tokens_per_second": tokens * config.update.epochs / seconds,
@@ -220,7 +231,7 @@ def make_update(
     float32.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
-    whole = make_whole(shardings[0], dtype)
+    gather_params = make_gather_params(shardings[0], dtype)
 
     def of_shard(params, batch, weights, on_policy, temperature):
         def add(grads, inputs):
@@ -229,7 +240,7 @@ def make_update(
                 *(config, model, params, microbatch, weight[0]),
                 *(on_policy, temperature),
                 mesh=mesh,
-                whole=whole,
+                gather_params=gather_params,
             )
             return jax.tree.map(jnp.add, grads, new), metrics
 
@@ -239,7 +250,7 @@ def make_update(
         grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
-    specs, rows = over_data(shardings[0]), PartitionSpec(None, "data")
+    specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
     of_shards = map_over_data(
         *(of_shard, mesh),
         in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
@@ -285,7 +296,7 @@ def grpo_loss(
     temperature: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
-    whole: Whole = lambda part, name: part,
+    gather_params: GatherParams = lambda part, name: part,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Loss of a micro-batch and its metrics, both times `weight`; see make_update."""
     loss = config.loss
@@ -294,7 +305,7 @@ def grpo_loss(
         temperature,
         mesh=mesh,
         remat=config.update.remat,
-        whole=whole,
+        gather_params=gather_params,
         entropy_grad=loss.entropy_coef > 0,
         samples=config.rollout.samples,
     )
@@ -328,7 +339,7 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
     (params, batch, temperature) -> [M, B, R] float32; see make_update.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
-    whole = make_whole(shardings, dtype)
+    gather_params = make_gather_params(shardings, dtype)
 
     def of_shard(params, batch, temperature):
         def of_one(microbatch):
@@ -336,7 +347,7 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
                 *(model, params, microbatch.tokens, microbatch.prompt_len),
                 *(batch.loss_mask.shape[-1], temperature),
                 mesh=mesh,
-                whole=whole,
+                gather_params=gather_params,
                 samples=samples,
             )
             return logprobs
@@ -344,6 +355,6 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
         return jax.lax.map(of_one, batch)
 
     rows = PartitionSpec(None, "data")
-    in_specs = (over_data(shardings), rows, PartitionSpec())
+    in_specs = (data_specs(shardings), rows, PartitionSpec())
     of_shards = map_over_data(of_shard, mesh, in_specs, rows)
     return jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)

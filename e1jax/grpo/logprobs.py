@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
-from e1jax.nn.attention import Groups
-from e1jax.nn.model import Whole, forward, unembed
+from e1jax.nn.attention import SharedPrompts
+from e1jax.nn.model import GatherParams, forward, unembed
 from e1jax.nn.quantize import Params
 from e1jax.sharding.mesh import on_tpu
 
@@ -31,7 +31,7 @@ def response_logprobs(
     *,
     mesh: Mesh | None = None,
     remat: bool = False,
-    whole: Whole = lambda part, name: part,
+    gather_params: GatherParams = lambda part, name: part,
     entropy_grad: bool = False,
     samples: int = 1,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
@@ -40,9 +40,10 @@ def response_logprobs(
     `tokens` are prompt and response, one after the other, then padding; R is
     `response_len`, and T at least the longest prompt plus R. Both results are of
     softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
-    positions go through the model but not through its head. `mesh`, `remat` and `whole`
-    are those of model.forward. `samples` rows in turn have the same prompt: it goes
-    through the model once with them, where the rows are whole groups, and not on TPUs.
+    positions go through the model but not through its head. `mesh`, `remat` and
+    `gather_params` go to model.forward. Each `samples` consecutive rows have the same
+    prompt, which goes through the model once (not on TPUs, nor where B is not a multiple
+    of `samples`).
     """
 
     def of_response(row, start):
@@ -50,7 +51,7 @@ def response_logprobs(
 
     targets = jax.vmap(of_response)(tokens, prompt_len)
     compute = functools.partial(
-        forward, config, params, mesh=mesh, remat=remat, whole=whole
+        forward, config, params, mesh=mesh, remat=remat, gather_params=gather_params
     )
     # The token at a position is predicted from the position before it.
     whole_groups = samples > 1 and len(tokens) % samples == 0
@@ -62,7 +63,7 @@ def response_logprobs(
         hidden, _ = compute(inputs, positions)
         hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
     name = "embedding" if config.tie_word_embeddings else "lm_head"
-    params = {name: whole(params[name], name)}  # for all chunks at once
+    params = {name: gather_params(params[name], name)}  # for all chunks at once
     return chunked_logprobs(
         config, params, hidden, targets, temperature, entropy_grad=entropy_grad
     )
@@ -77,19 +78,19 @@ def _hidden_of_groups(
 ) -> Float[Array, "B R D"]:
     """Hidden states from which the tokens of responses are predicted, `samples` of which
     in turn follow the same prompt."""
-    groups = Groups(
+    shared = SharedPrompts(
         prompt_len[::samples], samples, tokens.shape[1] - responses.shape[1]
     )
-    prompts, inputs = tokens[::samples, : groups.longest_prompt], responses[:, :-1]
+    prompts, inputs = tokens[::samples, : shared.longest_prompt], responses[:, :-1]
     positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
     following = prompt_len[:, None] + jnp.arange(inputs.shape[1])[None]
     inputs, positions = (
-        groups.join((a[..., None], b[..., None]))[..., 0]
+        shared.join((a[..., None], b[..., None]))[..., 0]
         for a, b in ((prompts, inputs), (positions, following))
     )
-    hidden, _ = compute(inputs, positions, groups=groups)
-    of_prompts, of_responses = groups.split(hidden)
-    last = of_prompts[jnp.arange(len(of_prompts)), groups.prompt_len - 1]
+    hidden, _ = compute(inputs, positions, shared=shared)
+    of_prompts, of_responses = shared.split(hidden)
+    last = of_prompts[jnp.arange(len(of_prompts)), shared.prompt_len - 1]
     first = jnp.repeat(last, samples, axis=0)[:, None]
     return jnp.concatenate([first, of_responses], axis=1)
 

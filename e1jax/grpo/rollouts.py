@@ -19,7 +19,7 @@ from e1jax.grpo.loss import group_advantages
 from e1jax.nn.model import abstract_params
 from e1jax.rewards import Grader, grade
 from e1jax.sampling.engine import Completion, Engine
-from e1jax.sharding.hosts import is_first, local_mesh, of_all, rows_of_all
+from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
 
 # The prompts of a step are padded to one of this many lengths, and its responses too: each
@@ -194,12 +194,14 @@ def rollout_metrics(
     }
 
 
-def metrics_of_all(metrics: dict[str, float]) -> dict[str, float]:
+def mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
     """Of the step, from those of each process, which all have as many responses."""
     summed = ("reward_timeouts", "reward_crashes", "rollout_tokens_per_second")
     return {
         name: float(each.sum() if name in summed else each.mean())
-        for name, each in zip(metrics, of_all(list(metrics.values())).T, strict=True)
+        for name, each in zip(
+            metrics, process_allgather(list(metrics.values())).T, strict=True
+        )
     }
 
 
@@ -214,7 +216,7 @@ def make_batch(
     completions = rollouts.completions
     lengths = [(len(c.prompt_ids), len(c.token_ids)) for c in completions]
     lengths = np.array(lengths, np.int32)
-    of_step = of_all(lengths.max(axis=0)).max(axis=0).astype(int).tolist()
+    of_step = process_allgather(lengths.max(axis=0)).max(axis=0).astype(int).tolist()
     length, response_len = padded_lengths((longest_prompt, longest_response), of_step)
     shape = (len(completions), response_len)
     tokens = np.zeros((len(completions), length), np.int32)
@@ -226,7 +228,7 @@ def make_batch(
         mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
     advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
     batch = Batch(tokens, lengths[:, 0], advantages, mask, logprobs)
-    batch = rows_of_all(batch, config.rollout.samples)
+    batch = allgather_rows(batch, config.rollout.samples)
     micro = config.update.microbatch
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
 

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, Int, Num, Shaped
 
 from e1jax.nn.cache import merge_shards
 from e1jax.nn.kernels.splash import splash_attention, takes_splash
-from e1jax.nn.quantize import LANES, widen
+from e1jax.nn.quantize import LANES, dequantize
 from e1jax.nn.scores import BLOCK_LEN, MASKED, fold, keep, scaled, wide_einsum
 
 MAX_PARTS = 8  # of causal attention; each is compiled on its own
 
 
-class Groups(NamedTuple):
+class SharedPrompts(NamedTuple):
     """Rows of two lengths, one after the other on a dim of tokens: N prompts of P, then
     the G responses of R to each. A prompt is gone through once, not with each response."""
 
@@ -45,11 +45,11 @@ class Groups(NamedTuple):
         return jnp.concatenate(rows, axis=1)
 
 
-def grouped_attention(
+def shared_prompt_attention(
     q: tuple[jax.Array, jax.Array],
     k: tuple[jax.Array, jax.Array],
     v: tuple[jax.Array, jax.Array],
-    groups: Groups,
+    shared: SharedPrompts,
 ) -> tuple[jax.Array, jax.Array]:
     """`causal_attention` of prompts, and of responses that also see their prompt.
 
@@ -58,10 +58,10 @@ def grouped_attention(
 
     def all_keys(parts):
         prompts, responses = parts
-        prompts = jnp.repeat(prompts, groups.samples, axis=0)
+        prompts = jnp.repeat(prompts, shared.samples, axis=0)
         return jnp.concatenate([prompts, responses], axis=2)
 
-    prompt_len = jnp.repeat(groups.prompt_len, groups.samples)
+    prompt_len = jnp.repeat(shared.prompt_len, shared.samples)
     return (
         causal_attention(q[0], k[0], v[0]),
         causal_attention(q[1], all_keys(k), all_keys(v), prompt_len=prompt_len),
@@ -88,25 +88,25 @@ def causal_attention(
     by_kernel = takes_splash(mesh, q.dtype, q.shape[-1]) and prompt_len is None
     if mesh is not None and by_kernel:
         return splash_attention(q, k, v, mesh)
-    seen = None
+    key_mask = None
     if prompt_len is not None:
         index = jnp.arange(k.shape[2])[None]
         before = k.shape[2] - q.shape[2]
-        seen = (index < prompt_len[:, None]) | (index >= before)
-    return _by_parts(q, k, v, seen)
+        key_mask = (index < prompt_len[:, None]) | (index >= before)
+    return _by_parts(q, k, v, key_mask)
 
 
 @jax.custom_vjp
 def _by_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
 ) -> jax.Array:
-    """Causal attention of the last queries over all keys, or those that are `seen`,
+    """Causal attention of the last queries over all keys, or those that are `key_mask`,
     [B, S] bool: not a row's padding between prompt and response.
 
     The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.
     """
-    return _by_parts_forward(q, k, v, seen)[0]
+    return _by_parts_forward(q, k, v, key_mask)[0]
 
 
 def _parts(q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
@@ -120,11 +120,11 @@ def _parts(q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
     return parts
 
 
-def _by_parts_forward(q, k, v, seen):
+def _by_parts_forward(q, k, v, key_mask):
     results, masses = [], []
     for queries, keys in _parts(q, k):
         own, own_k, own_v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        scores = _visible_scores(own, own_k, seen)
+        scores = _visible_scores(own, own_k, key_mask)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         mass = weights.sum(axis=-1, keepdims=True)
@@ -132,11 +132,11 @@ def _by_parts_forward(q, k, v, seen):
         results.append(out.astype(q.dtype).reshape(own.shape))
         masses.append((peak + jnp.log(mass)).reshape(*own.shape[:3], 1))
     out, log_mass = (keep(jnp.concatenate(x, axis=2)) for x in (results, masses))
-    return out, (q, k, v, seen, out, log_mass)
+    return out, (q, k, v, key_mask, out, log_mass)
 
 
 def _by_parts_backward(residuals, grad):
-    q, k, v, seen, out, log_mass = residuals
+    q, k, v, key_mask, out, log_mass = residuals
     kv_heads = k.shape[1]
     # An array of its own: sums of products, fused, take XLA on a CPU ten times as long.
     product = jax.lax.optimization_barrier(grad * out)
@@ -147,7 +147,7 @@ def _by_parts_backward(residuals, grad):
         own_grad, own_mean, own_log_mass = (
             fold(x[:, :, queries], kv_heads) for x in (grad, mean, log_mass)
         )
-        weights = jnp.exp(_visible_scores(own, own_k, seen) - own_log_mass)
+        weights = jnp.exp(_visible_scores(own, own_k, key_mask) - own_log_mass)
         of_values.append(_of_keys(own_grad, weights.astype(v.dtype)))
         grad_weights = wide_einsum("bkqc,bksc->bkqs", own_grad, own_v)
         grad_scores = (weights * (grad_weights - own_mean)).astype(k.dtype)
@@ -177,7 +177,7 @@ def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
-def _visible_scores(q: jax.Array, k: jax.Array, seen) -> jax.Array:
+def _visible_scores(q: jax.Array, k: jax.Array, key_mask) -> jax.Array:
     """Scores of the last queries, folded; MASKED where the key comes later, or is one of
     those that are not seen."""
     length, num_keys = q.shape[2], k.shape[2]
@@ -185,8 +185,8 @@ def _visible_scores(q: jax.Array, k: jax.Array, seen) -> jax.Array:
     visible = index[num_keys - length :, None] >= index[None, :]
     visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
     visible = visible[None, None]
-    if seen is not None:
-        visible &= seen[:, None, None, :num_keys]
+    if key_mask is not None:
+        visible &= key_mask[:, None, None, :num_keys]
     scores = wide_einsum("bkqc,bksc->bkqs", fold(scaled(q), k.shape[1]), k)
     return jnp.where(visible, scores, MASKED)
 
@@ -209,7 +209,7 @@ def cached_attention(
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
     of it: see `sequence_shards`. `scales` are those of an int8 cache. A cache may also
-    hold bits of bfloat16: see quantize.narrow.
+    hold bits of bfloat16: see quantize.quantize_kv.
     """
     _, rows, kv_heads, capacity, head_dim = k_cache.shape
     block_len = min(BLOCK_LEN, capacity)
@@ -227,7 +227,7 @@ def cached_attention(
         size = (1, rows, kv_heads, block_len, head_dim)
 
         def block_of(cache):
-            return widen(jax.lax.dynamic_slice(cache, at, size)[0], q.dtype)
+            return dequantize(jax.lax.dynamic_slice(cache, at, size)[0], q.dtype)
 
         def scales_of(scales):  # [R, K, 1, block_len]
             at = (layer, 0, 0, start // LANES, start % LANES)

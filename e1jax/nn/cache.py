@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
-from e1jax.nn.quantize import LANES, narrow
+from e1jax.nn.quantize import LANES, quantize_kv
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sharding.mesh import on_cpu, sharding
 
@@ -60,8 +60,8 @@ def prompt_shards(x: jax.Array, shards: int, block: int) -> jax.Array:
 
 def cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
     assert cache is not None  # forward gives back the cache that it was given
-    places = jax.tree.map(lambda x: sharding(mesh, CACHE_AXES, x.shape), cache)
-    return jax.lax.with_sharding_constraint(cache, places)
+    write_positions = jax.tree.map(lambda x: sharding(mesh, CACHE_AXES, x.shape), cache)
+    return jax.lax.with_sharding_constraint(cache, write_positions)
 
 
 def capacity(cache_len: int) -> int:
@@ -74,37 +74,38 @@ def write(
     layer,
     k: Float[Array, "B K T C"],
     v,
-    places: Int[Array, "R T"],
+    write_positions: Int[Array, "R T"],
     mesh: Mesh | None = None,
 ) -> KVCache:
-    """The cache with keys and values of a layer written in place, at `places`, which
-    are consecutive in a row. On a mesh, each device writes its own rows and heads."""
+    """The cache with keys and values of a layer written in place, at `write_positions`,
+    which are consecutive in a row. On a mesh, each device writes its own rows and heads.
+    """
     shards = cache.k.shape[1] // k.shape[0]
     k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
-    (k, k_scale), (v, v_scale) = (narrow(x, cache.k.dtype) for x in (k, v))
+    (k, k_scale), (v, v_scale) = (quantize_kv(x, cache.k.dtype) for x in (k, v))
 
-    def write_scales(buffer, layer, new, places):
+    def write_scales(buffer, layer, new, write_positions):
         if new.shape[2] > 1:  # a prompt's, of which there is one at a time
             flat = buffer.reshape(*buffer.shape[:3], -1, 1)
-            flat = write_one(flat, layer, new[..., None], places)
+            flat = write_one(flat, layer, new[..., None], write_positions)
             return flat.reshape(buffer.shape)
         lanes = jnp.arange(LANES)[None, None, None]
-        is_new = lanes == places[:, :, None, None] % LANES
-        at = places // LANES
+        is_new = lanes == write_positions[:, :, None, None] % LANES
+        at = write_positions // LANES
         rows = jnp.arange(len(new))[:, None]
         heads = jnp.arange(new.shape[1])[None]
         old = buffer.at[layer, rows, heads, at].get(mode="clip")
         new = jnp.where(is_new, new[..., None], old[:, :, None])
         return write_one(buffer, layer, new, at)
 
-    def write_one(buffer, layer, new, places):
+    def write_one(buffer, layer, new, write_positions):
         # XLA on a CPU copies the whole cache for a scatter.
         if new.shape[2] == 1 and mesh is not None and not on_cpu(mesh):
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
             heads = new.reshape(-1, new.shape[3])
             by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
-            at = jnp.repeat(places[:, 0], new.shape[1])
+            at = jnp.repeat(write_positions[:, 0], new.shape[1])
             by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
                 heads,
                 unique_indices=True,
@@ -114,11 +115,13 @@ def write(
             return by_head.reshape(buffer.shape)
 
         def write_row(row, buffer):
-            at = (layer, row, 0, places[row, 0], 0)
+            at = (layer, row, 0, write_positions[row, 0], 0)
             update = new[row][None, None]
             if shards > 1:  # where the place is beyond the end, nothing changes
                 old = jax.lax.dynamic_slice(buffer, at, update.shape)
-                update = jnp.where(places[row, 0] < buffer.shape[3], update, old)
+                update = jnp.where(
+                    write_positions[row, 0] < buffer.shape[3], update, old
+                )
             return jax.lax.dynamic_update_slice(buffer, update, at)
 
         return jax.lax.fori_loop(0, new.shape[0], write_row, buffer)
@@ -126,14 +129,14 @@ def write(
     def write_own(buffer, new):
         write = write_one if new.ndim == 4 else write_scales
         if mesh is None:
-            return write(buffer, layer, new, places)
+            return write(buffer, layer, new, write_positions)
         place = sharding(mesh, CACHE_AXES, buffer.shape).spec
         of_new, rows = PartitionSpec(*place[1 : new.ndim + 1]), PartitionSpec(place[1])
         specs = (place, PartitionSpec(), of_new, rows)
         on_own = jax.shard_map(
             write, mesh=mesh, in_specs=specs, out_specs=place, check_vma=False
         )
-        return on_own(buffer, layer, new, places)
+        return on_own(buffer, layer, new, write_positions)
 
     return jax.tree.map(write_own, cache, KVCache(k, v, k_scale, v_scale))
 
@@ -168,8 +171,8 @@ def sequence_shards(
     index = (block - shard) // shards  # of the shard's last block
     own = index * shards + shard == block
     last = index * BLOCK_LEN + jnp.where(own, offset, BLOCK_LEN - 1)
-    places = jnp.where(own, last, capacity)
-    return last.reshape(-1, 1), places.reshape(-1, 1)
+    write_positions = jnp.where(own, last, capacity)
+    return last.reshape(-1, 1), write_positions.reshape(-1, 1)
 
 
 def merge_shards(out: jax.Array, log_mass: jax.Array, shards: int) -> jax.Array:

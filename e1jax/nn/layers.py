@@ -95,27 +95,35 @@ class Attention(nnx.Module):
         self.head_dim = c
 
     def __call__(
-        self, x, rope, cache: KVCache | None, layer, places, mesh, attend, groups
+        self,
+        x,
+        rope,
+        cache: KVCache | None,
+        layer,
+        write_positions,
+        mesh,
+        attend,
+        shared,
     ):
         apart = cache is not None
         linears = self.q, self.k, self.v
         if cache is not None and isinstance(rope, Heads):
             products = [linear.product(x[:, 0], mesh, apart) for linear in linears]
             q, caches = decode_heads(
-                products, (cache.k, cache.v), layer, places, rope, mesh
+                products, (cache.k, cache.v), layer, write_positions, rope, mesh
             )
             k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
         else:
             wide = [linear(x, mesh, apart) for linear in linears]
-            if groups is not None:  # from here on to the result, a pair of each
-                wide = [groups.split(y) for y in wide]
+            if shared is not None:  # from here on to the result, a pair of each
+                wide = [shared.split(y) for y in wide]
             q, k, v = (jax.tree.map(self._heads, y) for y in wide)
             q, k = (jax.tree.map(apply_rope, y, rope) for y in (q, k))
             q, k, v = jax.tree.map(keep, (q, k, v))
             if cache is not None:
-                cache = write(cache, layer, k, v, places, mesh)
+                cache = write(cache, layer, k, v, write_positions, mesh)
         out = jax.tree.map(self._join_heads, attend(q, k, v, cache, layer))
-        out = out if groups is None else groups.join(out)
+        out = out if shared is None else shared.join(out)
         return self.o(out, mesh), cache
 
     def _join_heads(self, x: Float[Array, "B H T C"]) -> Float[Array, "B T N"]:
@@ -149,19 +157,27 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x, rope, cache: KVCache | None, layer, places, mesh, attend, groups
+        self,
+        x,
+        rope,
+        cache: KVCache | None,
+        layer,
+        write_positions,
+        mesh,
+        attend,
+        shared,
     ):
-        x = x if cache is None else of_all_rows(x, mesh)
+        x = x if cache is None else replicate_rows(x, mesh)
         normed = self.attention_norm(x, mesh)
         attended, cache = self.attention(
-            normed, rope, cache, layer, places, mesh, attend, groups
+            normed, rope, cache, layer, write_positions, mesh, attend, shared
         )
         x = keep(x + attended)
-        x = x if cache is None else of_all_rows(x, mesh)
+        x = x if cache is None else replicate_rows(x, mesh)
         return x + self.mlp(self.mlp_norm(x, mesh), mesh), cache
 
 
-def of_all_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
+def replicate_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
     """Hidden states that are not divided by rows, as the cache is, but as the weights
     are: else the compiler gathers weights, which also lie over `data`, at every step."""
     if mesh is None:

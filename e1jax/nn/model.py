@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
 from e1jax.nn.attention import (
-    Groups,
+    SharedPrompts,
     cached_attention,
     causal_attention,
-    grouped_attention,
+    shared_prompt_attention,
 )
 from e1jax.nn.cache import KVCache, sequence_shards
 from e1jax.nn.cpu import matmul_precision, vectors_apart
@@ -45,7 +45,7 @@ from e1jax.nn.rope import rope_angles, rope_frequencies
 from e1jax.nn.scores import KEPT
 from e1jax.sharding.mesh import on_cpu, on_tpu, sharding
 
-Whole = Callable[[Any, str], Any]
+GatherParams = Callable[[Any, str], Any]
 
 
 class Qwen2(nnx.Module):
@@ -79,8 +79,8 @@ def forward(
     mesh: Mesh | None = None,
     from_start: bool = False,
     remat: bool = False,
-    whole: Whole = lambda part, name: part,
-    groups: Groups | None = None,
+    gather_params: GatherParams = lambda part, name: part,
+    shared: SharedPrompts | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Final hidden states, and the cache with the keys and values written.
 
@@ -88,9 +88,9 @@ def forward(
     every position up to their own (one token each, where rows lie in shards); without
     one, tokens see the earlier ones of the same call, which `from_start` (`positions`
     begin at 0) asks for with a cache too. `mesh` is where the arrays lie: on TPUs,
-    attention then takes their kernels. `whole` makes parameters usable that are shards,
-    when and where they are needed; see sharding.fsdp.make_whole. With `groups`, B is 1 and its
-    tokens are those of several prompts and responses; without a cache, and not on TPUs.
+    attention then takes their kernels. `gather_params` gathers parameters that lie in
+    shards just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
+    is 1 and `tokens` holds several prompts and their responses (no cache, not on TPUs).
 
     For the backward pass a layer keeps what is expensive (the heads, the result of
     attention, both products of the mlp), and computes norms, scores and the activation
@@ -100,13 +100,13 @@ def forward(
         positions, rope_frequencies(config.head_dim, config.rope_theta)
     )
 
-    if groups is not None:
-        cos, sin = (groups.split(x[:, 0]) for x in rope)
+    if shared is not None:
+        cos, sin = (shared.split(x[:, 0]) for x in rope)
         rope = tuple((c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True))
-    visits, last, places = None, positions, positions
+    visits, last, write_positions = None, positions, positions
     if cache is not None:
         shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
-        last, places = sequence_shards(positions, shards, capacity)
+        last, write_positions = sequence_shards(positions, shards, capacity)
         if tokens.shape[1] == 1 and on_tpu(mesh):
             visits = live_blocks(last, capacity, mesh, cache.k.dtype)
             if takes_heads(mesh, cache.k):
@@ -115,8 +115,8 @@ def forward(
                 rope = prepare_heads(rope, biases, shards)
 
     def attend(q, k, v, cache, layer):
-        if groups is not None:
-            return grouped_attention(q, k, v, groups)
+        if shared is not None:
+            return shared_prompt_attention(q, k, v, shared)
         if cache is None or from_start:
             return causal_attention(q, k, v, mesh)
         args = (q, cache.k, cache.v, layer, last)
@@ -127,14 +127,14 @@ def forward(
 
     def apply(x, cache, layer, weights):
         block = _module(config, "layers", weights)
-        return block(x, rope, cache, layer, places, mesh, attend, groups)
+        return block(x, rope, cache, layer, write_positions, mesh, attend, shared)
 
     stacked = isinstance(params["layers"], dict)
     layers, packed = split(params["layers"]) if stacked else ({}, {})
 
     def layer_step(carry, weights):
         x, cache, layer = carry
-        weights = whole(weights, "layers")
+        weights = gather_params(weights, "layers")
         weights = vectors_apart(weights) if on_cpu(mesh) else weights
         weights = join(weights, packed, layer, mesh)
         return (*apply(x, cache, layer, weights), layer + 1), None
@@ -142,7 +142,7 @@ def forward(
     names = () if remat else (KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-    embedding = whole(params["embedding"], "embedding")
+    embedding = gather_params(params["embedding"], "embedding")
     x = take_rows(embedding, tokens, compute_dtype(params))
     start = (x, cache, jnp.int32(0))
     with matmul_precision(x.dtype):
@@ -154,7 +154,7 @@ def forward(
             for layer, weights in enumerate(params["layers"]):
                 weights = join(*split(weights), None, mesh)
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
-    norm = _module(config, "norm", whole(params["norm"], "norm"))
+    norm = _module(config, "norm", gather_params(params["norm"], "norm"))
     return norm(x, mesh), cache
 
 

@@ -119,7 +119,7 @@ def matmul(
     if kernel.in_slabs:
         product = _in_slabs(x, stack, layer)
     else:
-        values = widen(_one(stack, layer), x.dtype)
+        values = dequantize(_one(stack, layer), x.dtype)
         product = jnp.matmul(x, values, preferred_element_type=jnp.float32)
     if kernel.scale is not None:
         scale = kernel.scale if kernel.layer is None else _one(kernel.scale, layer)
@@ -137,7 +137,9 @@ def matmul_transposed(
 
     def product(start, count):
         slab = jax.lax.dynamic_slice_in_dim(values, start, count)
-        slab = jax.lax.optimization_barrier(widen(slab, x.dtype))  # as in `_in_slabs`
+        slab = jax.lax.optimization_barrier(
+            dequantize(slab, x.dtype)
+        )  # as in `_in_slabs`
         return jnp.matmul(x, slab.T, preferred_element_type=jnp.float32)
 
     if embedding.in_slabs:
@@ -150,7 +152,7 @@ def matmul_transposed(
             rest = product(whole, len(values) - whole)
             logits = jnp.concatenate([logits, rest], axis=1)
     else:
-        wide = widen(values, x.dtype)
+        wide = dequantize(values, x.dtype)
         logits = jnp.matmul(x, wide.T, preferred_element_type=jnp.float32)
     if embedding.scale is not None:
         logits *= embedding.scale[None]
@@ -163,14 +165,14 @@ def take_rows(
     """Rows of an embedding of any form."""
     if not is_packed(embedding):
         return embedding[tokens]
-    rows = widen(embedding["values"][tokens], dtype)
+    rows = dequantize(embedding["values"][tokens], dtype)
     if "scale" in embedding:
         scale = embedding["scale"][tokens][..., None]
         rows = (rows.astype(jnp.float32) * scale).astype(dtype)
     return rows
 
 
-def widen(values: jax.Array, dtype: Any) -> jax.Array:
+def dequantize(values: jax.Array, dtype: Any) -> jax.Array:
     """Stored values as `dtype`, without their scale."""
     if values.dtype != jnp.uint16:
         return values.astype(dtype)
@@ -178,7 +180,7 @@ def widen(values: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
 
 
-def narrow(
+def quantize_kv(
     x: Float[Array, "... C"], dtype: Any
 ) -> tuple[Array, Float[Array, "..."] | None]:
     """Keys or values as they are stored in a cache of `dtype`: the vectors, and of each
@@ -234,7 +236,7 @@ def _in_slabs(x, stack, layer):
         part = jax.lax.dynamic_slice(x, (0, start), (len(x), rows))
         # Kept apart: fused into the product, the widening would be done element by
         # element, and for each row of x.
-        slab = jax.lax.optimization_barrier(widen(slab, x.dtype))
+        slab = jax.lax.optimization_barrier(dequantize(slab, x.dtype))
         return jnp.matmul(part, slab, preferred_element_type=jnp.float32)
 
     total = jax.lax.fori_loop(

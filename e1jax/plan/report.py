@@ -206,7 +206,7 @@ def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
         update = report.settings["update_seconds"]
         note = f"{100 * share:.0f} % of the peak in useful products (6ND)"
         yield "time of an update", f"{update:.2f} s", note
-        yield "all but rollouts", f"{seconds:.2f} s", "a step, at best"
+        yield "without rollouts", f"{seconds:.2f} s", "a step, at best"
         ratio = report.flops["matrix_to_useful"]
         yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
     yield "", "", left_out

@@ -2,7 +2,7 @@
 
 from e1jax.sampling.budget import Budget, TokenIds, advance, resolve_budget, start_state
 from e1jax.sampling.decode import Rows, admit, empty_rows, prefill_len
-from e1jax.sampling.draw import Sampling, kept, token_logprobs
+from e1jax.sampling.draw import Sampling, token_logprobs, top_k_top_p_mask
 from e1jax.sampling.engine import SHORTEST_FORCED, Completion, Engine, Prompt
 
 __all__ = [
@@ -17,9 +17,9 @@ __all__ = [
     "admit",
     "advance",
     "empty_rows",
-    "kept",
     "prefill_len",
     "resolve_budget",
     "start_state",
     "token_logprobs",
+    "top_k_top_p_mask",
 ]

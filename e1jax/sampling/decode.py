@@ -35,7 +35,13 @@ from e1jax.sampling.budget import (
     advance,
     start_state,
 )
-from e1jax.sampling.draw import Sampling, draw, row_keys, token_keys, token_logprobs
+from e1jax.sampling.draw import (
+    Sampling,
+    row_keys,
+    sample_token,
+    token_keys,
+    token_logprobs,
+)
 from e1jax.sharding.mesh import on_cpu, replicated, sharding
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 
@@ -197,7 +203,7 @@ def decode(
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
         i = chunk.num_steps
-        sampled = everywhere(draw(logits, keys[i], rows.sampling, mesh))
+        sampled = everywhere(sample_token(logits, keys[i], rows.sampling, mesh))
         token, forced, state = everywhere(
             advance(rows.state, sampled, rows.budget, ids)
         )

@@ -42,7 +42,7 @@ def token_keys(rows: Key[Array, " B"], index: Int[Array, " B"]) -> Key[Array, " 
     return jax.vmap(jax.random.fold_in)(rows, index)
 
 
-def draw(
+def sample_token(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
     sampling: Sampling,
@@ -52,17 +52,17 @@ def draw(
     top-p, renormalised.
 
     The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
-    `mesh` is where the arrays lie; see `kept`.
+    `mesh` is where the arrays lie; see `top_k_top_p_mask`.
     """
     gaps = _gaps(logits, sampling.temperature)
-    keep = kept(gaps, sampling.top_k, sampling.top_p, mesh)
+    keep = top_k_top_p_mask(gaps, sampling.top_k, sampling.top_p, mesh)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     noisy = jnp.where(keep, noise - gaps, -jnp.inf)
     chosen = jnp.where((sampling.temperature == 0)[:, None], logits, noisy)
     return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
 
 
-def kept(
+def top_k_top_p_mask(
     gaps: Float[Array, "B V"],
     top_k: Int[Array, " B"],
     top_p: Float[Array, " B"],

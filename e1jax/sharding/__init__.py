@@ -1,15 +1,20 @@
 """Where arrays are: meshes, shards of parameters (FSDP), hosts, and what XLA is told."""
 
-from e1jax.sharding.fsdp import make_whole, map_over_data, over_data, sum_over_data
+from e1jax.sharding.fsdp import (
+    data_specs,
+    make_gather_params,
+    map_over_data,
+    sum_over_data,
+)
 from e1jax.sharding.hosts import (
-    any_of,
+    allgather_rows,
+    any_process,
     is_first,
     joined,
     local_mesh,
     make_copy_to_all,
     make_local_copy,
-    of_all,
-    rows_of_all,
+    process_allgather,
 )
 from e1jax.sharding.mesh import (
     make_mesh,
@@ -29,24 +34,24 @@ from e1jax.sharding.runtime import (
 
 __all__ = [
     "COMPILER_OPTIONS",
-    "any_of",
+    "allgather_rows",
+    "any_process",
     "backward_options",
+    "data_specs",
     "enough_memory",
     "is_first",
     "joined",
     "local_mesh",
     "make_copy_to_all",
+    "make_gather_params",
     "make_local_copy",
     "make_mesh",
-    "make_whole",
     "map_over_data",
     "note_undivided",
-    "of_all",
     "on_cpu",
     "on_tpu",
-    "over_data",
+    "process_allgather",
     "replicated",
-    "rows_of_all",
     "sharding",
     "sum_over_data",
     "undivided",

@@ -30,8 +30,8 @@ def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any)
     )
 
 
-def over_data(shardings: Any) -> Any:
-    """What of them lies over `data`, as specs for `map_over_data`."""
+def data_specs(shardings: Any) -> Any:
+    """Specs for `map_over_data` that name the mesh axis `data` alone."""
 
     def spec(sharding: NamedSharding) -> PartitionSpec:
         return PartitionSpec(*["data" if _on_data(p) else None for p in sharding.spec])
@@ -39,7 +39,9 @@ def over_data(shardings: Any) -> Any:
     return jax.tree.map(spec, shardings)
 
 
-def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], Any]:
+def make_gather_params(
+    shardings: dict[str, Any], dtype: Any
+) -> Callable[[Any, str], Any]:
     """(part, name) -> part with whole arrays of `dtype`, for use in `map_over_data`.
 
     `part` are the shards of the parameters under `name`, stacked layers or one of them.
@@ -55,13 +57,13 @@ def make_whole(shardings: dict[str, Any], dtype: Any) -> Callable[[Any, str], An
     dims = jax.tree.map(from_end, shardings)
     columns = grid_columns(jax.tree.leaves(shardings)[0].mesh)
 
-    def whole(part: Any, name: str) -> Any:
+    def gather_params(part: Any, name: str) -> Any:
         def gather(x: jax.Array, dim: int) -> jax.Array:
             return _gather(x, dim, dtype, columns)
 
         return jax.tree.map(gather, part, dims[name])
 
-    return whole
+    return gather_params
 
 
 def sum_over_data(tree: Any) -> Any:

@@ -159,7 +159,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def of_all(numbers: Any) -> np.ndarray:
+def process_allgather(numbers: Any) -> np.ndarray:
     """The numbers [...] of every process, [P, ...] float64. Waits for all of them."""
     array = np.array(numbers, np.float64)
     bits = array.reshape(-1).view(np.uint32)  # JAX would make them float32
@@ -167,12 +167,12 @@ def of_all(numbers: Any) -> np.ndarray:
     return every.view(np.float64).reshape(jax.process_count(), *array.shape)
 
 
-def any_of(flag: Any) -> bool:
+def any_process(flag: Any) -> bool:
     """Whether it is true in any process. Waits for all of them."""
-    return bool(of_all(bool(flag)).any())
+    return bool(process_allgather(bool(flag)).any())
 
 
-def rows_of_all(rows: Any, group: int) -> Any:
+def allgather_rows(rows: Any, group: int) -> Any:
     """Arrays with the rows of every process, in the order of the stream of prompts.
 
     Each process has as many, `group` of them a prompt, and of the prompts in turn: the

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from e1jax.nn.cache import merge_shards
-from e1jax.nn.quantize import LANES, widen
+from e1jax.nn.quantize import LANES, dequantize
 from e1jax.nn.scores import MASKED, fold, scaled, wide_einsum
 from e1jax.sharding.mesh import sharding
 
@@ -155,7 +155,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
         index = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
         return block * block_len + index <= position
 
-    k, v = (widen(ref[...], q_ref.dtype) for ref in (k_ref, v_ref))
+    k, v = (dequantize(ref[...], q_ref.dtype) for ref in (k_ref, v_ref))
     scores = wide_einsum("kgc,ksc->kgs", scaled(q_ref[...]), k)
     if scales:
         scores *= _scale_row(scales[0], block_len)

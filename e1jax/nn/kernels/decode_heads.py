@@ -49,19 +49,19 @@ def decode_heads(
     products: list[Float[Array, "B _N"]],
     caches: tuple[Float[Array, "L R K S C"], Float[Array, "L R K S C"]],
     layer: Int[Array, ""],
-    places: Int[Array, "R 1"],
+    write_positions: Int[Array, "R 1"],
     heads: Heads,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, "B H 1 C"], tuple[Array, Array]]:
     """Queries of one token a row, and the caches with its keys and values written in
-    place at `places`, as a kernel for TPUs (Pallas): XLA takes some twenty operations for
-    that, and each costs its launch.
+    place at `write_positions`, as a kernel for TPUs (Pallas): XLA takes some twenty
+    operations for that, and each costs its launch.
 
     `products` are those of the weights of q, k and v, before the biases. On a mesh, each
     device has them of all rows, and takes those of its own part of the cache: XLA would
     cut these out in four more operations.
     """
-    args = (products, caches, layer[None], places[:, 0], *heads)
+    args = (products, caches, layer[None], write_positions[:, 0], *heads)
     if mesh is None:
         return _heads_local(*args)
 
@@ -84,9 +84,9 @@ def decode_heads(
     return local(*args)
 
 
-def _heads_local(products, caches, layer, places, turns, numbers, biases):
-    """`decode_heads` of one device; `layer` [1], `places` and `numbers` [R]. `products`
-    are those of all rows."""
+def _heads_local(products, caches, layer, write_positions, turns, numbers, biases):
+    """`decode_heads` of one device; `layer` is [1], `write_positions` and `numbers` are
+    [R], and `products` has all rows."""
     _, rows, kv_heads, _, size = caches[0].shape
     group = products[0].shape[1] // (kv_heads * size)
 
@@ -118,22 +118,23 @@ def _heads_local(products, caches, layer, places, turns, numbers, biases):
         input_output_aliases={3: 0, 4: 1},  # the caches, after three scalars
         name="decode_heads",
     )
-    scalars = layer, places, numbers
+    scalars = layer, write_positions, numbers
     *caches, q = kernel(*scalars, *caches, turns, *products, *biases)
     return q.reshape(rows, -1, 1, size), tuple(caches)
 
 
-def _make_heads(layer, places, numbers, _, __, turns, *refs):
-    """Gives q [R, K, G, C] and writes k and v. HBM takes whole tiles: those of `places`,
-    [2, R, K, SUBLANES, C], are fetched, changed and sent back. For a place beyond the
-    cache, its last tile is, and stays as it was."""
+def _make_heads(layer, write_positions, numbers, _, __, turns, *refs):
+    """Gives q [R, K, G, C] and writes k and v. HBM is written in whole tiles, so the tiles
+    that hold `write_positions`, [2, R, K, SUBLANES, C], are fetched, changed and sent
+    back. For a position beyond the cache, the last tile is fetched and stays as it was.
+    """
     *products, q_bias, k_bias, v_bias, k_cache, v_cache, q_out, tiles, new, done = refs
     rows, _, group, size = q_out.shape
     cos, sin = turns[:, :size], turns[:, size:]
 
     def start_of(row):
         last = k_cache.shape[3] - SUBLANES
-        return jnp.minimum(places[row] // SUBLANES * SUBLANES, last)
+        return jnp.minimum(write_positions[row] // SUBLANES * SUBLANES, last)
 
     def copies(row, back=False):
         start = pl.multiple_of(start_of(row), SUBLANES)
@@ -174,7 +175,7 @@ def _make_heads(layer, places, numbers, _, __, turns, *refs):
     @pl.loop(0, rows)
     def change(row):
         index = jax.lax.broadcasted_iota(jnp.int32, tiles.shape[2:], 1)
-        is_new = index == places[row] - start_of(row)
+        is_new = index == write_positions[row] - start_of(row)
         for i in range(2):
             tiles[i, row] = jnp.where(is_new, new[i, row], tiles[i, row])
         for copy in copies(row, back=True):
