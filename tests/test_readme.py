@@ -72,3 +72,14 @@ def test_no_text_has_other_figures_of_the_models():
 )
 def test_which_lines_are_wrong(line, wrong):
     assert bool(wrong_figures(line)) == wrong
+
+
+def test_links_between_documents_lead_somewhere():
+    links = [
+        (path, link)
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) > 10
+    assert not [(p, link) for p, link in links if not (p.parent / link).exists()]
