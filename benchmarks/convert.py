@@ -45,7 +45,7 @@ import sys
 import jax
 from e1jax.convert import load_model
 jax.config.update("jax_platforms", "cpu")
-jax.block_until_ready(load_model(sys.argv[1], dtype=sys.argv[2]).params)
+jax.block_until_ready(load_model(sys.argv[1], dtype=sys.argv[2]).read_params())
 """
 
 

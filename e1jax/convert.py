@@ -25,23 +25,18 @@ from e1jax.checkpoint.huggingface import (
     StoredTensor,
     hf_shapes,
     lazy_arrays,
-    open_hf,
-    read_config,
     write_hf_weights,
     write_json,
 )
 from e1jax.checkpoint.int8 import as_int8
-from e1jax.checkpoint.load import FORMAT_VERSION, read_manifest, read_tokenizer, resolve
+from e1jax.checkpoint.load import FORMAT_VERSION, HUGGING_FACE, find_model
 from e1jax.checkpoint.params import (
     PARAMS,
     as_tree,
-    check_saved,
     named_shapes,
-    open_params,
     quantized,
     save_params,
 )
-from e1jax.checkpoint.runs import find_params
 from e1jax.cli.command import Parser, run_command, stop_signals
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError, check_choice
@@ -61,13 +56,14 @@ def from_hf(
     if quantize is not None:
         check_choice("quantize", quantize, QUANTIZED)
     with _new_directory(dst) as new:
-        path = resolve(source)
-        if find_params(path):
+        files = find_model(source)
+        path = files.path
+        if files.kind != HUGGING_FACE:
             raise UserError(
                 f"{path} is an e1jax checkpoint already; nothing to convert"
             )
-        read_tokenizer(path)
-        config, tensors = open_hf(path)
+        _ = files.tokenizer  # which is checked
+        config, tensors = files.config, files.tensors
         stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
         if dtype is None and len(stored) > 1:
             raise UserError(
@@ -112,23 +108,21 @@ def to_hf(source: str, dst: Path) -> None:
     Raises UserError if a tensor is not the one of the manifest, bit for bit.
     """
     with _new_directory(dst) as new:
-        path = resolve(source)
-        saved = find_params(path)
-        if not saved:
+        files = find_model(source)
+        if files.kind == HUGGING_FACE:
             raise UserError(
-                f"{path} is not an e1jax checkpoint or a run directory; "
+                f"{files.path} is not an e1jax checkpoint or a run directory; "
                 "a Hugging Face directory needs no conversion"
             )
-        params_dir, files_dir = saved
-        config, tokenizer = read_config(files_dir), read_tokenizer(files_dir)
-        arrays = open_params(params_dir, config)
+        config, tokenizer = files.config, files.tokenizer
+        arrays = files.lazy_arrays()
         if quantized(arrays):
             raise UserError(
-                f"{path} has its weights as int8, which a Hugging Face directory cannot "
-                "hold; convert the model that it was made from"
+                f"{files.path} has its weights as int8, which a Hugging Face directory "
+                "cannot hold; convert the model that it was made from"
             )
         dtype = jnp.dtype(arrays["embedding"].dtype)
-        tensors = read_manifest(files_dir).get("tensors", {})
+        tensors = files.manifest.get("tensors", {})
         # Of a tensor that was cast, the manifest knows what it was cast from.
         kept = {name: t for name, t in tensors.items() if t["dtype"] == str(dtype)}
 
@@ -141,13 +135,13 @@ def to_hf(source: str, dst: Path) -> None:
             def written(name: str, sha256: str) -> None:
                 if name in kept and kept[name]["sha256"] != sha256:
                     raise UserError(
-                        f"{params_dir} is damaged: {name} is not what its manifest.json "
-                        "says, by the sha256; convert the model again"
+                        f"{files.weights} is damaged: {name} is not what its "
+                        "manifest.json says, by the sha256; convert the model again"
                     )
                 note(sizes[name])
 
             write_hf_weights(new, config, dtype, arrays, written)
-        _copy_files(files_dir, new, str(dtype), config)
+        _copy_files(files.directory, new, str(dtype), config)
         _name_eos_ids(new / GENERATION, tokenizer)
 
 
@@ -227,26 +221,17 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 def inspect(model: str) -> str:
     """What a model directory of any kind holds, as text."""
-    path = resolve(model)
-    saved = find_params(path)
-    files = saved[1] if saved else path
-    if saved:
-        config, origin = read_config(files), read_manifest(files)
-        tensors = check_saved(saved[0], config)
-    else:
-        origin, (config, tensors) = {}, open_hf(path)
+    files = find_model(model)
+    config, origin, tensors = files.config, files.manifest, files.tensors
     rows: dict[str, tuple[int, Any]] = {}  # one per kind of tensor: count, any of them
     for name, tensor in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", name)
         rows[name] = (rows[name][0] + 1 if name in rows else 1, tensor)
     parameters = sum(map(math.prod, named_shapes(config).values()))  # not scales
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    kind = "Hugging Face directory"
-    if saved:
-        kind = "e1jax checkpoint" if saved[0].parent == files else "run directory"
     facts = {
-        "path": saved[0] if saved else path,
-        "kind": kind,
+        "path": files.weights,
+        "kind": files.kind,
         "source": origin.get("source"),
         "revision": origin.get("revision"),
         "parameters": f"{parameters:,}",

@@ -29,7 +29,6 @@ from tqdm import tqdm
 import e1jax
 from e1jax import data, rewards
 from e1jax.checkpoint.load import LoadedModel, load_model
-from e1jax.checkpoint.runs import find_params
 from e1jax.cli.command import Parser, run_command
 from e1jax.cli.flags import parse_budget, quantize_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
@@ -111,7 +110,7 @@ def evaluate(argv: Sequence[str]) -> None:
     )
     if left:
         use_compilation_cache()
-        engine.params = loaded.params
+        engine.params = loaded.read_params()
         answers = [problems[i].answers for i, _ in requests]
         with (
             output or contextlib.nullcontext(),
@@ -220,13 +219,11 @@ def _settings(
 
     Not thinking budgets, n and limit: more may be added later.
     """
-    local = Path(loaded.name).exists()
+    local = Path(loaded.files.name).exists()
     # Of a run directory it is the step that counts: a later one may be the best.
-    saved = find_params(loaded.path)
-    path = saved[0] if saved else loaded.path
     dataset = Path(args.dataset)
     return {
-        "model": str(path.resolve()) if local else loaded.name,
+        "model": str(loaded.files.weights.resolve()) if local else loaded.files.name,
         "dataset": str(dataset.resolve()) if dataset.exists() else args.dataset,
         "dtype": str(loaded.dtype),
         "quantize": loaded.quantize,

@@ -109,7 +109,7 @@ def main() -> None:
             print(f"all {len(keys)} are in {args.output} already", file=sys.stderr)
         return
     use_compilation_cache()
-    engine.params = loaded.params
+    engine.params = loaded.read_params()
     with (
         output or contextlib.nullcontext(),
         progress.shown(),
@@ -289,11 +289,11 @@ def _settings(
     defaults: SamplingParams,
 ) -> dict[str, Any]:
     """What changes the completions, under the names of the flags."""
-    local = Path(loaded.name).is_dir()
+    local = Path(loaded.files.name).is_dir()
     params = dataclasses.asdict(defaults)
     del params["n"]
     return {
-        "model": str(loaded.path.resolve()) if local else loaded.name,
+        "model": str(loaded.files.path.resolve()) if local else loaded.files.name,
         "dtype": str(loaded.dtype),
         "quantize": loaded.quantize,
         "kv_dtype": engine.kv_dtype,

@@ -29,7 +29,7 @@ import numpy as np
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.checkpoint.metrics import MetricsLog, NoLog, check_finite, import_wandb
-from e1jax.checkpoint.runs import RunCheckpoints, find_params
+from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command, stop_signals
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError, writing
@@ -195,7 +195,7 @@ def prepare(
             f"{run_dir} was begun with a model of other sizes than {config.model} has "
             "now; bring that model back, or take another --run-dir"
         )
-    source = (find_params(loaded.path) or (None, loaded.path))[1]
+    source = loaded.files.directory
     ids = ("bos_token_id", "eos_token_id")
     named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
     values = read_json(source / "tokenizer_config.json")

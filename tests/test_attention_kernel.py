@@ -182,7 +182,7 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
 ):
     """Through `forward` on a mesh: layers, writes and lengths of rows that differ."""
     loaded = load_model(str(tiny_hf(head_dim=head_dim)))
-    config, params = loaded.config, loaded.params
+    config, params = loaded.config, loaded.read_params()
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
     cache = init_cache(config, 3, 24, jnp.float32)
     rng = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
 def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     """What TPUs do with a prompt: queries see the new keys, not those of the cache."""
     loaded = load_model(str(tiny_hf()))
-    config, params = loaded.config, loaded.params
+    config, params = loaded.config, loaded.read_params()
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, 1024))
     tokens, length = jnp.asarray(tokens, jnp.int32), jnp.int32(1000)

@@ -474,7 +474,7 @@ def update_of(config: GRPOConfig, model: ModelConfig, mesh: Mesh, dtype: str):
 def gradients(config, loaded, batch, dtype="float32", on_policy=False):
     """Gradients of an update, and its metrics."""
     update = update_of(config, loaded.config, loaded.mesh, dtype)
-    params = jax.tree.map(jnp.copy, loaded.params)
+    params = jax.tree.map(jnp.copy, loaded.read_params())
     _, grads, metrics = update(
         params, KEEP.init(params), batch, on_policy, jnp.float32(TEMPERATURE)
     )
@@ -593,7 +593,7 @@ def test_remat_changes_nothing(loaded, completions):
                 *(jnp.float32(1), False, jnp.float32(TEMPERATURE)),
             )[0]
 
-        _, back = jax.eval_shape(lambda p: jax.vjp(loss, p), loaded.params)
+        _, back = jax.eval_shape(lambda p: jax.vjp(loss, p), loaded.read_params())
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(back))
 
     assert bytes_kept(remat) < 0.7 * bytes_kept(plain)
@@ -609,7 +609,7 @@ def test_prompts_are_gone_through_once_by_whole_groups(
     batch = jax.tree.map(lambda x: x[0], batch_of(config, completions))
     loss = functools.partial(grpo_loss, config, loaded.config)
     scalars = jnp.float32(1), False, jnp.float32(TEMPERATURE)
-    text = str(jax.make_jaxpr(loss)(loaded.params, batch, *scalars))
+    text = str(jax.make_jaxpr(loss)(loaded.read_params(), batch, *scalars))
     rows = {True: 2 * 8 + 6 * 19, False: microbatch * 27}
     width = loaded.config.hidden_size
     assert (f"[1,{rows[True]},{width}]" in text) == shared
@@ -677,7 +677,7 @@ def test_updates_are_those_of_adamw(loaded, completions):
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     update = make_update(config, loaded.config, optimizer, "float32", shardings)
 
-    params = jax.tree.map(jnp.copy, loaded.params)
+    params = jax.tree.map(jnp.copy, loaded.read_params())
     state = optimizer.init(params)
     first = {name: 0.0 for name in named_leaves(params)}
     second = dict(first)
@@ -822,7 +822,7 @@ def test_logprobs_of_a_step_are_those_of_torch(
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     logprobs = make_logprobs(loaded.config, jnp.float32, shardings, samples)
-    logprobs = logprobs(loaded.params, batch, jnp.float32(TEMPERATURE))
+    logprobs = logprobs(loaded.read_params(), batch, jnp.float32(TEMPERATURE))
     shape = (12 // microbatch, microbatch, 20)
     assert logprobs.shape == shape and logprobs.dtype == jnp.float32
     reference = AutoModelForCausalLM.from_pretrained(small)

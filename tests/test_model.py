@@ -75,8 +75,8 @@ def torch_logits(path, tokens, positions, dtype=torch.float32) -> np.ndarray:
 
 
 def our_logits(loaded, tokens, positions) -> np.ndarray:
-    hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
-    return np.asarray(unembed(loaded.config, loaded.params, hidden))
+    hidden, _ = forward(loaded.config, loaded.read_params(), tokens, positions)
+    return np.asarray(unembed(loaded.config, loaded.read_params(), hidden))
 
 
 def difference(ours: np.ndarray, reference: np.ndarray) -> float:
@@ -101,7 +101,10 @@ def test_bfloat16_stays_close(tiny_hf):
     exact = torch_logits(path, *inputs)
     reference = torch_logits(path, *inputs, dtype=torch.bfloat16)
     ours = our_logits(loaded, *inputs)
-    assert loaded.params["embedding"].dtype == jnp.bfloat16 and ours.dtype == np.float32
+    assert (
+        loaded.read_params()["embedding"].dtype == jnp.bfloat16
+        and ours.dtype == np.float32
+    )
     # Roundings fall differently in the two; neither is further off than the other.
     assert difference(ours, exact) <= 1.5 * difference(reference, exact)
     assert difference(ours, reference) <= 0.03
@@ -230,13 +233,13 @@ def test_prefill_and_decode_are_one_forward(tiny_hf, splits, monkeypatch):
     set_everywhere(monkeypatch, "BLOCK_LEN", 4)
     loaded = load_model(str(tiny_hf()))
     tokens, positions = tokens_and_positions(loaded.config)
-    hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
+    hidden, _ = forward(loaded.config, loaded.read_params(), tokens, positions)
     cache = init_cache(loaded.config, 3, 20, jnp.float32)
     pieces, start = [], 0
     for length in splits:
         part = np.s_[:, start : start + length]
         piece, cache = forward(
-            loaded.config, loaded.params, tokens[part], positions[part], cache
+            loaded.config, loaded.read_params(), tokens[part], positions[part], cache
         )
         pieces.append(piece)
         start += length
@@ -253,7 +256,7 @@ def test_rows_of_different_lengths_do_not_see_each_other(tiny_hf, monkeypatch):
     def last(second_row_at: int):
         cache = init_cache(loaded.config, 2, 64, jnp.float32)
         at = positions + jnp.array([[0], [second_row_at]], jnp.int32)
-        hidden, _ = forward(loaded.config, loaded.params, tokens, at, cache)
+        hidden, _ = forward(loaded.config, loaded.read_params(), tokens, at, cache)
         return np.asarray(hidden[0])
 
     np.testing.assert_array_equal(last(0), last(40))
@@ -295,7 +298,7 @@ def test_remat_changes_no_value_and_no_gradient(tiny_hf):
         return jnp.square(unembed(loaded.config, params, hidden)).mean()
 
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    plain, again = grad(loaded.params, False), grad(loaded.params, True)
+    plain, again = grad(loaded.read_params(), False), grad(loaded.read_params(), True)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         assert difference(np.asarray(b), np.asarray(a)) <= TOLERANCE
 

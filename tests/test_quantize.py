@@ -145,7 +145,7 @@ def test_bits_and_layers_are_views(tiny_hf):
     """Of the arrays that the user has: a copy would take their memory once more. Nor may a
     view keep them from being donated later, as training does."""
     loaded = load_model(str(tiny_hf()), CPU, "bfloat16")
-    params = jax.tree.map(jnp.copy, loaded.params)  # which own their memory
+    params = jax.tree.map(jnp.copy, loaded.read_params())  # which own their memory
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     pointer = kernel.unsafe_buffer_pointer()
     bits = as_bits(params)
@@ -240,7 +240,7 @@ def difference(ours, theirs):
 @pytest.mark.parametrize("tied", [False, True])
 def test_int8_weights_are_a_model_with_their_values(tiny_hf, tied):
     path = tiny_hf(tied=tied, num_layers=3)
-    params = load_model(str(path), CPU, quantize="int8").params
+    params = load_model(str(path), CPU, quantize="int8").read_params()
     assert params["layers"]["mlp"]["down"]["kernel"]["values"].dtype == jnp.int8
     assert params["layers"]["attention"]["q"]["bias"].dtype == jnp.float32
     tokens, logprobs, _ = sampled(path, quantize="int8")
@@ -251,7 +251,9 @@ def test_int8_weights_are_a_model_with_their_values(tiny_hf, tied):
 
 def test_int8_weights_are_as_near_as_they_can_be(tiny_hf):
     path = str(tiny_hf(num_layers=3))
-    wide, packed = (load_model(path, CPU, quantize=q).params for q in (None, "int8"))
+    wide, packed = (
+        load_model(path, CPU, quantize=q).read_params() for q in (None, "int8")
+    )
     for part, axis in (("o", -2), ("q", -2), (None, -1)):
         a, b = (
             p["layers"]["attention"][part]["kernel"] if part else p["embedding"]
@@ -267,24 +269,26 @@ def test_int8_is_the_same_from_wherever_it_is_loaded(tiny_hf, tmp_path, stored):
     path = tiny_hf(num_layers=3, dtype=stored)
     from_hf(str(path), tmp_path / "wide")
     from_hf(str(path), tmp_path / "int8", dtype="bfloat16", quantize="int8")
-    plain = load_model(str(path), CPU, stored).params
+    plain = load_model(str(path), CPU, stored).read_params()
     made = to_int8(plain)
     made = jax.tree.map(
         lambda ours, bits: ours if ours.dtype == jnp.int8 else ours.astype(bits.dtype),
-        *(made, load_model(str(tmp_path / "int8"), CPU, "bfloat16").params),
+        *(made, load_model(str(tmp_path / "int8"), CPU, "bfloat16").read_params()),
     )
     sources = (path, "int8"), (tmp_path / "wide", "int8"), (tmp_path / "int8", None)
     first = None
     for name, form in sources:
         loaded = load_model(str(name), CPU, "bfloat16", form)
         assert loaded.quantize == "int8"
-        first = first or loaded.params
-        assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, first)), name
+        first = first or loaded.read_params()
+        assert jax.tree.all(
+            jax.tree.map(np.array_equal, loaded.read_params(), first)
+        ), name
         for ours, theirs in zip(*map(jax.tree.leaves, (first, made)), strict=True):
             atol = 1 if ours.dtype == jnp.int8 else 0  # where a tie goes the other way
             ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=atol)
-        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.params)}
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(loaded.read_params())}
         assert dtypes == {"int8", "float32", "bfloat16"}
 
 
@@ -304,7 +308,7 @@ def test_what_int8_cannot_be_used_for(tiny_hf, tmp_path):
 
 def test_bfloat16_on_a_cpu_is_the_float32_model_of_its_values(tiny_hf):
     path = tiny_hf(num_layers=3)
-    params = load_model(str(path), CPU, "bfloat16").params
+    params = load_model(str(path), CPU, "bfloat16").read_params()
     tokens, logprobs, made = sampled(path, dtype="bfloat16")
     assert made._cache.k.dtype == jnp.uint16
     expected = sampled(path, params=dequantized(params), kv_dtype="bfloat16")

@@ -203,11 +203,11 @@ results = {}
 for mesh in ["data=8,tensor=1", "data=2,tensor=4", "data=4,tensor=2", None]:
     for kind, path in [("hf", hf), ("e1", e1)]:
         loaded = load_model(path, mesh)
-        kernel = loaded.params["layers"]["mlp"]["up"]["kernel"]
+        kernel = loaded.read_params()["layers"]["mlp"]["up"]["kernel"]
         shards = {str(shard.index) for shard in kernel.addressable_shards}
         assert len(shards) == 8, shards  # nothing is whole on one device
-        hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
-        logits = model.unembed(loaded.config, loaded.params, hidden)
+        hidden, _ = forward(loaded.config, loaded.read_params(), tokens, positions)
+        logits = model.unembed(loaded.config, loaded.read_params(), hidden)
         results[f"{kind} {mesh}"] = np.asarray(logits)
 np.savez(out, tokens=tokens, positions=positions, **results)
 """
@@ -229,8 +229,8 @@ def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
     tokens = jnp.asarray(results.pop("tokens"))
     positions = jnp.asarray(results.pop("positions"))
     loaded = load_model(str(source))
-    hidden, _ = forward(loaded.config, loaded.params, tokens, positions)
-    one = np.asarray(unembed(loaded.config, loaded.params, hidden))
+    hidden, _ = forward(loaded.config, loaded.read_params(), tokens, positions)
+    one = np.asarray(unembed(loaded.config, loaded.read_params(), hidden))
     assert len(results) == 8
     for name, logits in results.items():
         # Sums in another order; the same tolerance as against Hugging Face.

@@ -504,13 +504,13 @@ def test_a_run_is_a_model(workplace, unbroken, tmp_path):
         (unbroken / "checkpoints" / "6", params),
     ):
         loaded = load_model(str(name))
-        jax.tree.map(np.testing.assert_array_equal, loaded.params, expected)
+        jax.tree.map(np.testing.assert_array_equal, loaded.read_params(), expected)
 
     convert.to_hf(str(unbroken / "6"), tmp_path / "hf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokens = np.random.default_rng(0).integers(0, 264, (3, 17)).astype(np.int32)
     positions = jnp.tile(jnp.arange(17), (3, 1))
-    config, weights = loaded.config, loaded.params
+    config, weights = loaded.config, loaded.read_params()
     logits = unembed(
         config, weights, forward(config, weights, jnp.asarray(tokens), positions)[0]
     )
@@ -594,7 +594,11 @@ def test_the_best_validated_step_is_kept_and_is_the_model(
     assert find_params(tmp_path / "run")[0].parent.name == "3"
     loaded = load_model(str(tmp_path / "run"))
     best = saved(tmp_path / "run")["3"]["params"]
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, best)
+    jax.tree.map(np.testing.assert_array_equal, loaded.read_params(), best)
+    # The model stays the one that was loaded, though the run finds a better step.
+    edit_json(tmp_path / "run" / "checkpoints" / "best.json", step=5)
+    assert best_step(tmp_path / "run") == 5
+    jax.tree.map(np.testing.assert_array_equal, loaded.read_params(), best)
 
 
 def test_without_validation_the_latest_step_is_the_model(workplace, tmp_path):
@@ -765,7 +769,7 @@ def rollouts(workplace):
     loaded = load_model("nano")
     examples = read_examples(config, loaded, "")
     sampler = make_engine(config, loaded, examples)
-    sampler.params = loaded.params
+    sampler.params = loaded.read_params()
     with Grader() as grader:
 
         def sample(positions, seed=0, temperature=0.9):

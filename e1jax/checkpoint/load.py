@@ -1,6 +1,7 @@
 """Models of any kind, by name or directory: files found, checked and read onto a mesh."""
 
 import dataclasses
+import functools
 import re
 import reprlib
 from collections.abc import Mapping
@@ -35,29 +36,71 @@ _BUNDLED = Path(__file__).parent.parent / "models"
 
 FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
 
+HUGGING_FACE, CHECKPOINT = "Hugging Face directory", "e1jax checkpoint"
+RUN = "run directory"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk. Its directories are resolved once, so that everything read here
+    is of one step, also where a run goes on meanwhile and finds a better one.
+
+    Sizes, tokenizer and the list of tensors are read when first asked for. Raises UserError for whatever is
+    missing, broken, or of another model.
+    """
+
+    name: str  # as the user gave it
+    path: Path  # the directory of that name, downloaded if need be
+    kind: str  # HUGGING_FACE, CHECKPOINT or RUN
+    weights: Path  # directory of safetensors, or of parameters written by Orbax
+    directory: Path  # of config.json, the tokenizer and the manifest
+    manifest: Mapping[str, Any]  # see `read_manifest`
+
+    @functools.cached_property
+    def config(self) -> ModelConfig:
+        if self.kind == HUGGING_FACE:
+            return self._hugging_face[0]
+        return read_config(self.directory)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return read_tokenizer(self.directory)
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, Any]:
+        """Each stored tensor's shape and dtype, checked against the config: StoredTensor
+        by its Hugging Face name, or the abstract array by its own."""
+        if self.kind == HUGGING_FACE:
+            return self._hugging_face[1]
+        return check_saved(self.weights, self.config)
+
+    @functools.cached_property
+    def _hugging_face(self) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+        return open_hf(self.weights)
+
+    def lazy_arrays(self) -> Mapping[str, Any]:
+        """Arrays by their names in e1jax, which are read when they are sliced."""
+        if self.kind == HUGGING_FACE:
+            return lazy_arrays(self.tensors, self.config)
+        return open_params(self.weights, self.config)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model whose weights are read when, and each time, `params` is asked for."""
+    """A model ready to run, but for its weights: `read_params` reads them."""
 
-    name: str  # as the user gave it
-    path: Path
+    files: ModelFiles
     config: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
     quantize: str | None = None  # form of kernels and embedding, see quantize
-    # Of a Hugging Face directory, where each tensor is.
-    tensors: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
 
-    @property
-    def params(self) -> Params:
-        """The parameters on the mesh, each device reading its own part. They are not
-        kept here: whoever trains them would have them in memory twice."""
-        if saved := find_params(self.path):
-            arrays = open_params(saved[0], self.config)
-        else:
-            arrays = lazy_arrays(self.tensors, self.config)
+    def read_params(self) -> Params:
+        """Reads the parameters from disk onto the mesh, each device its own part: 15 GB
+        for 7B in bfloat16, each time. They are not kept here, or a trained model would
+        be in memory twice."""
+        arrays = self.files.lazy_arrays()
         if self.quantize and not quantized(arrays):
             arrays = as_int8(arrays)
         return place(arrays, self.config, self.mesh, self.dtype)
@@ -79,23 +122,31 @@ def load_model(
         check_choice("dtype", dtype, ("float32", "bfloat16"))
     if quantize is not None:
         check_choice("quantize", quantize, QUANTIZED)
-    path = resolve(model)
-    saved = find_params(path)
-    files = saved[1] if saved else path
-    config, tokenizer = read_config(files), read_tokenizer(files)
-    mesh, tensors = make_mesh(mesh_text, config), {}
+    files = find_model(model)
+    tokenizer, config = files.tokenizer, files.config
+    mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    # Names, shapes and sizes are checked now; the weights themselves can wait.
-    if saved:
-        read_manifest(files)
-        quantize = quantized(check_saved(saved[0], config)) or quantize
-    else:
-        config, tensors = open_hf(path)
+    tensors = files.tensors  # checked now; the weights themselves can wait
+    if files.kind != HUGGING_FACE:
+        quantize = quantized(tensors) or quantize
     note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
-    return LoadedModel(
-        *(model, path, config, tokenizer, mesh, jnp.dtype(dtype), quantize, tensors)
-    )
+    return LoadedModel(files, config, tokenizer, mesh, jnp.dtype(dtype), quantize)
+
+
+def find_model(model: str) -> ModelFiles:
+    """The files of a model: bundled, local, or downloaded from the hub.
+
+    Raises UserError if there is no such directory or the hub does not give it.
+    """
+    path = resolve(model)
+    saved = find_params(path)
+    if saved is None:
+        return ModelFiles(model, path, HUGGING_FACE, path, path, {})
+    weights, directory = saved
+    kind = CHECKPOINT if weights.parent == directory else RUN
+    manifest = read_manifest(directory)
+    return ModelFiles(model, path, kind, weights, directory, manifest)
 
 
 def resolve(model: str) -> Path:
@@ -143,9 +194,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
     A response ends at its own EOS and at each that `generation_config.json` or
     `config.json` names. Raises UserError for one that is not an id of the model.
     """
+    vocab_size = read_config(path).vocab_size
     tokenizer = Tokenizer.from_dir(path)
     largest = max(tokenizer.backend.get_vocab().values())
-    vocab_size = read_config(path).vocab_size
     if largest >= vocab_size:
         raise UserError(
             f"{path / 'tokenizer.json'} has the id {largest}, but vocab_size in "

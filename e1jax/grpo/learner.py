@@ -16,7 +16,7 @@ from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import AdamWConfig, GRPOConfig
 from e1jax.grpo.logprobs import response_logprobs
-from e1jax.grpo.loss import policy_loss, token_weights
+from e1jax.grpo.loss import configured_loss, token_weights
 from e1jax.grpo.rollouts import (
     Batch,
     Rollouts,
@@ -83,9 +83,9 @@ class Learner:
             step, self.params, self.state, record = restored
             batches.set_state(record["data"])
             if self.config.loss.kl_coef:
-                self.reference = _cast(self.loaded.params, self.dtype)
+                self.reference = _cast(self.loaded.read_params(), self.dtype)
             return step
-        self.params = self.loaded.params
+        self.params = self.loaded.read_params()
         if self.config.loss.kl_coef:  # copied, because the update donates its input
             self.reference = _cast(self.params, self.dtype, copy=True)
         shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
@@ -237,8 +237,13 @@ def make_update(
         def add(grads, inputs):
             microbatch, weight = inputs
             new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
-                *(config, model, params, microbatch, weight[0]),
-                *(on_policy, temperature),
+                config,
+                model,
+                params,
+                microbatch,
+                weight[0],
+                on_policy,
+                temperature,
                 mesh=mesh,
                 gather_params=gather_params,
             )
@@ -252,7 +257,8 @@ def make_update(
 
     specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
     of_shards = map_over_data(
-        *(of_shard, mesh),
+        of_shard,
+        mesh,
         in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
         out_specs=(specs, PartitionSpec()),
     )
@@ -301,8 +307,12 @@ def grpo_loss(
     """Loss of a micro-batch and its metrics, both times `weight`; see make_update."""
     loss = config.loss
     logprobs, entropy = response_logprobs(
-        *(model, params, batch.tokens, batch.prompt_len, batch.loss_mask.shape[-1]),
-        temperature,
+        model,
+        params,
+        batch.tokens,
+        batch.prompt_len,
+        response_len=batch.loss_mask.shape[-1],
+        temperature=temperature,
         mesh=mesh,
         remat=config.update.remat,
         gather_params=gather_params,
@@ -310,15 +320,13 @@ def grpo_loss(
         samples=config.rollout.samples,
     )
     own = jax.lax.stop_gradient(logprobs)
-    value, metrics = policy_loss(
-        *(logprobs, jnp.where(on_policy, own, batch.old_logprobs), batch.ref_logprobs),
-        *(batch.advantages, batch.loss_mask),
-        clip=loss.clip,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        max_ratio=loss.max_ratio if loss.old_logprobs == "sampler" else None,
-        kl_coef=loss.kl_coef,
-        aggregate=loss.aggregate,
+    value, metrics = configured_loss(
+        loss,
+        logprobs,
+        jnp.where(on_policy, own, batch.old_logprobs),
+        batch.ref_logprobs,
+        batch.advantages,
+        batch.loss_mask,
     )
     weights = token_weights(batch.loss_mask, loss.aggregate)
 
@@ -344,8 +352,12 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
     def of_shard(params, batch, temperature):
         def of_one(microbatch):
             logprobs, _ = response_logprobs(
-                *(model, params, microbatch.tokens, microbatch.prompt_len),
-                *(batch.loss_mask.shape[-1], temperature),
+                model,
+                params,
+                microbatch.tokens,
+                microbatch.prompt_len,
+                response_len=batch.loss_mask.shape[-1],
+                temperature=temperature,
                 mesh=mesh,
                 gather_params=gather_params,
                 samples=samples,

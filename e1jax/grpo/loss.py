@@ -6,13 +6,15 @@ Masks made from lengths say which tokens of a response count, never a comparison
 ids: end-of-sequence and padding may be the same id.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, check_choice
+from e1jax.config.training import LossConfig
 
 Metrics = dict[str, Array]
 
@@ -69,17 +71,33 @@ def policy_loss(
 
     Metrics, means of the same kind: kl (0 without reference), clip_fraction (share of
     tokens whose clipped term is the one that counts), ratio. Raises UserError if
-    `ref_logprobs` is None though kl_coef is not 0, or for an unknown `clip` or
-    `aggregate`.
+    `ref_logprobs` is None though kl_coef is not 0, or for a setting that LossConfig
+    refuses.
     """
-    if ref_logprobs is None and kl_coef:
+    options: dict[str, Any] = {"clip": clip, "aggregate": aggregate, "kl_coef": kl_coef}
+    if max_ratio is not None:
+        options |= {"old_logprobs": "sampler", "max_ratio": max_ratio}
+    config = LossConfig(clip_low=clip_low, clip_high=clip_high, **options)
+    return configured_loss(
+        config, logprobs, old_logprobs, ref_logprobs, advantages, loss_mask
+    )
+
+
+def configured_loss(
+    config: LossConfig,
+    logprobs: Float[Array, "B R"],
+    old_logprobs: Float[Array, "B R"],
+    ref_logprobs: Float[Array, "B R"] | None,
+    advantages: Float[Array, " B"],
+    loss_mask: Shaped[Array, "B R"],
+) -> tuple[Float[Array, ""], Metrics]:
+    """`policy_loss` with its settings in one value; entropy is not part of it."""
+    if ref_logprobs is None and config.kl_coef:
         raise UserError(
-            f"kl_coef={kl_coef} needs ref_logprobs; give them, or kl_coef=0"
+            f"kl_coef={config.kl_coef} needs ref_logprobs; give them, or kl_coef=0"
         )
-    if clip not in ("ppo", "none"):
-        raise UserError(f"clip must be ppo or none, not {clip!r}")
     mask = loss_mask > 0
-    weights = token_weights(mask, aggregate)
+    weights = token_weights(mask, config.aggregate)
 
     def mean(values):
         return (values * weights).sum()
@@ -88,29 +106,70 @@ def policy_loss(
         return jnp.where(mask, a - b, 0.0)
 
     gap = difference(logprobs, old_logprobs)
-    if max_ratio is not None:  # the value is cut off, the gradient is not
-        gap += jax.lax.stop_gradient(jnp.minimum(gap, jnp.log(max_ratio)) - gap)
+    if config.old_logprobs == "sampler":  # the value is cut off, the gradient is not
+        largest = jnp.log(config.max_ratio)
+        gap += jax.lax.stop_gradient(jnp.minimum(gap, largest) - gap)
     ratio = jnp.exp(gap)
-    plain = -advantages[:, None] * ratio
-    clipped = -advantages[:, None] * jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    if clip == "none":
-        clipped = plain
-    cut = clipped > plain  # no maximum, which where they are equal halves the gradient
-    loss = mean(jnp.where(cut, clipped, plain))
+    losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None])
+    loss = mean(losses)
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
-        loss += kl_coef * kl
+        loss += config.kl_coef * kl
     return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
 
 
+Surrogate = Callable[
+    [LossConfig, Float[Array, "B R"], Float[Array, "B 1"]],
+    tuple[Float[Array, "B R"], Bool[Array, "B R"]],
+]
+
+
+def clipped_surrogate(config, ratio, advantages):
+    """PPO, arXiv 1707.06347, equation 7: no gain beyond the bounds of the ratio."""
+    plain = -advantages * ratio
+    bounded = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    clipped = -advantages * bounded
+    cut = clipped > plain  # no maximum, which where they are equal halves the gradient
+    return jnp.where(cut, clipped, plain), cut
+
+
+def plain_surrogate(config, ratio, advantages):
+    """Without a clip, as the reference code of Elastic Reasoning computes it."""
+    return -advantages * ratio, jnp.zeros_like(ratio, bool)
+
+
+# By `loss.clip`: (config, ratio, advantages) -> each token's loss, and whether it was cut.
+SURROGATES: dict[str, Surrogate] = {
+    "ppo": clipped_surrogate,
+    "none": plain_surrogate,
+}
+
+
 def token_weights(mask: Shaped[Array, "B R"], aggregate: str) -> Float[Array, "B R"]:
-    """How much each token counts in a mean; they sum to 1, or to 0 without any token."""
-    if aggregate not in ("token", "sequence"):
-        raise UserError(f"aggregate must be token or sequence, not {aggregate!r}")
-    weights = (mask > 0).astype(jnp.float32)
-    if aggregate == "sequence":
-        weights /= jnp.maximum(weights.sum(axis=1, keepdims=True), 1)
+    """How much each token counts in a mean; they sum to 1, or to 0 without any token.
+
+    Raises UserError for an unknown `aggregate`.
+    """
+    check_choice("aggregate", aggregate, tuple(AGGREGATES))
+    weights = AGGREGATES[aggregate]((mask > 0).astype(jnp.float32))
     # A sum of whole rows is their number, up to rounding; below 1 there is none.
     return weights / jnp.maximum(weights.sum(), 1)
+
+
+def each_token(mask: Float[Array, "B R"]) -> Float[Array, "B R"]:
+    """Tokens count alike: DAPO, arXiv 2503.14476, equation 8."""
+    return mask
+
+
+def each_response(mask: Float[Array, "B R"]) -> Float[Array, "B R"]:
+    """Responses count alike, long or short: GRPO, arXiv 2402.03300, equation 3."""
+    return mask / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+
+# By `loss.aggregate`: mask of 1 and 0 -> weights of tokens, up to a common factor.
+AGGREGATES: dict[str, Callable[[Float[Array, "B R"]], Float[Array, "B R"]]] = {
+    "token": each_token,
+    "sequence": each_response,
+}

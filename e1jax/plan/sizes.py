@@ -6,8 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from e1jax.checkpoint.huggingface import read_config
-from e1jax.checkpoint.load import resolve
-from e1jax.checkpoint.runs import find_params
+from e1jax.checkpoint.load import find_model
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
@@ -62,6 +61,4 @@ def model_sizes(name: str) -> ModelConfig:
                 "directory with its config.json as --model"
             ) from None
         return ModelConfig.from_hf(read_json(Path(file)), name)
-    path = resolve(name)
-    saved = find_params(path)
-    return read_config(saved[1] if saved else path)
+    return read_config(find_model(name).directory)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from e1jax.checkpoint.load import LoadedModel
+from e1jax.checkpoint.load import CHECKPOINT, LoadedModel, ModelFiles
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
@@ -116,7 +116,9 @@ def abstract_learner(
     longest = longest_lengths(config, cache_len, 1, longest_prompt)
     tokenizer: Any = None  # no text is made
     dtype = jnp.dtype(update.param_dtype)
-    loaded = LoadedModel(config.model, Path(), sizes, tokenizer, mesh, dtype)
+    nowhere = Path()  # the weights are never read
+    files = ModelFiles(config.model, nowhere, CHECKPOINT, nowhere, nowhere, {})
+    loaded = LoadedModel(files, sizes, tokenizer, mesh, dtype)
     learner = Learner(config, loaded, longest)
     length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))

@@ -193,7 +193,7 @@ class Engine:
         loaded = load_model(name, mesh, dtype, quantize)
         return cls(
             loaded.config,
-            loaded.params,
+            loaded.read_params(),
             loaded.tokenizer,
             loaded.mesh,
             cache_len=cache_len,
