@@ -248,6 +248,7 @@ def inspect(model: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m e1jax.convert`: from-hf, to-hf, inspect."""
     parser = Parser(
         prog="python -m e1jax.convert",
         description="Convert weights between Hugging Face files and e1jax checkpoints.",

@@ -66,6 +66,7 @@ _LEFT_OUT = ("prompt_ids", "logprobs", "forced", "prompt_index")
 
 
 def main() -> None:
+    """`python -m e1jax.evaluate`: budgets of a model, or its commands grade and plot."""
     argv = sys.argv[1:]
     if argv[:1] == ["grade"]:
         grade(argv[1:])

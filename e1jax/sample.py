@@ -73,6 +73,7 @@ def _is_message(value: Any) -> bool:
 
 
 def main() -> None:
+    """`python -m e1jax.sample`."""
     args = _parser().parse_intermixed_args()
     defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
     items = _items(args, defaults)

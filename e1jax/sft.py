@@ -56,6 +56,7 @@ EVALUATED = 256  # held-out problems on which the styles of thinking are measure
 
 
 def main() -> None:
+    """`python -m e1jax.sft`."""
     train(*load_config(SFTConfig, sys.argv[1:], "python -m e1jax.sft"))
 
 

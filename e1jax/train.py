@@ -64,6 +64,7 @@ class Stopped(Exception):
 
 
 def main() -> None:
+    """`python -m e1jax.train`."""
     config, run_dir, hosts = load_config_and_flags(
         GRPOConfig, HostsConfig, sys.argv[1:], "python -m e1jax.train"
     )

@@ -408,5 +408,6 @@ def _hf_blocks(name: str, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a value as indented JSON in UTF-8; OSError where it cannot."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")

@@ -134,16 +134,19 @@ def parts_of(array: LazyArray, index: Index) -> Iterator[Index]:
 
 
 def registry() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Orbax handlers by which LazyArrays are saved as arrays are."""
     return ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (LazyArray, _LazyHandler())
     )
 
 
 def broken_checkpoint(path: Path | str) -> str:
+    """The sentence for a directory that Orbax cannot read."""
     return f"{path} is not a whole Orbax checkpoint, convert or save it again"
 
 
 def in_short(error: Exception) -> str:
+    """An error's text in one line of at most some 300 characters."""
     reason = " ".join(str(error).split())
     if len(reason) > 300:  # tensorstore ends with the cause
         reason = f"{reason[:150]} ... {reason[-150:]}"

@@ -58,12 +58,14 @@ class ModelFiles:
 
     @functools.cached_property
     def config(self) -> ModelConfig:
+        """Sizes of the model; its output head as the tensors have it, see `open_hf`."""
         if self.kind == HUGGING_FACE:
             return self._hugging_face[0]
         return read_config(self.directory)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer, checked against the sizes; see `read_tokenizer`."""
         return read_tokenizer(self.directory)
 
     @functools.cached_property

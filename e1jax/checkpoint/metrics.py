@@ -97,6 +97,7 @@ class MetricsLog:
             print(f"step {step}/{steps}: {shown}", file=sys.stderr)
 
     def close(self) -> None:
+        """Ends TensorBoard, Weights & Biases and the progress bar."""
         with contextlib.suppress(OSError):  # a full disk, of which `flush` has told
             self.board.close()
         if self.wandb:

@@ -247,6 +247,7 @@ def _listed(names: Sequence[str], limit: int = 5) -> str:
 
 
 def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    """Orbax arguments that restore arrays as `abstract`: shapes, dtypes, shardings."""
     return ocp.args.PyTreeRestore(
         abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
     )

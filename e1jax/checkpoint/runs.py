@@ -146,6 +146,7 @@ class RunCheckpoints:
             self._name_best(self.best)
 
     def close(self) -> None:
+        """Waits for the last step to be written; raises UserError if it was not."""
         self.wait()
         self.manager.close()
 

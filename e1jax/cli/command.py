@@ -38,6 +38,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError, where argparse would print its usage and exit."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 

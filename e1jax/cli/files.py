@@ -17,6 +17,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
+    """Text of a UTF-8 file; raises UserError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")  # with or without a BOM
     except OSError as error:

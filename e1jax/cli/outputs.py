@@ -66,6 +66,7 @@ class Progress:
         self.bar.update()
 
     def summary(self) -> str:
+        """A sentence for the end: completions, tokens, seconds, tokens/s."""
         return f"{self.total} completion{'s' * (self.total > 1)}, {self._speed()}"
 
     def _speed(self) -> str:
@@ -162,6 +163,7 @@ class JsonlOutput:
         self.file.close()
 
     def append(self, record: dict[str, Any]) -> None:
+        """Writes a record as one line, at once; raises UserError if it cannot."""
         assert self.file is not None
         with self._writing():
             self.file.write(json.dumps(record) + "\n")

@@ -29,6 +29,7 @@ def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises UserError unless the value is an integer from `low` to `high`."""
     if (
         isinstance(value, bool)
         or not isinstance(value, numbers.Integral)  # NumPy's too
@@ -42,6 +43,7 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
 
 
 def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) -> None:
+    """Raises UserError unless the value is finite and `ok`, which `rule` says in words."""
     if (
         isinstance(value, bool)
         or not isinstance(value, numbers.Real)
@@ -59,10 +61,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def check_share(name: str, value: Any) -> None:
+    """Raises UserError unless the value is a number from 0 to 1."""
     check_number(name, value, "from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises UserError unless the value is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name} must be {' or '.join(choices)}, not {value!r}")
 

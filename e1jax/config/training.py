@@ -332,6 +332,7 @@ class GRPOConfig:
 
     @property
     def updates_per_step(self) -> int:
+        """Optimizer updates by the responses of a step."""
         minibatches = self.rollout.prompts // self.update.minibatch_prompts
         return minibatches * self.update.epochs
 

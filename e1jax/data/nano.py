@@ -75,6 +75,7 @@ class NanoProblem:
 
     @property
     def text(self) -> str:
+        """The problem as it is written, such as `47a+5b*3?`."""
         steps = "".join(
             f"{a}{step}" for a, step in zip(LABELS, self.steps, strict=False)
         )
@@ -82,10 +83,12 @@ class NanoProblem:
 
     @property
     def answer(self) -> str:
+        """The last result, modulo 100, without a leading zero."""
         return str(self.values[-1])
 
     @property
     def held_out(self) -> bool:
+        """Whether the problem is for evaluation; training never sees it."""
         return zlib.crc32(self.text.encode()) % HELD_OUT_EVERY == 0
 
     def verbose(self) -> str:

@@ -119,6 +119,7 @@ def _checked_record(record: Any, at: str) -> dict[str, Any]:
 
 
 def outcome_of(record: Mapping[str, Any], reward: float) -> Outcome:
+    """The statistics of one completion, from its record and its reward."""
     return Outcome(
         reward=reward,
         tokens=len(record["token_ids"]),

@@ -87,6 +87,7 @@ def comparison(curves: Sequence[tuple[str, Sequence[Row]]]) -> str:
 
 
 def budgets_of(row: Row) -> Budgets:
+    """Thinking and solution budget of a row, in tokens; None is unlimited."""
     return row["thinking_budget"], row["solution_budget"]
 
 
@@ -96,6 +97,7 @@ def _accuracy(row: Row) -> str:
 
 
 def shown_budgets(budgets: Budgets) -> str:
+    """Budgets as text: `1024+none`."""
     return "+".join("none" if budget is None else str(budget) for budget in budgets)
 
 
@@ -128,6 +130,7 @@ def _can_be_drawn(row: Any) -> bool:
 
 
 def make_directory(path: Path | None) -> None:
+    """Makes the directory of --output; raises UserError if that cannot be."""
     if path is not None:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,7 @@ def make_directory(path: Path | None) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names --output."""
     try:
         yield
     except OSError as error:

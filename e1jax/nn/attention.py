@@ -41,6 +41,7 @@ class SharedPrompts(NamedTuple):
         )
 
     def join(self, parts: tuple[jax.Array, jax.Array]) -> Shaped[Array, "1 _S D"]:
+        """Prompts [N, P, D] and responses [B, R, D] as one row; undone by `split`."""
         rows = [part.reshape(1, -1, part.shape[-1]) for part in parts]
         return jnp.concatenate(rows, axis=1)
 
@@ -100,8 +101,8 @@ def causal_attention(
 def _by_parts(
     q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
 ) -> jax.Array:
-    """Causal attention of the last queries over all keys, or those that are `key_mask`,
-    [B, S] bool: not a row's padding between prompt and response.
+    """Causal attention of the last queries over all keys, or over the keys where
+    `key_mask` ([B, S] bool) is true: it leaves out padding between prompt and response.
 
     The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.

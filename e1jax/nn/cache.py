@@ -59,9 +59,10 @@ def prompt_shards(x: jax.Array, shards: int, block: int) -> jax.Array:
 
 
 def cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
+    """The cache with its arrays constrained to where a mesh holds them."""
     assert cache is not None  # forward gives back the cache that it was given
-    write_positions = jax.tree.map(lambda x: sharding(mesh, CACHE_AXES, x.shape), cache)
-    return jax.lax.with_sharding_constraint(cache, write_positions)
+    shardings = jax.tree.map(lambda x: sharding(mesh, CACHE_AXES, x.shape), cache)
+    return jax.lax.with_sharding_constraint(cache, shardings)
 
 
 def capacity(cache_len: int) -> int:

@@ -14,4 +14,5 @@ def rms_normalise(
 
 
 def inverse_norm(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T 1"]:
+    """1 / sqrt(mean(x ** 2) + eps), over the last dim."""
     return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)

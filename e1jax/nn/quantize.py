@@ -62,6 +62,7 @@ class Packed(NamedTuple):
 
 
 def is_packed(leaf: Any) -> bool:
+    """Whether a node of the parameters is an int8 array with its scales."""
     return isinstance(leaf, dict) and "values" in leaf
 
 

@@ -21,6 +21,7 @@ def keep(x: jax.Array) -> jax.Array:
 
 
 def scaled(q: jax.Array) -> jax.Array:
+    """Queries divided by the square root of the head's size."""
     return q * q.shape[-1] ** -0.5
 
 

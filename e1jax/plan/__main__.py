@@ -33,6 +33,7 @@ from e1jax.plan.training import plan_training
 
 
 def main() -> None:
+    """`python -m e1jax.plan`: what fits a TPU slice, without a TPU."""
     if sys.argv[1:2] == ["topologies"]:
         print(topology_table())
         return

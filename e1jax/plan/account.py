@@ -75,22 +75,27 @@ class Account:
 
     @property
     def bytes(self) -> int:
+        """Bytes that all operations read and write in HBM."""
         return sum(op.times * op.bytes for op in self.ops)
 
     @property
     def flops(self) -> int:
+        """Floating-point operations of all matrix products."""
         return sum(op.times * op.flops for op in self.ops)
 
     @property
     def cycles(self) -> int:
+        """Cycles that the compiler estimates, where it does."""
         return sum(op.times * (op.cycles or 0) for op in self.ops)
 
     @property
     def collectives(self) -> list[Op]:
+        """Operations that send data between devices."""
         return [op for op in self.ops if op.opcode in COLLECTIVES]
 
     @property
     def custom_calls(self) -> list[Op]:
+        """Kernels: calls that the compiler does not look into."""
         return [op for op in self.ops if op.opcode == "custom-call"]
 
     def copies(self, at_least: int) -> list[Op]:
@@ -98,6 +103,7 @@ class Account:
         return [op for op in self.ops if op.is_copy and op.bytes >= at_least]
 
     def in_loop(self, count: int) -> "Account":
+        """The same operations in a loop that runs `count` times."""
         ops = [
             dataclasses.replace(op, times=op.times * count, depth=op.depth + 1)
             for op in self.ops

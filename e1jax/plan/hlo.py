@@ -26,15 +26,18 @@ class Shape(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of elements."""
         return math.prod(self.dims)
 
     @property
     def item_bytes(self) -> float:
+        """Bytes of an element; half a byte for int4, 0 for tokens."""
         bits = re.search(r"\d+", self.dtype)
         return int(bits[0]) / 8 if bits else {"pred": 1}.get(self.dtype, 0)
 
     @property
     def bytes(self) -> int:
+        """Bytes of the array, without padding."""
         return math.ceil(self.size * self.item_bytes)
 
 
@@ -54,11 +57,13 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
+        """The path of JAX functions that the instruction comes from, or nothing."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @property
     def is_collective(self) -> bool:
+        """Whether it sends data between devices, or starts to."""
         return self.opcode.removesuffix("-start") in COLLECTIVES
 
 

@@ -112,4 +112,5 @@ def bisect(fits: Callable[[int], bool], guess: int) -> int:
 
 
 def computed_dtype(config: GRPOConfig) -> Any:
+    """The dtype of the computation on a TPU, where the configuration leaves it open."""
     return jnp.dtype(config.dtype or "bfloat16")

@@ -55,6 +55,7 @@ class Report:
 
 
 def new_report(part: str, slice_: Slice, mesh: Mesh) -> Report:
+    """A report of a slice and mesh, with nothing counted yet."""
     text = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     return Report(
         *(part, slice_.topology, text),
@@ -65,6 +66,7 @@ def new_report(part: str, slice_: Slice, mesh: Mesh) -> Report:
 
 
 def note(report: Report, programs: dict[str, Program]) -> None:
+    """Adds the programs to a report: seconds of compiling, texts, warnings."""
     count_seconds(report, programs.values())
     unprinted = [name for name, p in programs.items() if p.fits and not p.text]
     if unprinted:
@@ -83,15 +85,18 @@ def note(report: Report, programs: dict[str, Program]) -> None:
 
 
 def warn_if_undivided(report: Report, sizes: ModelConfig, params: Any) -> None:
+    """Warns of arrays that the mesh does not divide, by name and size."""
     if text := undivided(sizes, params):
         report.warnings.append(text)
 
 
 def count_seconds(report: Report, programs: Iterable[Program]) -> None:
+    """Adds the seconds that the programs took to compile."""
     report.compile_seconds += sum(program.seconds for program in programs)
 
 
 def set_most(report: Report, phases: dict[str, int]) -> None:
+    """Sets HBM use to the fullest phase, in bytes a chip, and whether it fits."""
     report.hbm_bytes_per_chip = max(phases.values())
     report.fits &= report.hbm_bytes_per_chip <= report.hbm_limit_bytes
 
@@ -105,6 +110,7 @@ def all_fit(
 
 
 def collective_bytes(counted: Account) -> dict[str, int]:
+    """Bytes of the arrays that go through each kind of collective."""
     sizes: dict[str, int] = {}
     for op in counted.collectives:
         sizes[op.opcode] = sizes.get(op.opcode, 0) + op.times * op.payload
@@ -123,6 +129,7 @@ def warn_of_copies(
 
 
 def report_json(report: Report) -> str:
+    """The report as one line of JSON, without the texts of the programs."""
     values = dataclasses.asdict(report)
     del values["programs"]
     return json.dumps(values)
@@ -213,6 +220,7 @@ def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
 
 
 def dump(report: Report, directory: Path) -> None:
+    """Writes the programs' texts (HLO) to files; raises UserError if it cannot."""
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in report.programs.items():
@@ -220,6 +228,7 @@ def dump(report: Report, directory: Path) -> None:
 
 
 def parse_size(text: str) -> int:
+    """A positive integer of a flag, for argparse."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
     return int(text)

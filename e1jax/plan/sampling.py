@@ -61,6 +61,7 @@ class Sampler(NamedTuple):
 
     @property
     def params(self) -> Any:
+        """Abstract parameters, laid out as sampling has them."""
         sizes, mesh = self.sizes, self.mesh
         return abstract_params(sizes, mesh, self.dtype, self.quantize)
 
@@ -75,6 +76,7 @@ class Sampler(NamedTuple):
 
     @property
     def cache(self) -> KVCache:
+        """The abstract cache of all slots."""
         return self._cache(*self.cache_sizes)
 
     def _cache(self, rows: int, capacity: int) -> KVCache:
@@ -97,6 +99,7 @@ class Sampler(NamedTuple):
         return self._whole(empty_rows(self.slots, SHORTEST_FORCED))
 
     def decode(self) -> Program:
+        """The compiled program of decode steps."""
         number, eos_ids = self._whole((np.int32(0), np.zeros(1, np.int32)))
         return compile_for_tpu(
             decode.decode.trace(
@@ -110,6 +113,7 @@ class Sampler(NamedTuple):
         return prefill_len(self.prompt_len, self.cache_len)
 
     def prefill(self) -> Program:
+        """The compiled program that reads a prompt of the longest bucket."""
         tokens = self._whole(np.zeros((1, self._bucket), np.int32))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
@@ -120,6 +124,7 @@ class Sampler(NamedTuple):
         )
 
     def admit(self) -> Program:
+        """The compiled program that copies a prompt's keys and values into slots."""
         slots = self._whole(np.zeros(self.slots, np.int32))
         is_new = self._whole(np.zeros(self.slots, bool))
         number = self._whole(np.int32(0))

@@ -67,6 +67,7 @@ class Slice(NamedTuple):
 
     @property
     def hosts(self) -> int:
+        """Number of hosts."""
         return len({device.process_index for device in self.devices})
 
 

@@ -185,6 +185,7 @@ def conversion(answer: Unit | None, accepted: Unit | None) -> Fraction | None:
 
 
 def is_angle(unit: Unit | None) -> bool:
+    """Whether a unit is an angle, such as degrees or radians."""
     return unit is not None and unit.powers == frozenset({("angle", 1)})
 
 

@@ -153,6 +153,7 @@ def _nearest(config: ModelConfig, shape: Mapping[str, int]) -> dict[str, int]:
 
 
 def mesh_text(shape: Mapping[str, int]) -> str:
+    """A mesh as --mesh takes it: `data=2,tensor=4`."""
     return ",".join(f"{name}={size}" for name, size in shape.items())
 
 
@@ -167,6 +168,7 @@ def on_tpu(mesh: Mesh | None) -> bool:
 
 
 def on_cpu(mesh: Mesh | None) -> bool:
+    """Whether the mesh is of CPU devices; not for None."""
     return mesh is not None and mesh.devices.flat[0].platform == "cpu"
 
 
@@ -186,6 +188,7 @@ def sharding(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -17,6 +17,7 @@ SPLASH_BLOCK_LEN = 512
 
 
 def takes_splash(mesh: Mesh | None, dtype: Any, head_dim: int) -> bool:
+    """Whether causal attention takes the splash kernel: bfloat16 on TPUs, wide heads."""
     return on_tpu(mesh) and dtype == jnp.bfloat16 and head_dim % BLOCK_LEN == 0
 
 

@@ -97,6 +97,7 @@ def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def as_ranks(gaps: jax.Array) -> jax.Array:
+    """Bits of float32 gaps of 0 or more as int32, which have the same order."""
     return jax.lax.bitcast_convert_type(gaps, jnp.int32)
 
 
