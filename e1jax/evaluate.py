@@ -91,7 +91,10 @@ def evaluate(argv: Sequence[str]) -> None:
     loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer, loaded.mesh),
+        loaded.config,
+        params=None,
+        tokenizer=loaded.tokenizer,
+        mesh=loaded.mesh,
         cache_len=args.cache_len,
         slots=min(_SLOTS, max(left, 1)) if args.slots is None else args.slots,
         kv_dtype=args.kv_dtype,

@@ -90,7 +90,10 @@ def main() -> None:
     loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer, loaded.mesh),
+        loaded.config,
+        params=None,
+        tokenizer=loaded.tokenizer,
+        mesh=loaded.mesh,
         cache_len=args.cache_len,
         slots=min(16, max(left, 1)) if args.slots is None else args.slots,
         kv_dtype=args.kv_dtype,

@@ -80,7 +80,10 @@ def make_engine(
         shapes = abstract_params(loaded.config, mesh, computed_in(config))
         note_undivided(loaded.config, shapes)
     engine = Engine(
-        *(loaded.config, None, loaded.tokenizer, mesh),
+        loaded.config,
+        params=None,
+        tokenizer=loaded.tokenizer,
+        mesh=mesh,
         cache_len=cache_len,
         slots=rollout.slots,
     )

@@ -241,7 +241,8 @@ def _in_slabs(x, stack, layer):
         return jnp.matmul(part, slab, preferred_element_type=jnp.float32)
 
     total = jax.lax.fori_loop(
-        *(0, size // count),
+        0,
+        size // count,
         lambda i, total: total + product(i * count, count),
         jnp.zeros((len(x), out), jnp.float32),
     )

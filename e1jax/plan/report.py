@@ -58,7 +58,9 @@ def new_report(part: str, slice_: Slice, mesh: Mesh) -> Report:
     """A report of a slice and mesh, with nothing counted yet."""
     text = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
     return Report(
-        *(part, slice_.topology, text),
+        part=part,
+        topology=slice_.topology,
+        mesh=text,
         hbm_limit_bytes=slice_.chip.hbm_bytes,
         devices=len(slice_.devices),
         hosts=slice_.hosts,

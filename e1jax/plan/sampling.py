@@ -103,8 +103,14 @@ class Sampler(NamedTuple):
         number, eos_ids = self._whole((np.int32(0), np.zeros(1, np.int32)))
         return compile_for_tpu(
             decode.decode.trace(
-                *(self.sizes, self.mesh, self.params, TokenIds(eos_ids, number)),
-                *(self.cache, self._rows, number, number),
+                self.sizes,
+                self.mesh,
+                self.params,
+                TokenIds(eos_ids, number),
+                self.cache,
+                self._rows,
+                number,
+                number,
             )
         )
 
@@ -118,7 +124,11 @@ class Sampler(NamedTuple):
         number = self._whole(np.int32(0))
         return compile_for_tpu(
             decode.prefill.trace(
-                *(self.sizes, self.mesh, self.params, tokens, number),
+                self.sizes,
+                self.mesh,
+                self.params,
+                tokens,
+                number,
                 self._cache_dtype,
             )
         )
@@ -130,8 +140,13 @@ class Sampler(NamedTuple):
         number = self._whole(np.int32(0))
         return compile_for_tpu(
             admit.trace(
-                *(self.mesh, self.cache, self._cache(1, self._bucket), self._rows),
-                *(slots, number, (is_new, self._rows)),
+                self.mesh,
+                self.cache,
+                self._cache(1, self._bucket),
+                self._rows,
+                slots,
+                number,
+                (is_new, self._rows),
             )
         )
 

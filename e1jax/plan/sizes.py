@@ -14,7 +14,12 @@ from e1jax.config.model import ModelConfig
 
 def _qwen2(hidden, mlp, layers, heads, kv_heads, vocab, theta=1e4) -> ModelConfig:
     return ModelConfig(
-        *(vocab, hidden, mlp, layers, heads, kv_heads),
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=128,
         max_position_embeddings=131072,
         rope_theta=theta,

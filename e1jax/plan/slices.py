@@ -35,8 +35,12 @@ class Chip:
 
 def _chip(gib, gb, tflops, ghz, slices, devices=1) -> Chip:
     return Chip(
-        *(int(gib * GIB), gb * 1e9, tflops * 1e12, ghz * 1e9),
-        *(devices, tuple(slices.split())),
+        hbm_bytes=int(gib * GIB),
+        bytes_per_second=gb * 1e9,
+        flops_per_second=tflops * 1e12,
+        hertz=ghz * 1e9,
+        devices=devices,
+        slices=tuple(slices.split()),
     )
 
 
@@ -79,7 +83,9 @@ def topology_table() -> str:
             chips = _chips(shape)
             rows.append(
                 (
-                    *(f"{name}:{shape}", f"{chips}", f"{chips * chip.devices}"),
+                    f"{name}:{shape}",
+                    f"{chips}",
+                    f"{chips * chip.devices}",
                     f"{chip.hbm_bytes / GIB:.2f}",
                     f"{chip.bytes_per_second / 1e9:.0f}",
                     f"{chip.flops_per_second / 1e12:.0f}",

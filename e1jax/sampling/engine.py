@@ -369,8 +369,14 @@ class Engine:
                 enough = few if queue else self.slots
                 start = time.monotonic()
                 cache, rows, chunk = decode(
-                    *(self.config, self.mesh, step_weights, ids, cache, rows),
-                    *(enough, num_steps),
+                    self.config,
+                    self.mesh,
+                    step_weights,
+                    ids,
+                    cache,
+                    rows,
+                    enough,
+                    num_steps,
                 )
                 chunk, state = jax.device_get((chunk, rows.state))
                 seconds = (time.monotonic() - start) / max(int(chunk.num_steps), 1)
