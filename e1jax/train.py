@@ -50,7 +50,7 @@ from e1jax.grpo.rollouts import (
     read_examples,
     sample_rollouts,
 )
-from e1jax.rewards import Grader, grade
+from e1jax.rewards import Grader, grade, load_function
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.hosts import any_process, is_first, joined, process_allgather
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
@@ -84,6 +84,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     """
     if config.wandb:
         import_wandb(config.wandb)  # or says, now, that it is missing
+    name = config.reward.function
+    function = None if name is None else load_function(name)
     mesh = config.mesh or default_mesh(jax.device_count())
     loaded = load_model(config.model, mesh, config.update.param_dtype)
     if loaded.quantize:
@@ -153,7 +155,12 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
             rollouts = None
             with suppress(Stopped):
                 rollouts = sample_rollouts(
-                    config, engine, next(batches), grader, stop_if_asked
+                    config,
+                    engine,
+                    next(batches),
+                    grader,
+                    stop_if_asked,
+                    function=function,
                 )
             if any_process(rollouts is None) or rollouts is None:
                 continue  # to where it ends

@@ -32,7 +32,7 @@ def interrupt(where, nth, number, patch=setattr):
     originals = rollouts.sample_rollouts, learner.make_update, RunCheckpoints.save
     write_text = pathlib.Path.write_text
 
-    def sample_rollouts(*args):
+    def sample_rollouts(*args, **options):
         *args, stop_if_asked = args
         chunks = []
 
@@ -42,7 +42,7 @@ def interrupt(where, nth, number, patch=setattr):
                 here("sampling")  # some tokens are there
             stop_if_asked(new_tokens)
 
-        return originals[0](*args, stop)
+        return originals[0](*args, stop, **options)
 
     def make_update(*args):
         update = originals[1](*args)

@@ -20,7 +20,7 @@ FLOORS = {
     "tokenizer": "",
     "checkpoint": "lazy params runs int8 huggingface load metrics",
     "sampling": "draw budget decode engine",
-    "rewards": "tex spelling units marks agreement equivalence grader worker",
+    "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "grpo": "loss logprobs rollouts learner",
     "evaluation": "results grading figure",

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import importlib
 import json
+import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -58,7 +61,7 @@ from e1jax.grpo.rollouts import (
 from e1jax.grpo.rollouts import sample_rollouts as _sample_rollouts
 from e1jax.nn.model import forward, unembed
 from e1jax.plan.training import logprob_passes
-from e1jax.rewards import Grader
+from e1jax.rewards import Grader, call_function, load_function
 from e1jax.sampling.engine import Completion
 from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import extract_boxed
@@ -476,8 +479,8 @@ def test_a_number_that_is_not_finite_stops_and_names_the_step(
     original = _sample_rollouts
     calls = []
 
-    def sample_rollouts(*args):
-        rollouts = original(*args)
+    def sample_rollouts(*args, **options):
+        rollouts = original(*args, **options)
         calls.append(None)
         bad = np.full_like(rollouts.rewards, np.inf)
         return rollouts._replace(rewards=bad) if len(calls) == 5 else rollouts
@@ -1206,3 +1209,73 @@ def test_shipped_configs_load(path):
     assert len(path.read_text().splitlines()) < 40
     assert make_optimizer(config)
     assert config.rollout.prompts >= config.update.minibatch_prompts
+
+
+def test_a_reward_function_of_ones_own(workplace, tmp_path, monkeypatch):
+    """It gets every response with its own answers, and its numbers are the rewards."""
+    (tmp_path / "mine.py").write_text(
+        """
+calls = []
+
+
+def of_tokens(completions, answers):
+    calls.append((completions, answers))
+    return [sum(c.token_ids) % 97 / 100 for c in completions]
+"""
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings(workplace, "--reward.function", "mine:of_tokens", "--steps", "1")
+    seen = []
+
+    def sample_rollouts(*args, **options):
+        seen.append((args[2], _sample_rollouts(*args, **options)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(train, "sample_rollouts", sample_rollouts)
+    train.train(config, tmp_path / "run")
+    [(completions, answers)] = importlib.import_module("mine").calls
+    [(prompts, rollouts)] = seen
+    assert len(completions) == config.rollout.prompts * config.rollout.samples
+    for completion, accepted in zip(completions, answers, strict=True):
+        assert accepted == prompts[completion.prompt_index].answers
+    sums = [sum(c.token_ids) % 97 for c in rollouts.completions]
+    expected = np.array(sums).reshape(config.rollout.prompts, -1) / 100
+    np.testing.assert_allclose(rollouts.rewards, expected, rtol=1e-6)
+    assert len({*sums}) > 1  # so that it matters which is whose
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line["reward"] == pytest.approx(expected.mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "nowhere_at_all:f",
+            "cannot be imported (ModuleNotFoundError: No module named",
+        ),
+        ("json:nothing", "cannot be imported (AttributeError: module 'json' has no"),
+        ("json:__name__", "reward.function=json:__name__ is 'json', not a function"),
+    ],
+)
+def test_a_reward_function_that_is_not_there(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_function(name)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda c, a: [1.0], "gave 1 rewards for 2 completions"),
+        (lambda c, a: [1.0, math.nan], "gave nan as a reward"),
+        (lambda c, a: [1.0, None], "gave None as a reward"),
+        (lambda c, a: 1 / 0, "failed: ZeroDivisionError: division by zero, "),
+        (lambda c, a: 3, "failed: TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_a_reward_function_that_fails(function, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        call_function(function, ["a", "b"], ["1", "2"])
+    assert call_function(lambda c, a: np.float32([0, 1]), ["a", "b"], ["1", "2"]) == [
+        0,
+        1,
+    ]

@@ -290,6 +290,24 @@ def budget_name(thinking: int | None, solution: int | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """What a response earns."""
+
+    function: str | None = None
+    """A function as package.module:name, of (completions, answers) -> rewards: it gets
+    the completions of a step and the accepted answers of each, and gives a number for
+    each. null: 1 for a right answer, else 0. Validation grades right or wrong anyway."""
+
+    def __post_init__(self):
+        if self.function is not None and not re.fullmatch(
+            r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", str(self.function)
+        ):
+            raise UserError(
+                f"reward.function must be package.module:name, not {self.function!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class GRPOConfig:
     """GRPO with rollouts under a thinking and a solution budget (arXiv 2505.05315)."""
 
@@ -301,6 +319,7 @@ class GRPOConfig:
     """Fixes the order of the problems and all random draws."""
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
     optimizer: AdamWConfig = AdamWConfig()
     update: UpdateConfig = UpdateConfig()

@@ -17,7 +17,7 @@ from e1jax.data.problems import load_problems
 from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_seed
 from e1jax.grpo.loss import group_advantages
 from e1jax.nn.model import abstract_params
-from e1jax.rewards import Grader, grade
+from e1jax.rewards import Grader, RewardFunction, call_function, grade
 from e1jax.sampling.engine import Completion, Engine
 from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
@@ -140,8 +140,12 @@ def sample_rollouts(
     prompts: Sequence[Prompt],
     grader: Grader,
     stop_if_asked: Callable[[int], None],
+    function: RewardFunction | None = None,
 ) -> Rollouts:
-    """Samples the responses of a step and grades each while others are sampled."""
+    """Samples the responses of a step and grades each while others are sampled.
+
+    With a `function`, that gives the rewards, once all are sampled.
+    """
     start = time.perf_counter()
     failures = dict(grader.failures)
     stream = engine.stream(
@@ -149,7 +153,14 @@ def sample_rollouts(
         [rollout_request(config, prompt.position) for prompt in prompts],
         progress=stop_if_asked,
     )
-    graded = list(grade(stream, [prompt.answers for prompt in prompts], grader))
+    answers = [prompt.answers for prompt in prompts]
+    if function is None:
+        graded = list(grade(stream, answers, grader))
+    else:
+        given = list(stream)
+        accepted = [answers[completion.prompt_index] for completion in given]
+        rewards = call_function(function, given, accepted)
+        graded = list(zip(given, rewards, strict=True))
     graded.sort(key=lambda pair: (pair[0].prompt_index, pair[0].sample))
     completions = [completion for completion, _ in graded]
     rewards = np.array([reward for _, reward in graded], np.float32)
