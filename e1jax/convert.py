@@ -93,7 +93,7 @@ def from_hf(
                 note(data.nbytes)
 
             arrays = lazy_arrays(tensors, config, jnp.dtype(dtype), seen)
-            if quantize:  # of what is stored, not of what that is cast to
+            if quantize:  # from the stored values, not from values cast to `dtype`
                 packed = as_int8(lazy_arrays(tensors, config, None, seen))
                 arrays = {name: arrays.get(name, packed[name]) for name in packed}
             save_params(new / PARAMS, as_tree(arrays, config))
@@ -123,7 +123,7 @@ def to_hf(source: str, dst: Path) -> None:
             )
         dtype = jnp.dtype(arrays["embedding"].dtype)
         tensors = files.manifest.get("tensors", {})
-        # Of a tensor that was cast, the manifest knows what it was cast from.
+        # The manifest has the hash of the source, so cast tensors cannot be compared.
         kept = {name: t for name, t in tensors.items() if t["dtype"] == str(dtype)}
 
         sizes = {
@@ -185,7 +185,7 @@ def _new_directory(dst: Path) -> Iterator[Path]:
             target.is_dir() and not any(target.iterdir())
         ):
             raise UserError(f"{dst} exists already; remove it or give another name")
-        # What a conversion that was killed has left.
+        # Leftovers of a conversion that was killed.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
@@ -220,7 +220,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def inspect(model: str) -> str:
-    """What a model directory of any kind holds, as text."""
+    """Kind, sizes and tensors of a model directory, as text."""
     files = find_model(model)
     config, origin, tensors = files.config, files.manifest, files.tensors
     rows: dict[str, tuple[int, Any]] = {}  # one per kind of tensor: count, any of them

@@ -31,7 +31,7 @@ from e1jax import data, rewards
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import Parser, run_command
 from e1jax.cli.flags import parse_budget, quantize_flags
-from e1jax.cli.outputs import JsonlOutput, Progress, digest
+from e1jax.cli.outputs import JsonlOutput, Progress, digest, writing_output
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes
@@ -49,7 +49,6 @@ from e1jax.evaluation.results import (
     result_row,
     results_table,
     shown_budgets,
-    writing,
 )
 from e1jax.sampling.engine import Completion, Engine
 from e1jax.sharding.runtime import use_compilation_cache
@@ -262,7 +261,7 @@ def _report(results: dict[str, Any], directory: Path | None) -> None:
     if directory is None:
         return
     text = json.dumps({**results, "version": e1jax.__version__}, indent=2) + "\n"
-    with writing(directory):
+    with writing_output(directory):
         new = directory / "results.json.new"
         new.write_text(text)
         new.replace(directory / "results.json")

@@ -150,7 +150,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         )
         position = batches.get_state()
         while not (stopped := any_process(signals)) and step < config.steps:
-            if engine.params is None:  # else it still has those of the validation
+            if engine.params is None:  # else the validation has set them
                 engine.params = learner.sampling_params()
             rollouts = None
             with suppress(Stopped):
@@ -227,7 +227,7 @@ def make_validation(
 
     Of several processes, each samples for its share of the problems. Requests are made,
     and refused, here. Problem i has the same seed at every budget and every step, so
-    that what is compared differs in nothing else.
+    that budgets and steps are compared on the same random draws.
     """
     if config.problems is None:
         return None

@@ -1,6 +1,7 @@
 """Models and runs on disk: Hugging Face files, Orbax checkpoints, metrics.
 
-`load.load_model` finds a model of any kind; `runs.RunCheckpoints` keeps those of a run.
+`load.load_model` opens a Hugging Face directory, an e1jax checkpoint or a training run;
+`runs.RunCheckpoints` writes and restores the checkpoints of a run.
 """
 
 from e1jax.checkpoint.huggingface import (

@@ -96,7 +96,7 @@ class StoredTensor:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors, and where their bytes start."""
+    """The JSON header of a safetensors file, and the byte offset of its first tensor."""
     try:
         with safetensors.safe_open(file, "numpy"), file.open("rb") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -259,7 +259,8 @@ def lazy_arrays(
         stored = functools.reduce(np.promote_types, [s.dtype for s in sources])
         own = dtype or stored
         read = functools.partial(_read_part, name, sources, own, seen)
-        # Whole rows of the tensors as they are stored: those lie side by side.
+        # Full rows of the stored tensors, because the bytes of a row are contiguous in
+        # the file.
         parts = list(chunks_of(shape, own))
         across = -2 if TABLE[name][1] else -1
         parts[across] = shape[across]
@@ -314,7 +315,7 @@ def write_hf_weights(
     """Writes safetensors files at `path` of our parameters, given by name.
 
     `written` is called with the Hugging Face name and the sha256 of each tensor.
-    The library's own writer wants a whole file in memory, twice.
+    The writer of the safetensors library would hold each file in memory twice.
     """
     shapes = hf_shapes(config)
     shards: list[dict[str, int]] = [{}]  # of each file, the tensors and their bytes

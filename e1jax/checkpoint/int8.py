@@ -32,7 +32,8 @@ def as_int8(arrays: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
 
 
 def _int8_values(array: LazyArray, axis: int, part: Index) -> np.ndarray:
-    """A part of the values; a channel is read whole, as its scale needs all of it."""
+    """The int8 values of a part. Full channels are read, because the scale of a channel
+    is computed from all of its weights."""
     whole = list(part)
     whole[axis] = slice(0, array.shape[axis])
     cut = [slice(None)] * len(whole)

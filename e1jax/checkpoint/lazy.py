@@ -18,12 +18,12 @@ import tensorstore
 
 from e1jax.config.checks import UserError
 
-# A chunk is what one device reads at least, so it is small: a chip of a large mesh shall
-# read little besides its own shard.
+# Chunks of a checkpoint are small, because a device reads whole chunks: a chip of a large
+# mesh should read little beside its own shard.
 _CHUNK_BYTES = 5 * 10**6
 
 
-_PARTS_IN_FLIGHT = 16  # being written: else they would pile up in memory
+_PARTS_IN_FLIGHT = 16  # blocks in memory, read but not yet written
 
 
 THREADS = min(8, max(2, os.cpu_count() or 1))
@@ -34,16 +34,16 @@ Index = tuple[slice, ...]  # a part of an array: start and stop per dim
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-    """An array that is read part by part, when its turn comes."""
+    """An array in a file, read block by block on demand."""
 
     shape: tuple[int, ...]
     dtype: Any
-    parts: tuple[int, ...]  # the shape of what is best read at once
+    parts: tuple[int, ...]  # shape of the blocks in which reading is efficient
     read: Callable[[Index], np.ndarray]
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a LazyArray part by part, and restores whatever was saved as one."""
+    """Orbax handler that writes and restores a LazyArray block by block."""
 
     async def serialize(self, values: Sequence[Any], infos, args=None):
         tasks = []
@@ -81,7 +81,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
             with ThreadPoolExecutor(THREADS) as pool:
                 for written in pool.map(write, tasks):
                     written.result()
-        finally:  # what is still being written would outlive its directory's removal
+        finally:  # wait, or a late write would recreate a directory being removed
             for _ in range(_PARTS_IN_FLIGHT):
                 room.acquire()
         return []
@@ -124,7 +124,7 @@ def chunks_of(shape: Sequence[int], dtype: np.dtype) -> tuple[int, ...]:
 
 
 def parts_of(array: LazyArray, index: Index) -> Iterator[Index]:
-    """What is to be read for `index`, cut where the parts of the array end."""
+    """Splits `index` at the block boundaries of the array (`LazyArray.parts`)."""
     cuts = []
     for span, step in zip(index, array.parts, strict=True):
         inner = range((span.start // step + 1) * step, span.stop, step)

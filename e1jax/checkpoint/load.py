@@ -23,7 +23,7 @@ from e1jax.checkpoint.huggingface import (
 from e1jax.checkpoint.int8 import as_int8
 from e1jax.checkpoint.params import check_saved, open_params, place, quantized
 from e1jax.checkpoint.runs import find_params
-from e1jax.cli.files import read_json
+from e1jax.cli.files import looking_for, read_json
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.nn.model import abstract_params
@@ -160,16 +160,10 @@ def resolve(model: str) -> Path:
         if not (_BUNDLED / model).is_dir():
             raise UserError(f"the model {model!r} is not in this installation of e1jax")
         return _BUNDLED / model
-    try:
+    with looking_for("model", model):
         path = Path(model).expanduser()
         if path.is_dir() or (path.name.isdigit() and find_params(path)):
             return path
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
-        reason = str(getattr(error, "strerror", error)).rstrip(".")
-        raise UserError(
-            f"the model {reprlib.repr(model)} cannot be looked for: {reason}; "
-            "check the path"
-        ) from None
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
             f"the model {model!r} is neither a directory nor a hub id (owner/name); "

@@ -1,5 +1,8 @@
-"""Small files that are read whole."""
+"""Small files that are read whole, and looking paths up."""
 
+import contextlib
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,16 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from None
+
+
+@contextlib.contextmanager
+def looking_for(kind: str, name: str) -> Iterator[None]:
+    """Turns an error of looking a path up into a UserError: "the model 'x' cannot ..."."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
+        reason = str(getattr(error, "strerror", error)).rstrip(".")
+        raise UserError(
+            f"the {kind} {reprlib.repr(name)} cannot be looked for: {reason}; check the "
+            "path"
+        ) from None

@@ -75,6 +75,18 @@ class Progress:
         return f"{self.tokens} tokens in {seconds:.1f} s ({speed:.0f} tokens/s)"
 
 
+@contextlib.contextmanager
+def writing_output(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError that names --output."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"--output {path} cannot be written: {reason}; choose another one"
+        ) from None
+
+
 class JsonlOutput:
     """A file of completions, one JSON object a line: appended to as they finish, and read
     when the command is run again.
@@ -144,7 +156,7 @@ class JsonlOutput:
 
     def __enter__(self) -> "JsonlOutput":
         part = self.sidecar.with_name(self.sidecar.name + ".part")
-        with self._writing():
+        with writing_output(self.path):
             self.file = self.path.open("a", encoding="utf-8")
             self._lock(self.file)
             if os.fstat(self.file.fileno()).st_size != self.size_read:
@@ -165,7 +177,7 @@ class JsonlOutput:
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record as one line, at once; raises UserError if it cannot."""
         assert self.file is not None
-        with self._writing():
+        with writing_output(self.path):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
@@ -185,16 +197,6 @@ class JsonlOutput:
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--output {self.path} cannot be read: {reason}") from None
-
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(
-                f"--output {self.path} cannot be written: {reason}; choose another one"
-            ) from None
 
     def _whole_lines(
         self, content: bytes, entry: Callable[[dict[str, Any]], tuple[Any, Any]]

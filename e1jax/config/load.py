@@ -194,7 +194,7 @@ def _sentence(
 
 
 def _in_words(kind: Any) -> str:
-    """What a setting of this type may be."""
+    """The values that a type admits, in words for a message."""
     parts = get_args(kind)
     if get_origin(kind) is Literal:
         return " or ".join(parts)
@@ -236,7 +236,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _types(cls: Any) -> dict[str, Any]:
-    """Of the fields of a dataclass, those of nested ones as dicts."""
+    """The type of each field of a dataclass; nested dataclasses become dicts."""
     return {
         f.name: _types(f.type) if dataclasses.is_dataclass(f.type) else f.type
         for f in dataclasses.fields(cls)

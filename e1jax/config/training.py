@@ -291,7 +291,7 @@ def budget_name(thinking: int | None, solution: int | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """What a response earns."""
+    """The reward of a response."""
 
     function: str | None = None
     """A function as package.module:name, of (completions, answers) -> rewards: it gets

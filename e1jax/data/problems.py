@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 
+from e1jax.cli.files import looking_for
 from e1jax.config.checks import UserError, check_integer
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.nano import nano_problems
@@ -118,7 +119,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
 
 def _dataset_files(name: str) -> list[Path]:
     """A local file, or those of a hub dataset, downloaded."""
-    try:
+    with looking_for("dataset", name):
         path = Path(name).expanduser()
         if path.is_dir():
             raise UserError(
@@ -127,12 +128,6 @@ def _dataset_files(name: str) -> list[Path]:
             )
         if path.exists():
             return [path]
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home of that user
-        reason = str(getattr(error, "strerror", error)).rstrip(".")
-        raise UserError(
-            f"the dataset {reprlib.repr(name)} cannot be looked for: {reason}; check "
-            "the path"
-        ) from None
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", name)
     if path.suffix in FORMATS and not (hub and hub[2]):
         raise UserError(f"there is no file {name!r}; check the path")

@@ -12,7 +12,6 @@ from e1jax.evaluation.results import (
     result_row,
     results_table,
     shown_budgets,
-    writing,
 )
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "result_row",
     "results_table",
     "shown_budgets",
-    "writing",
 ]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from e1jax.evaluation.results import Row, writing
+from e1jax.cli.outputs import writing_output
+from e1jax.evaluation.results import Row
 
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
@@ -59,5 +60,5 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize="small")
-    with writing(path):
+    with writing_output(path):
         page.savefig(path, dpi=150)

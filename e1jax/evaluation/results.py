@@ -1,8 +1,7 @@
 """Rows of results.json: accuracy and lengths at a budget, and tables of them."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from e1jax.cli.files import read_json
 from e1jax.cli.flags import aligned
+from e1jax.cli.outputs import writing_output
 from e1jax.config.checks import UNLIMITED, UserError
 
 Budgets = tuple[int | None, int | None]  # thinking, solution; None is unlimited
@@ -19,7 +19,7 @@ Row = dict[str, Any]  # one of results.json
 
 
 class Outcome(NamedTuple):
-    """What the statistics take from a completion."""
+    """The fields of a completion that the statistics need."""
 
     reward: float
     tokens: int  # length of token_ids, forced ones included
@@ -132,17 +132,5 @@ def _can_be_drawn(row: Any) -> bool:
 def make_directory(path: Path | None) -> None:
     """Makes the directory of --output; raises UserError if that cannot be."""
     if path is not None:
-        with writing(path):
+        with writing_output(path):
             path.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError into a UserError that names --output."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"--output {path} cannot be written: {reason}; choose another one"
-        ) from None

@@ -169,7 +169,7 @@ def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
 
 
 def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; the learning rate is that of the step."""
+    """AdamW on clipped gradients; all updates of a step have its learning rate."""
     adam, updates = config.optimizer, config.updates_per_step
     rates = learning_rates(adam, config.steps)
     return optax.chain(
@@ -284,8 +284,8 @@ def make_update(
 def _share_weights(
     loss_mask: Bool[Array, "M B R"], aggregate: str, shares: int
 ) -> Float[Array, "M S"]:
-    """What the mean over each device's share of each micro-batch counts in the mean
-    over all; see loss.token_weights."""
+    """Weight of each device's share of each micro-batch in the mean over the mini-batch;
+    see loss.token_weights."""
     num_micro, rows, length = loss_mask.shape
     weights = token_weights(loss_mask.reshape(-1, length), aggregate)
     weights = weights.reshape(num_micro, shares, rows // shares, length)

@@ -31,7 +31,8 @@ def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
             f"rewards of shape {list(rewards.shape)} are no groups; give [N, G] with 2 "
             "or more responses a prompt"
         )
-    # A rounded mean of equal rewards is off by about the 1e-6 below; that of zeros is 0.
+    # The mean of equal rewards is rounded by as much as the 1e-6 below; the mean of
+    # zeros is exactly 0.
     rewards -= rewards[:, :1]
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)

@@ -87,7 +87,7 @@ def make_engine(
         cache_len=cache_len,
         slots=rollout.slots,
     )
-    # Refuses, now, what the model cannot do.
+    # Refuses budgets that do not fit the model now, not after the weights are read.
     engine.stream([[0] * longest_prompt], rollout_request(config, 0), names=["rollout"])
     return engine
 
@@ -209,7 +209,8 @@ def rollout_metrics(
 
 
 def mean_over_processes(metrics: dict[str, float]) -> dict[str, float]:
-    """Of the step, from those of each process, which all have as many responses."""
+    """Metrics of the step from the metrics of each process; all processes have equally
+    many responses."""
     summed = ("reward_timeouts", "reward_crashes", "rollout_tokens_per_second")
     return {
         name: float(each.sum() if name in summed else each.mean())

@@ -104,7 +104,7 @@ def _by_parts(
     """Causal attention of the last queries over all keys, or over the keys where
     `key_mask` ([B, S] bool) is true: it leaves out padding between prompt and response.
 
-    The backward pass is that of FlashAttention-2 (arXiv 2307.08691, section 3.1): the
+    The backward pass follows FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.
     """
     return _by_parts_forward(q, k, v, key_mask)[0]

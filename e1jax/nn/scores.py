@@ -12,7 +12,7 @@ BLOCK_LEN = 128  # cache positions that are visited at a time
 MASKED = -1e30  # finite, so that a block without any valid key gives zeros and no NaN
 
 
-KEPT = "kept"  # name of what a layer keeps for its backward pass
+KEPT = "kept"  # checkpoint name of the activations saved for the backward pass
 
 
 def keep(x: jax.Array) -> jax.Array:

@@ -1,1 +1,1 @@
-"""What a configuration needs on a TPU slice, found out without one: `python -m e1jax.plan`."""
+"""Memory and time of a configuration on a TPU slice, without a TPU: `python -m e1jax.plan`."""

@@ -1,4 +1,4 @@
-"""What a compiled program costs, read from its text.
+"""The cost of a compiled program, read from its HLO text.
 
 `account(compiled.as_text())` goes through the text of an XLA program as it is executed
 and adds up, for one device: bytes read from and written to its main memory (HBM), flops
@@ -111,7 +111,7 @@ class Account:
         return Account(ops, self.unknown_loops)
 
     def per_iteration(self) -> "Account":
-        """Without what is outside of all loops."""
+        """The operations inside loops only."""
         return Account([op for op in self.ops if op.depth], self.unknown_loops)
 
 
@@ -205,7 +205,7 @@ class _Walk:
     def _trip_count(
         self, frame: _Frame, op: Instruction, body: Computation, condition: Computation
     ) -> int | None:
-        """From what the text states, else from `index < bound` and `index + step`."""
+        """The trip count that the text states, else from `index < bound` and `index + step`."""
         stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes)
         if stated:
             return int(stated[1])
@@ -254,7 +254,7 @@ class _Walk:
         return operands, root
 
     def _step(self, inside: _Frame, index: int) -> int | None:
-        """What a loop adds to element `index` of its state each time."""
+        """The increment of element `index` of a loop's state, per iteration."""
         body = inside.computation
         new = self._source(body, body[body.root].operands[index])
         found = self._binary(inside, body[new], "add")
@@ -512,7 +512,7 @@ def _in_hbm(shapes: Sequence[Shape]) -> int:
 def _updates(
     op: Instruction, given: Sequence[Shape]
 ) -> tuple[Sequence[Shape], Sequence[Shape]]:
-    """The updates among what is given, and where they go."""
+    """The operands of an update in place that hold new values, and the indices."""
     if op.opcode == "dynamic-update-slice":  # (array, update, index...)
         return given[1:2], given[2:]
     count = len(given) // 2  # (arrays..., indices, updates...)

@@ -1,4 +1,4 @@
-"""What a part needs: one report, as JSON and as a table."""
+"""The report on sampling or on training, as JSON and as a table."""
 
 import argparse
 import dataclasses

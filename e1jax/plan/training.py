@@ -217,7 +217,7 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
 def _cost_of_training(
     report: Report, name: str, text: str, learner: Learner, chip: Chip
 ) -> None:
-    """Adds what a program costs in a step to the report."""
+    """Adds the cost of a program, per training step, to the report."""
     config = learner.config
     counted = account(text)
     times = config.updates_per_step if name == "update" else logprob_passes(config)

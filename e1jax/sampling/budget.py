@@ -44,7 +44,7 @@ class TokenIds(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a row may use; constant over its response. Unlimited is a very large number."""
+    """Limits of a row, constant over its response; unlimited is a very large number."""
 
     thinking: Int[Array, " B"]  # sampled tokens up to and with `</think>`
     solution: Int[Array, " B"]  # sampled tokens after it

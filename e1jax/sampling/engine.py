@@ -99,7 +99,7 @@ class Completion:
 
 @dataclasses.dataclass
 class Stats:
-    """What the last `generate` or `stream` did so far."""
+    """Counters of the last `generate` or `stream`, up to now."""
 
     prefills: int = 0
     decode_steps: int = 0
@@ -516,7 +516,7 @@ def _most_tokens(request: _Request) -> int:
 def _request_rows(
     request: _Request, free: list[int], samples: list[int], rows: Rows
 ) -> tuple[np.ndarray, Rows]:
-    """Which rows are new, and what they hold: the same but for the sample's number."""
+    """Which rows are new, and their state, which differs in the sample's number only."""
     slots, width = rows.budget.forced_ids.shape
     is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
     is_new[free], sample[free] = True, samples

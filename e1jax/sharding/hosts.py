@@ -155,7 +155,7 @@ _handlers: list[Any] = []  # alive as long as the process
 
 
 def is_first() -> bool:
-    """Whether this process writes and prints what is that of the whole run."""
+    """Whether this process writes files and prints for the run: process 0 does."""
     return jax.process_index() == 0
 
 

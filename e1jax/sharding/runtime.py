@@ -1,4 +1,4 @@
-"""What the XLA compiler and its runtime are told: options, compilation cache, memory."""
+"""Settings of the XLA compiler and runtime: options, compilation cache, memory."""
 
 import contextlib
 import os

@@ -34,7 +34,8 @@ def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
 def prepare_heads(
     rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], shards: int = 1
 ) -> Heads:
-    """`rope` is that of one position a row, see `rope_angles`; `shards`, see `sequence_shards`."""
+    """Inputs of `decode_heads`; `rope` has one position a row (see `rope_angles`), and
+    `shards` is the number of shards of a row (see `sequence_shards`)."""
     cos, sin = (x[:, 0, 0] for x in rope)
     turns = jnp.concatenate([cos, cos, -sin, sin], axis=1)
     numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), shards)
@@ -57,9 +58,9 @@ def decode_heads(
     place at `write_positions`, as a kernel for TPUs (Pallas): XLA takes some twenty
     operations for that, and each costs its launch.
 
-    `products` are those of the weights of q, k and v, before the biases. On a mesh, each
-    device has them of all rows, and takes those of its own part of the cache: XLA would
-    cut these out in four more operations.
+    `products` are x @ kernel for q, k and v, before the biases. On a mesh, each device
+    has the products of all rows and picks the rows of its own part of the cache: XLA
+    would need four more operations to slice them.
     """
     args = (products, caches, layer[None], write_positions[:, 0], *heads)
     if mesh is None:

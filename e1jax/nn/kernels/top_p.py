@@ -77,8 +77,8 @@ def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in _limbs(jnp.exp(-gaps))]
 
     def rest(cut):
-        # What the cut leaves out. Near top_p = 1 it is small, so its float32 is finer
-        # than that of what the cut keeps.
+        # Mass below the cut. Near top_p = 1 it is small, so float32 resolves it better
+        # than the mass above the cut.
         sums = [total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
         return sum(
             s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
