@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.nn.model import abstract_params, forward, unembed
 from e1jax.plan.sizes import SIZES
-from e1jax.sharding.fsdp import line_length
+from e1jax.sharding.fsdp import grid_columns, line_length
 from e1jax.sharding.mesh import make_mesh, undivided
 from e1jax.sharding.runtime import use_compilation_cache
 
@@ -252,6 +253,22 @@ def test_eight_devices_give_the_logits_of_one(tiny_hf, tmp_path):
 )
 def test_devices_on_a_line_of_the_torus(coords, length):
     assert line_length(coords) == length
+
+
+@pytest.mark.parametrize(
+    ("coords", "columns"),
+    [
+        ([(i // 8, i % 8) for i in range(16)], 8),  # lines of 8, though 4 x 4 is square
+        ([(i // 3, i % 3) for i in range(6)], 3),
+        ([(0, i) for i in range(12)], 3),  # all on one line: as square as possible
+        ([None] * 12, 3),
+    ],
+)
+def test_a_row_of_the_grid_of_devices_is_a_line(coords, columns):
+    devices = np.empty((len(coords), 1), object)
+    devices[:, 0] = [types.SimpleNamespace(coords=place) for place in coords]
+    mesh = types.SimpleNamespace(devices=devices)
+    assert grid_columns(mesh) == columns
 
 
 TORUS = """
