@@ -7,14 +7,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Engine": "e1jax.sampling.engine",
-    "Completion": "e1jax.sampling.engine",
+    "Completion": "e1jax.sampling.completion",
+    "Event": "e1jax.sampling.completion",
     "SamplingParams": "e1jax.config.sampling",
 }
-__all__ = ["Completion", "Engine", "SamplingParams", "__version__"]
+__all__ = ["Completion", "Engine", "Event", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from e1jax.config.sampling import SamplingParams
-    from e1jax.sampling.engine import Completion, Engine
+    from e1jax.sampling.completion import Completion, Event
+    from e1jax.sampling.engine import Engine
 
 
 def __getattr__(name: str):

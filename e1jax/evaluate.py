@@ -50,7 +50,8 @@ from e1jax.evaluation.results import (
     results_table,
     shown_budgets,
 )
-from e1jax.sampling.engine import Completion, Engine
+from e1jax.sampling.completion import Completion
+from e1jax.sampling.engine import Engine
 from e1jax.sharding.runtime import use_compilation_cache
 
 _SLOTS = 32

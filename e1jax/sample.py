@@ -24,7 +24,9 @@ from e1jax.cli.outputs import JsonlOutput, Progress, digest
 from e1jax.config.checks import UserError, check_known
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
-from e1jax.sampling.engine import Completion, Engine, Prompt
+from e1jax.sampling.completion import Completion
+from e1jax.sampling.engine import Engine
+from e1jax.sampling.request import Prompt
 from e1jax.sharding.runtime import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
 

@@ -45,7 +45,7 @@ from e1jax.grpo.logprobs import CHUNK_TOKENS, chunked_logprobs, response_logprob
 from e1jax.grpo.loss import group_advantages, policy_loss
 from e1jax.grpo.rollouts import Batch, Rollouts, make_batch, padded_lengths
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
-from e1jax.sampling.engine import Completion
+from e1jax.sampling.completion import Completion
 from e1jax.sharding.mesh import make_mesh
 
 # Sums of float32 in another order, relative to the largest number among them.

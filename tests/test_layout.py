@@ -19,7 +19,7 @@ FLOORS = {
     "kernels.decode_attention kernels.top_p attention layers model",
     "tokenizer": "",
     "checkpoint": "lazy params runs int8 huggingface load metrics",
-    "sampling": "draw budget decode engine",
+    "sampling": "draw budget request completion decode scheduler engine",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "grpo": "loss logprobs rollouts learner",

@@ -62,7 +62,7 @@ from e1jax.grpo.rollouts import sample_rollouts as _sample_rollouts
 from e1jax.nn.model import forward, unembed
 from e1jax.plan.training import logprob_passes
 from e1jax.rewards import Grader, call_function, load_function
-from e1jax.sampling.engine import Completion
+from e1jax.sampling.completion import Completion
 from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import extract_boxed
 

@@ -18,7 +18,8 @@ from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_
 from e1jax.grpo.loss import group_advantages
 from e1jax.nn.model import abstract_params
 from e1jax.rewards import Grader, RewardFunction, call_function, grade
-from e1jax.sampling.engine import Completion, Engine
+from e1jax.sampling.completion import Completion
+from e1jax.sampling.engine import Engine
 from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
 

@@ -40,8 +40,13 @@ from e1jax.plan.report import (
 from e1jax.plan.slices import GIB, Chip, Slice, host_slice, larger_slices, slice_mesh
 from e1jax.sampling import decode
 from e1jax.sampling.budget import TokenIds
-from e1jax.sampling.decode import Rows, admit, empty_rows, prefill_len
-from e1jax.sampling.engine import SHORTEST_FORCED
+from e1jax.sampling.decode import (
+    SHORTEST_FORCED,
+    Rows,
+    admit,
+    empty_rows,
+    prefill_len,
+)
 from e1jax.sharding.mesh import sharding
 
 DEFAULT_LIVE = 2048

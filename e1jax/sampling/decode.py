@@ -29,6 +29,8 @@ from e1jax.nn.quantize import LANES, Params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import (
     DONE,
+    SOLVE,
+    THINK,
     Budget,
     BudgetState,
     TokenIds,
@@ -42,6 +44,7 @@ from e1jax.sampling.draw import (
     token_keys,
     token_logprobs,
 )
+from e1jax.sampling.request import Request
 from e1jax.sharding.mesh import on_cpu, replicated, sharding
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 
@@ -52,6 +55,12 @@ _PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 
 
 _SHORTEST_BUCKET = 16
+
+
+SHORTEST_FORCED = 8  # forced tokens that a row has room for at least
+
+
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Rows(NamedTuple):
@@ -269,3 +278,57 @@ def empty_rows(slots: int, width: int) -> Rows:
         budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
         state=start_state(done),
     )
+
+
+def request_rows(
+    request: Request, free: list[int], samples: list[int], rows: Rows
+) -> tuple[np.ndarray, Rows]:
+    """Which rows are new, and their state, which differs in the sample's number only."""
+    slots, width = rows.budget.forced_ids.shape
+    is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
+    is_new[free], sample[free] = True, samples
+    params, budget, forced_ids = request.params, request.budget, request.forced_ids
+    padding = [0] * (width - len(forced_ids))
+
+    def fill(value, dtype: Any = np.int32) -> Any:
+        return np.tile(np.array(value, dtype), (slots, *[1] * np.ndim(value)))
+
+    fresh = Rows(
+        token=fill(request.prompt_ids[-1]),
+        position=fill(len(request.prompt_ids) - 1),
+        sampling=Sampling(
+            temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
+            # The most probable token survives any cut: greedy rows need none.
+            top_p=fill(params.top_p if params.temperature else 1, np.float32),
+            top_k=fill(params.top_k if params.temperature else 0),
+            seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),
+            sample=sample,  # type: ignore[arg-type]
+        ),
+        budget=Budget(
+            thinking=fill(budget.thinking),
+            solution=fill(budget.solution),
+            total=fill(budget.total),
+            plain=fill(budget.plain, bool),
+            forced_ids=fill(forced_ids + padding),
+            num_forced=fill(len(forced_ids)),
+        ),
+        state=start_state(fill(THINK if forced_ids else SOLVE)),
+    )
+    return is_new, fresh
+
+
+@functools.partial(_jit, static_argnums=0, donate_argnums=1)
+def stop_rows(mesh: Mesh, rows: Rows, is_stopped: jax.Array) -> Rows:
+    """Ends the rows where `is_stopped` [B] holds, whatever they are at."""
+    phase = jnp.where(is_stopped, DONE, rows.state.phase)
+    return _everywhere(mesh, rows._replace(state=rows.state._replace(phase=phase)))
+
+
+def widen_rows(mesh: Mesh, rows: Rows, width: int) -> Rows:
+    """Rows with room for `width` forced tokens, or as they are if they have it."""
+    missing = width - rows.budget.forced_ids.shape[1]
+    if missing <= 0:
+        return rows
+    ids = jnp.pad(rows.budget.forced_ids, ((0, 0), (0, missing)))
+    budget = rows.budget._replace(forced_ids=jax.device_put(ids, replicated(mesh)))
+    return rows._replace(budget=budget)

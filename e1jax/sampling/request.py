@@ -1,0 +1,107 @@
+"""Requests: a prompt and how it is sampled, checked before any work is done."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from e1jax.config.checks import UserError
+from e1jax.config.sampling import SamplingParams
+from e1jax.config.texts import check_backslashes
+from e1jax.sampling.budget import ResolvedBudget, resolve_budget
+from e1jax.tokenizer import THINK_END, Tokenizer
+
+Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt that fits, as numbers."""
+
+    id: int
+    index: int  # which prompt of a call
+    prompt_ids: list[int]
+    params: SamplingParams
+    budget: ResolvedBudget
+    forced_ids: list[int]  # end_of_thinking_text and `</think>`, if the model has that
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a response can have."""
+        budget, forced = self.budget, len(self.forced_ids)
+        thinking = budget.thinking if forced else 0  # a model may have no `</think>`
+        return min(budget.total, thinking + forced + budget.solution)
+
+
+def make_request(
+    id: int,
+    index: int,
+    prompt: Prompt,
+    params: SamplingParams,
+    where: str,
+    *,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    cache_len: int,
+) -> Request:
+    """Checks a prompt and its parameters; `where` names them in messages.
+
+    Raises UserError for a prompt that is none, and for budgets that cannot fit.
+    """
+    if not isinstance(params, SamplingParams):
+        raise UserError(f"params must be SamplingParams, not {params!r}")
+    prompt_ids = encode_prompt(prompt, where, tokenizer, vocab_size)
+    forced_ids = _forced_ids(params.end_of_thinking_text, where, tokenizer)
+    budget = resolve_budget(
+        params,
+        len(prompt_ids),
+        len(forced_ids),
+        cache_len,
+        where,
+        can_think=bool(forced_ids),
+    )
+    return Request(id, index, prompt_ids, params, budget, forced_ids)
+
+
+def encode_prompt(
+    prompt: Prompt, where: str, tokenizer: Tokenizer, vocab_size: int
+) -> list[int]:
+    """Token ids of a text (the user's message in the chat template), of chat messages,
+    or of token ids, as they are."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, Sequence | np.ndarray):
+        raise UserError(
+            f"{where} is {prompt!r}; give a text, chat messages or token ids"
+        )
+    if not len(prompt):
+        raise UserError(f"{where} is empty; a response needs a token to start from")
+    if all(isinstance(item, dict) for item in prompt):
+        check_backslashes(prompt, where)
+        try:
+            prompt = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    last = vocab_size - 1
+    for token in prompt:
+        is_integer = isinstance(token, int | np.integer)
+        if isinstance(token, bool) or not is_integer or not 0 <= token <= last:
+            raise UserError(
+                f"{where}: {token!r} is not a token id of this model (0 to {last})"
+            )
+    return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def _forced_ids(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
+    if THINK_END in text:
+        raise UserError(
+            f"{where}: end_of_thinking_text holds {THINK_END}, which is appended to "
+            "it anyway; leave it out"
+        )
+    if tokenizer.think_end_id is None:
+        return []
+    try:
+        return [*tokenizer.encode(text), tokenizer.think_end_id]
+    except UserError as error:
+        raise UserError(f"{where}: end_of_thinking_text: {error}") from None
