@@ -107,3 +107,31 @@ def test_engine_matches_the_plain_machine(scripted, more_ends, requests, script)
             assert num_prompt + len(c.token_ids) <= CACHE_LEN
     total = sum(len(c.token_ids) for samples in results for c in samples)
     assert scripted.stats.tokens == total <= scripted.stats.slot_steps
+
+
+@pytest.mark.parametrize("text", ["é€😀", "a€</think>b😀", "�</think>�é"])
+def test_a_text_is_never_cut_inside_a_character(scripted, text):
+    """Each byte is a token here, and comes in a step of its own."""
+    scripted.tokenizer = dataclasses.replace(scripted.tokenizer, more_eos_ids=())
+    script = [97, *scripted.tokenizer.encode(text), scripted.tokenizer.eos_id]
+    script += scripted.tokenizer.encode("b") * (CACHE_LEN + 2 - len(script))
+    scripted.params = {**scripted.params, "script": jnp.array(script, jnp.int32)}
+    scripted.add([97], SamplingParams(thinking_budget=20, solution_budget=9))
+    events = []
+    while scripted.running or scripted.waiting:
+        events += step_once(scripted)
+    done = events[-1].completion
+    assert len(events) == len(done.token_ids)
+    assert "".join(event.text for event in events) == done.text
+    assert done.text.startswith(text)
+    for event in events:
+        assert "�" in text or "�" not in event.text
+        assert len(event.text.replace("</think>", "")) <= 2
+
+
+def step_once(engine):
+    """One decode step, where the engine does not know yet how long a step takes."""
+    engine._update()
+    engine._start()
+    engine._step_seconds = 1.0
+    return engine.step(seconds=0)

@@ -1,0 +1,254 @@
+"""Requests that come, are sampled and leave at any time: `add`, `step`, `abort`."""
+
+import dataclasses
+import random
+import threading
+
+import jax.numpy as jnp
+import pytest
+from test_engine import make, mixed_requests, params, tokenizer, tokens_of
+
+from e1jax.config.checks import UserError
+from e1jax.config.sampling import SamplingParams
+from e1jax.tokenizer import THINK_END
+
+__all__ = ["make", "params", "tokenizer"]  # fixtures
+
+ROUND = SamplingParams(thinking_budget=9, solution_budget=9, temperature=1.0)
+
+
+def run(engine, until=lambda: False, seconds=0.0):
+    """Steps until nothing is left; the events of each step."""
+    steps = []
+    while (engine.running or engine.waiting) and not until():
+        steps.append(engine.step(seconds=seconds))
+    return steps
+
+
+def joined(steps):
+    """(request, sample) -> its events, in order."""
+    found = {}
+    for event in [event for events in steps for event in events]:
+        found.setdefault((event.request_id, event.sample), []).append(event)
+    return found
+
+
+def completions(steps):
+    return {
+        key: [e.completion for e in events if e.completion is not None]
+        for key, events in joined(steps).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(make):
+    return tokens_of(make(slots=3).generate(*mixed_requests()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_do_not_depend_on_when_a_request_was_added(make, wanted, seed):
+    rng, engine = random.Random(seed), make(slots=2)
+    requests = list(enumerate(zip(*mixed_requests(), strict=True)))
+    rng.shuffle(requests)
+    ids, steps = {}, []
+    while requests or engine.running or engine.waiting:
+        for _ in range(min(rng.choice([0, 0, 1, 2]), len(requests))):
+            index, request = requests.pop()
+            ids[engine.add(*request)] = index
+        steps.append(engine.step(seconds=0))
+    got = {
+        (ids[request], sample): [c.token_ids for c in done]
+        for (request, sample), done in completions(steps).items()
+    }
+    want = {
+        (index, sample): [tokens]
+        for index, samples in enumerate(wanted)
+        for sample, tokens in enumerate(samples)
+    }
+    assert got == want
+    assert engine.step() == []
+
+
+def test_events_joined_are_the_completion(make):
+    engine = make(slots=3)
+    for prompt, request in zip(*mixed_requests(), strict=True):
+        engine.add(prompt, request)
+    plain = SamplingParams(thinking_budget=None, solution_budget=None, n=2, seed=5)
+    engine.add("plain", dataclasses.replace(plain, temperature=1.0))
+    for events in joined(run(engine)).values():
+        *before, last = events
+        done = last.completion
+        assert done is not None and not any(e.completion for e in before)
+        for name in ("token_ids", "logprobs", "forced"):
+            parts = [value for e in events for value in getattr(e, name)]
+            assert parts == getattr(done, name)
+        assert "".join(e.text for e in events) == done.text
+        text = {"thinking": "", "solution": ""}
+        for event in events:
+            assert len(event.token_ids) == len(event.logprobs) == len(event.forced) > 0
+            text[event.phase] += event.text
+        closer = "" if done.thinking_end is None else THINK_END
+        assert text == {"thinking": done.thinking + closer, "solution": done.solution}
+        order = [event.phase for event in events]
+        assert order == sorted(order, reverse=True)  # thinking, then the solution
+
+
+def test_a_text_of_bytes_that_are_no_characters(make):
+    """As a random model writes them: each event holds what no later token can change."""
+    engine = make(slots=2)
+    engine.add("x", dataclasses.replace(ROUND, n=4, solution_budget=60))
+    steps = run(engine)
+    assert any("�" in c.text for [c] in completions(steps).values())
+    for events in joined(steps).values():
+        assert "".join(e.text for e in events) == events[-1].completion.text
+
+
+def test_abort_frees_the_slots_at_the_next_step(make, wanted):
+    engine = make(slots=3)
+    prompts, all_params = mixed_requests()
+    long = dataclasses.replace(ROUND, n=5, solution_budget=None)
+    first = engine.add("long", long)
+    engine.step(seconds=0)
+    assert (engine.running, engine.waiting) == (3, 2)
+    second = engine.add(prompts[0], all_params[0])
+    engine.abort(first)
+    events = engine.step(seconds=0)
+    assert {event.request_id for event in events} == {second}
+    assert (engine.running, engine.waiting) == (2, 0)
+    got = completions([events, *run(engine)])
+    assert [got[second, j][0].token_ids for j in (0, 1)] == wanted[0]
+    assert {request for request, _ in got} == {second}
+
+
+def test_abort_of_what_waits_has_ended_or_never_was(make, wanted):
+    engine = make(slots=1)
+    prompts, all_params = mixed_requests()
+    first, second, third = (engine.add(prompts[i], all_params[i]) for i in (2, 3, 5))
+    engine.abort(second)  # before it was taken in
+    engine.abort(10**6)
+    steps = run(engine)
+    engine.abort(first)
+    assert engine.step() == []
+    got = {key: c.token_ids for key, [c] in completions(steps).items()}
+    assert got == {(first, 0): wanted[2][0], (third, 0): wanted[5][0]}
+    # All at once, with nothing left to step.
+    ids = [engine.add(prompts[0], all_params[0]) for _ in range(3)]
+    engine.step(seconds=0)
+    for request in ids:
+        engine.abort(request)
+    assert engine.step() == [] and (engine.running, engine.waiting) == (0, 0)
+    assert tokens_of(engine.generate(prompts, all_params)) == wanted
+
+
+def test_requests_start_in_the_order_they_came(make):
+    engine = make(slots=1)
+    budgets = [3, 30, 2, 9]
+    ids = [
+        engine.add([9, index], dataclasses.replace(ROUND, solution_budget=budget))
+        for index, budget in enumerate(budgets)
+    ]
+    assert list(joined(run(engine))) == [(request, 0) for request in ids]
+
+
+def test_a_longer_forced_end_finds_room_later(make, tokenizer):
+    """The rows that run already have room for the shortest only."""
+    engine = make(slots=2)
+    first = engine.add("a", dataclasses.replace(ROUND, thinking_budget=40))
+    engine.step(seconds=0)
+    text = "Time is up, so I have to answer now."
+    late = dataclasses.replace(ROUND, thinking_budget=2, end_of_thinking_text=text)
+    second = engine.add("b", late)
+    got = completions(run(engine))
+    [early], [later] = got[first, 0], got[second, 0]
+    alone = make(slots=2).generate(
+        ["a"], dataclasses.replace(ROUND, thinking_budget=40)
+    )
+    assert early.token_ids == alone[0][0].token_ids
+    if later.thinking_end != "model":
+        assert later.thinking.endswith(text)
+        assert sum(later.forced) == len(text) + 1
+    assert tokens_of(make(slots=2).generate(["b"], late)) == [[later.token_ids]]
+
+
+def test_streams_and_live_requests_share_an_engine(make, wanted):
+    engine = make(slots=3)
+    prompts, all_params = mixed_requests()
+    live = engine.add(prompts[3], all_params[3])
+    streams = [engine.stream(prompts[i : i + 1], all_params[i : i + 1]) for i in (0, 4)]
+    got = [[], []]
+    while any(streams):
+        for number, stream in enumerate(streams):
+            completion = next(stream, None) if stream else None
+            if completion is None:
+                streams[number] = None
+            else:
+                got[number].append((completion.sample, completion.token_ids))
+    assert [[ids for _, ids in sorted(part)] for part in got] == [wanted[0], wanted[4]]
+    done = completions([*run(engine), engine.step()])
+    assert [done[live, j][0].token_ids for j in range(3)] == wanted[3]
+
+
+def test_a_stream_that_is_given_up_leaves_nothing_behind(make, wanted):
+    engine = make(slots=3)
+    prompts, all_params = mixed_requests()
+    live = engine.add(prompts[5], dataclasses.replace(all_params[5], n=3))
+    stream = engine.stream(prompts, all_params)
+    next(stream)
+    stream.close()
+    got = completions([*run(engine), engine.step()])
+    assert {request for request, _ in got} == {live}
+    assert (engine.running, engine.waiting) == (0, 0)
+    assert engine._weights is None  # the parameters may be replaced
+    assert tokens_of(engine.generate(prompts, all_params)) == wanted
+
+
+def test_requests_are_added_and_aborted_from_other_threads(make, wanted):
+    engine, ids, lost = make(slots=2), {}, []
+    requests = list(zip(*mixed_requests(), strict=True))
+
+    def client(index):
+        ids[engine.add(*requests[index])] = index
+        aborted = engine.add(*requests[index])
+        engine.abort(aborted)
+        lost.append(aborted)
+
+    threads = [threading.Thread(target=client, args=[i]) for i in range(len(requests))]
+    steps = []
+    for thread in threads:
+        thread.start()
+        steps.append(engine.step(seconds=0))
+    for thread in threads:
+        thread.join()
+    got = completions(steps + run(engine))
+    assert len({*ids, *lost}) == 2 * len(requests)
+    for request, index in ids.items():
+        samples = requests[index][1].n
+        tokens = [got[request, j][0].token_ids for j in range(samples)]
+        assert tokens == wanted[index]
+
+
+def test_a_request_that_cannot_fit_is_refused_when_it_is_added(make, capsys):
+    engine = make(cache_len=40)
+    for prompt, request, words in [
+        ([9] * 39, ROUND, "prompt: a prompt of 39 tokens"),
+        ([999], ROUND, "999 is not a token id"),
+        ("a", {"n": 3}, "must be SamplingParams"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            engine.add(prompt, request)
+    assert engine.step() == []
+    for _ in range(2):
+        engine.add([9] * 20, dataclasses.replace(ROUND, thinking_budget=30))
+    assert capsys.readouterr().err.count("from 30 to 10 tokens") == 1
+
+
+def test_a_failure_ends_all_requests_and_the_engine_goes_on(make, params, wanted):
+    engine = make(slots=2)
+    engine.params = {**params, "norm": {"scale": params["norm"]["scale"] * jnp.nan}}
+    for _ in range(3):
+        engine.add("a", ROUND)
+    with pytest.raises(UserError, match="not finite"):
+        engine.step()
+    assert (engine.running, engine.waiting, engine.step()) == (0, 0, [])
+    engine.params = params
+    assert tokens_of(engine.generate(*mixed_requests())) == wanted
