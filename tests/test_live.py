@@ -10,6 +10,7 @@ from test_engine import make, mixed_requests, params, tokenizer, tokens_of
 
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
+from e1jax.sampling.budget import DONE
 from e1jax.tokenizer import THINK_END
 
 __all__ = ["make", "params", "tokenizer"]  # fixtures
@@ -115,6 +116,8 @@ def test_abort_frees_the_slots_at_the_next_step(make, wanted):
     events = engine.step(seconds=0)
     assert {event.request_id for event in events} == {second}
     assert (engine.running, engine.waiting) == (2, 0)
+    # The rows of an aborted request step no further.
+    assert int((engine._rows.state.phase != DONE).sum()) == 2
     got = completions([events, *run(engine)])
     assert [got[second, j][0].token_ids for j in (0, 1)] == wanted[0]
     assert {request for request, _ in got} == {second}
