@@ -59,7 +59,7 @@ class Tokenizer:
     think_end_id: int | None  # None: the model has no `</think>`
     special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
     chat_template: str | None
-    instruction: str | None  # what training ended its prompts with; None: not recorded
+    instruction: str | None  # the sentence that ended prompts in training; None: not recorded
     more_eos_ids: tuple[int, ...] = ()  # that the model's configuration names
 
     @classmethod
@@ -147,7 +147,7 @@ class Tokenizer:
                 add_generation_prompt=True,
                 **special,
             )
-        except Exception as error:  # templates raise what they like, jinja2's own too
+        except Exception as error:  # templates may raise any error, as may jinja2
             reason = " ".join(str(error).split())
             raise UserError(
                 f"the chat template refuses these messages: {reason}"
@@ -176,7 +176,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def copy_files(src: Path, dst: Path) -> None:
-    """Copies FILES, those that are there, from one model directory to another."""
+    """Copies FILES, as far as they exist, from one model directory to another."""
     for pattern in FILES:
         for file in filter(Path.is_file, src.glob(pattern)):
             target = dst / file.relative_to(src)
@@ -264,7 +264,7 @@ def write_byte_tokenizer(path: Path, words: Sequence[str] = ()) -> int:
     """Writes a byte-level tokenizer without merges; returns its number of ids.
 
     Every byte is one token, so any text round-trips, and so is each of `words`. The
-    special tokens are those of the E1 family.
+    special tokens are the E1 family's.
     """
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: i for i, character in enumerate(alphabet)}

@@ -18,8 +18,8 @@ import tensorstore
 
 from e1jax.config.checks import UserError
 
-# Chunks of a checkpoint are small, because a device reads whole chunks: a chip of a large
-# mesh should read little beside its own shard.
+# Chunks of a checkpoint are small, because the reader loads every chunk that its shard
+# touches: a chip of a large mesh should read little more than its own shard.
 _CHUNK_BYTES = 5 * 10**6
 
 

@@ -34,7 +34,7 @@ from e1jax.tokenizer import FILES, GENERATION, Tokenizer
 _BUNDLED = Path(__file__).parent.parent / "models"
 
 
-FORMAT_VERSION = 1  # of the manifest, and so of the whole directory
+FORMAT_VERSION = 1  # of the manifest, and with it of the directory
 
 HUGGING_FACE, CHECKPOINT = "Hugging Face directory", "e1jax checkpoint"
 RUN = "run directory"

@@ -45,7 +45,7 @@ class MetricsLog:
         with writing(run_dir):
             new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             new.replace(path)
-            # Drawn anew: a kill loses what TensorBoard has not written yet.
+            # Drawn anew: a kill loses the points that TensorBoard still buffers.
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
         for line in kept:
@@ -73,7 +73,7 @@ class MetricsLog:
         line |= more or {}
         self.waiting = None
         check_finite(line["step"], line)
-        # Opened for each line: a mounted bucket gets what was written when it is closed.
+        # Opened for each line: a mounted bucket stores a file when it is closed.
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         values = self._draw(line)

@@ -54,7 +54,7 @@ def save_params(path: Path, params: Params) -> None:
 def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
     """Parameters saved at `path`, each device reading its shard; cast to `dtype`.
 
-    Raises UserError if the checkpoint is not whole or is that of another model.
+    Raises UserError if the checkpoint is incomplete or belongs to another model.
     """
     return place(open_params(path, config), config, mesh, dtype)
 
@@ -62,8 +62,8 @@ def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Para
 def open_params(path: Path, config: ModelConfig) -> dict[str, LazyArray]:
     """The parameters saved at `path`, by name ("layers/mlp/up/kernel"), yet to be read.
 
-    Raises UserError if the checkpoint is not whole or is that of another model; so does
-    reading what is missing.
+    Raises UserError if the checkpoint is incomplete or belongs to another model; so does
+    reading a missing array.
     """
     item = abstract_on_one(config, quantized(check_saved(path, config)))
     lazy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), item)
@@ -81,8 +81,8 @@ def place(
 ) -> Params:
     """Parameters on the mesh, each device reading its own part, cast to `dtype`.
 
-    One after the other, the largest first: beside what is loaded, host memory holds one
-    parameter, which a CPU takes as it is, and the parts of it that are being read.
+    Parameters are read in turn, the largest first: beside the loaded ones, host memory
+    holds one parameter (a CPU uses that very copy) and the parts of it being read.
     """
     leaves = named_leaves(abstract_params(config, mesh, dtype, quantized(arrays)))
     placed = {}
@@ -196,7 +196,7 @@ def check_same(
     expected: Mapping[str, Sequence[int]],
     where: str,
 ) -> None:
-    """Refuses tensors, given by name and shape, that are not those of the model.
+    """Refuses tensors, given by name and shape, that differ from the model's.
 
     Three errors: missing, unexpected, wrong shape; each lists the names.
     """
@@ -226,7 +226,7 @@ def check_same(
 def explain_orbax(problem: str) -> Iterator[None]:
     """Whatever Orbax and tensorstore raise, in one sentence that starts with `problem`.
 
-    Meanwhile their log is off: it holds the traceback of what is then raised.
+    Their log is off meanwhile: it would print the traceback of the error raised here.
     """
     log = logging.getLogger("absl")
     level = log.level

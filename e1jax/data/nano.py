@@ -137,8 +137,8 @@ def write_solution(
 ) -> str:
     """A solution in the proportions of `mix`: thinking, `</think>`, recap, box.
 
-    A re-check is `wait` and the whole pass again, in the same style. A recap repeats all
-    steps, or (half of the time) those from a random one on, always in the terse style.
+    A re-check is `wait` and the complete pass again, in the same style. A recap repeats all
+    steps, or (half of the time) the steps from a random one on, always in the terse style.
     """
     once = problem.terse() if rng.random() < mix.terse else problem.verbose()
     thinking = "wait".join([once] * (1 + rng.choice(3, p=mix.rechecks)))
@@ -150,7 +150,7 @@ def write_solution(
 
 
 class SFTBatches:
-    """Random access to the batches of a fine-tuning run; batch i is that of step i + 1.
+    """Random access to the batches of a fine-tuning run; batch i belongs to step i + 1.
 
     Solutions are made for 8 batches at a time and sorted by length, so that little of a
     batch is padding; the order of the 8 batches is random. The phases never share one.

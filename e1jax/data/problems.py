@@ -69,14 +69,14 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     `name` is a key of `NANO` or `HUB`, a file, or a hub dataset: owner/name, followed by
     /FILES if it holds several sets of files, like owner/name/data/train. A file is a JSON
     list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
-    field `answer` or `final_answer`, a text, a number or a list of those that are
-    accepted; and may have `id` or `unique_id`. Of a worked solution, the last `\\boxed{}`
+    field `answer` or `final_answer`, a text, a number or a list of accepted
+    ones; and may have `id` or `unique_id`. Of a worked solution, the last `\\boxed{}`
     or the text behind the last `####` is the answer.
 
     Raises UserError, naming file and line or index (from 0), for whatever is missing,
     broken or empty, for two problems with one id, and for texts of a local file that lost
-    a backslash. A hub dataset with such texts cannot be mended by its users, and is what
-    others have measured on: a note on stderr counts them.
+    a backslash. The users of a hub dataset cannot mend it, and others have measured on it
+    as it is: there, a note on stderr counts the damaged texts.
     """
     if limit is not None:
         check_integer("limit", limit, 1)
@@ -118,7 +118,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
 
 
 def _dataset_files(name: str) -> list[Path]:
-    """A local file, or those of a hub dataset, downloaded."""
+    """A local file, or the downloaded files of a hub dataset."""
     with looking_for("dataset", name):
         path = Path(name).expanduser()
         if path.is_dir():

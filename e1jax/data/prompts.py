@@ -26,7 +26,7 @@ DEFAULT_INSTRUCTION = (
 
 
 def default_instruction(tokenizer: Tokenizer) -> str:
-    """What prompts end with: as recorded with the model, else as in the reference."""
+    """The sentence that ends a prompt: as recorded with the model, else the reference's."""
     if tokenizer.instruction is None:
         return DEFAULT_INSTRUCTION
     return tokenizer.instruction
@@ -80,7 +80,7 @@ class Prompt(NamedTuple):
     """A prompt to be answered in training."""
 
     position: int  # in the stream of all prompts of the run, over all epochs
-    index: int  # of the problem among those kept
+    index: int  # of the problem, among the kept ones
     prompt_ids: list[int]
     answers: tuple[str, ...]
 

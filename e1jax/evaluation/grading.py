@@ -14,7 +14,7 @@ from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.problems import Problem
 from e1jax.evaluation.results import Budgets, Outcome
 
-# What `grade` reads of a record: types, and the same in words.
+# The fields of a record that `grade` reads: their types, and the same in words.
 _FIELDS = {
     "id": ((str, int), "a text or a whole number"),
     "sample": ((int,), "a whole number"),

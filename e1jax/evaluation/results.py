@@ -102,7 +102,7 @@ def shown_budgets(budgets: Budgets) -> str:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results.json; raises UserError if what is drawn of it is not there."""
+    """A results.json; raises UserError if the figure needs values that it lacks."""
     results = read_json(path)
     rows = results.get("rows")
     whole = isinstance(rows, list) and rows and all(map(_can_be_drawn, rows))

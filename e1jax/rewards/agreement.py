@@ -1,6 +1,6 @@
 """Are two SymPy values equal? math-verify's verdict, and a check of every yes.
 
-math-verify rounds decimals to six places and drops what is below its precision, so that
+math-verify rounds decimals to six places and drops digits below its precision, so that
 0 was equal to 1e-10. After its yes, numbers must also agree exactly or, where one of them is a decimal, to a
 relative 1e-5; in sets, intervals, inequalities, matrices and expressions, number by
 number.

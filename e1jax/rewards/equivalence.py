@@ -2,7 +2,7 @@ r"""Is an answer equivalent to an accepted one? math-verify, between tables of o
 
 1. `spelling` takes typography away.
 2. Choices, words, lists, equations and percent are taken apart here, `units` takes
-   units off, and what is left is compared value by value.
+   units off, and the values that remain are compared one by one.
 3. `marks` writes a value so that the parser drops nothing.
 4. `agreement` parses both sides and compares them by math-verify.
 """
@@ -226,7 +226,7 @@ def _signed(element: str, signs: Iterator[str]) -> str:
 
 
 def _equation(text: str) -> list[str]:
-    """The sides of a chain of equations, not those within brackets."""
+    """The sides of a chain of equations; equations within brackets do not count."""
     sides, depth, start = [], 0, 0
     for match in re.finditer(r"\\[{}]|[(\[{)\]}]|(?<![<>!])=|\\approx(?![a-z])", text):
         if match[0] in ("=", r"\approx"):

@@ -1,6 +1,6 @@
 r"""Rewards: 1 if the answer that a solution boxes is equivalent to an accepted one.
 
-Equal texts and whole numbers are compared at once. All else is compared by
+Equal texts and integers are compared at once. All else is compared by
 `e1jax.rewards.equivalence` in worker processes (`e1jax.rewards.worker`), which read a
 JSON line per comparison and answer with a line.
 """
@@ -55,7 +55,7 @@ SolvedT = TypeVar("SolvedT", bound=Solved)
 def score(responses: Sequence[str], answers: Sequence[Accepted]) -> list[float]:
     r"""1.0 or 0.0 for each response: is its answer equivalent to an accepted one?
 
-    A response is the whole text after the prompt. Its answer is the last `\boxed{}`
+    A response is all the text after the prompt. Its answer is the last `\boxed{}`
     after the first `</think>`; without either the reward is 0.0. `answers` holds, per
     response, a text, a number or a list of accepted ones; each text may itself be
     wrapped in `\boxed{}` or `$`. A comparison that takes too long or crashes gives 0.0.
@@ -87,10 +87,9 @@ def grade(
 ) -> Iterator[tuple[SolvedT, float]]:
     """Yields each completion with its reward, in the order in which they come.
 
-    `completions` may be an engine's stream: what it has given is compared in the
-    background while it goes on. `answers[completion.prompt_index]` is what is accepted;
-    see `score`. All of `completion.solution` counts, also that of a model without
-    `</think>`. Without a `grader`, one shared by the process is used.
+    `completions` may be an engine's stream: workers compare its first answers while it
+    goes on. `answers[completion.prompt_index]` are the accepted answers; see `score`. All
+    of `completion.solution` counts, also if the model has no `</think>`. Without a `grader`, one shared by the process is used.
     """
     # Not in the generator, so that a wrong answer is found before any sampling.
     accepted = _all_accepted(answers)
@@ -122,7 +121,7 @@ def accepted_texts(answer: Accepted, where: str) -> list[str]:
 
     Of a worked solution, the last box or the text behind the last `####` (GSM8K) is the
     answer. Raises UserError naming `where` it stands if `answer` is not a text, a finite
-    number or a list of those, is empty, has lost a backslash, or has several lines and
+    number or a list of texts and numbers, is empty, has lost a backslash, or has several lines and
     neither mark.
     """
     items = answer if isinstance(answer, list | tuple) else [answer]

@@ -1,4 +1,4 @@
-r"""What latex2sympy drops or misreads, written so that it stays.
+r"""Notation that latex2sympy drops or misreads, rewritten so that it survives.
 
 math-verify's parser ignores words, primes, bases and angles, takes `\gamma` for a
 number and `d n` for a differential. Here each becomes a variable of its own,
@@ -43,7 +43,7 @@ _TIME = re.compile(r"(?<![\d:])([01]?\d|2[0-4]):([0-5]\d)(?![\d:])")
 
 
 def symbol(name: str, letter: bool = False) -> str:
-    """A variable that only the same name gives: a mark, or what stands for a letter.
+    """A variable of its own for each name: a mark, or a stand-in for a letter.
 
     The name is hexadecimal, since math-verify would replace an `or` in it.
     """
@@ -55,8 +55,8 @@ IMAGINARY = symbol("imaginary unit", letter=True)
 
 
 def marks_of(text: str) -> set[str]:
-    """The marks of a marked text. An answer has those of the accepted one, and no others:
-    0 times a mark would be 0."""
+    """The marks of a marked text. An answer must have the accepted answer's marks and no
+    others: 0 times a mark would be 0."""
     return set(re.findall(r"\\variable\{W\w+\}", text))
 
 

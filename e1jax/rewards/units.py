@@ -1,4 +1,4 @@
-r"""Units of an answer: what stands behind its number, and whether two units agree.
+r"""Units of an answer: the text behind its number, and whether two units agree.
 
 An answer may leave out the unit of the accepted one, and may have one that the accepted
 answer leaves out. Two known units must be equal, or convert: 0.5 m is 50 cm. Nouns that

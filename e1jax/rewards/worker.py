@@ -52,8 +52,8 @@ def main(limit: float) -> None:
         answer, accepted = json.loads(line)
         equal = any(equivalent(answer, text) for text in accepted)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        # Without memory SymPy finds nothing equal. A worker that is full, of what caches
-        # hold, ends here by MemoryError, and a fresh one compares again.
+        # Without memory SymPy finds nothing equal. A worker whose caches have filled its
+        # memory ends here by MemoryError, and a fresh one compares again.
         bytes(_ROOM)
         replies.write(b"1\n" if equal else b"0\n")
 

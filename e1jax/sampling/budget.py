@@ -8,7 +8,7 @@ mix of them.
 
 Differs from the reference implementation: an end-of-sequence token sampled while
 thinking is replaced by the forced `</think>` (the reference keeps it, and then masks
-the whole solution out of the loss).
+the entire solution out of the loss).
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Budget(NamedTuple):
     solution: Int[Array, " B"]  # sampled tokens after it
     total: Int[
         Array, " B"
-    ]  # tokens of any kind: what the cache holds beside the prompt
+    ]  # tokens of any kind: the cache's room behind the prompt
     plain: Bool[Array, " B"]  # nothing is forced, EOS ends the response anywhere
     forced_ids: Int[Array, "B F"]  # end_of_thinking_text and `</think>`
     num_forced: Int[Array, " B"]  # how many of them count
@@ -140,8 +140,8 @@ def advance(
     """One step of the state machine: (next token of each row, whether it was forced,
     next state).
 
-    `sampled` is what the model drew. While thinking it is dropped, in favour of the
-    first forced token, where the budget is used up or where it is an EOS; a dropped token
+    `sampled` are the model's draws. While thinking, a draw gives way to the first forced
+    token where the budget is used up or where it is an EOS; a dropped token
     counts nowhere. A row that is DONE keeps its state, and its token means nothing.
     """
     is_eos = jnp.isin(sampled, ids.eos)

@@ -1,4 +1,4 @@
-"""What sampling gives: completions, and the events of samples that are under way."""
+"""The results of sampling: completions, and events of samples that are under way."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ class Completion:
     forced: list[bool]
     thinking: str  # text before the first `</think>`
     solution: str  # text after it
-    text: str  # the whole response, without a final EOS
+    text: str  # the response, without a final EOS
     answer: str | None  # content of the solution's last \boxed{}
     thinking_tokens: int  # sampled tokens; forced ones are not counted
     solution_tokens: int
@@ -138,7 +138,8 @@ class Sample:
         return thinking, _Part("solution", split, end, text_end, "", is_done)
 
     def _new_text(self, part: "_Part", first: int) -> str:
-        """Text of a part's tokens from `first` on, whole characters unless it is over."""
+        """Text of a part's tokens from `first` on, up to the last complete character unless
+        the part is over."""
         context = max(part.start, first - _CONTEXT)
         old = self.tokenizer.decode(self.token_ids[context:first])
         text = self.tokenizer.decode(self.token_ids[context : part.text_end])
@@ -148,7 +149,7 @@ class Sample:
 
 
 class _Part(NamedTuple):
-    """The tokens of a phase, as indices into those of the sample."""
+    """The tokens of a phase, as indices into the sample's tokens."""
 
     phase: str
     start: int

@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What one decode call gave; a row's tokens start at column 0."""
+    """Results of a decode call; a row's tokens start at column 0."""
 
     tokens: jax.Array  # [B, CHUNK_STEPS] int32
     logprobs: jax.Array  # [B, CHUNK_STEPS] float32
@@ -208,7 +208,7 @@ def decode(
             config, params, rows.token[:, None], position, cache, mesh=mesh
         )
         logits = unembed(config, params, hidden[:, 0], mesh)
-        # As the weights lie: were the logits divided by rows, weights would be gathered.
+        # Sharded as the weights are: logits sharded by rows would need gathered weights.
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
         i = chunk.num_steps
@@ -248,8 +248,8 @@ def new_cache(
 
 
 def _everywhere(mesh: Mesh, of_rows: Any) -> Any:
-    """What is known of rows, on every device: the compiler would spread it over `data`, as
-    the cache is, and gather it again by a dozen small operations."""
+    """Replicates the arrays of rows: the compiler would shard them over `data`, as the cache
+    is, and gather them again by a dozen small operations."""
     return jax.lax.with_sharding_constraint(of_rows, replicated(mesh))
 
 

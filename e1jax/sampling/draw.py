@@ -52,7 +52,7 @@ def sample_token(
     top-p, renormalised.
 
     The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
-    `mesh` is where the arrays lie; see `top_k_top_p_mask`.
+    `mesh` holds the arrays; see `top_k_top_p_mask`.
     """
     gaps = _gaps(logits, sampling.temperature)
     keep = top_k_top_p_mask(gaps, sampling.top_k, sampling.top_p, mesh)
@@ -71,14 +71,14 @@ def top_k_top_p_mask(
     """Which tokens survive top-k and then top-p.
 
     `gaps` are log p(most probable) - log p(token), 0 or more. Top-p keeps the smallest
-    set of most probable tokens whose share of what top-k left reaches `top_p`. The token
+    set of most probable tokens whose share of the mass after top-k reaches `top_p`. The token
     that crosses is kept, and so is any token tied with the last one kept, in both cuts.
 
     Nothing is sorted: floats of one sign are ordered like their bits, so bisection over
     the int32 range finds the exact cut in 31 passes over the array. Masses are summed in
     integers (see `_limbs`), so the set depends neither on the order of the sums nor on
-    how the vocabulary is sharded. On a mesh of TPUs each device takes some of the rows,
-    whole, and goes through them in its vector memory.
+    how the vocabulary is sharded. On a mesh of TPUs each device takes some of the rows
+    with all their logits, and goes through them in its vector memory.
     """
 
     def limits():
@@ -99,7 +99,7 @@ def token_logprobs(
     temperature: Float[Array, " B"],
 ) -> Float[Array, " B"]:
     """log-softmax of logits / temperature (of logits where greedy) at the tokens,
-    before top-k and top-p: what the ratio of a policy gradient needs."""
+    before top-k and top-p, as the ratio of a policy gradient needs them."""
     gaps = _gaps(logits, temperature)
     return -take_from_rows(gaps, tokens) - jnp.log(jnp.exp(-gaps).sum(axis=-1))
 

@@ -108,9 +108,9 @@ class Engine:
         `cache_len`: positions of a slot, prompt and response together; None is 32,768
         or the model's max_position_embeddings if smaller. `slots`: rows sampled at a
         time, rounded up to a multiple of the mesh axis `data`; if there are fewer, each
-        row's positions lie over `data` instead. `kv_dtype`: of the cached keys and
+        row's positions are sharded over `data` instead. `kv_dtype`: of the cached keys and
         values, "float32", "bfloat16" or "int8" with a scale per token and head; None is
-        that of the weights, or of the rest of them if they are int8. Raises UserError
+        the dtype of the weights, or of the norms if the weights are int8. Raises UserError
         for sizes below 1 and for another kv_dtype.
         """
         default = min(DEFAULT_CACHE_LEN, config.max_position_embeddings)
@@ -194,10 +194,10 @@ class Engine:
         start first, equal ones in the order of the call.
 
         Requests are checked when this is called, before the first completion is asked
-        for; `names` is what to call them in messages (default: "prompt 0", ...). Samples
+        for; messages call them by `names` (default: "prompt 0", ...). Samples
         for which `skip(prompt_index, sample)` holds are left out (a resumed run has them
         already). `progress` is told after each chunk, once its completions are out, how
-        many tokens it gave; what it raises ends the stream.
+        many tokens it gave; an exception that it raises ends the stream.
         """
         requests = self._requests(prompts, params, names)
         self._note_cut(requests)
@@ -207,7 +207,7 @@ class Engine:
         """Queues a request, as `generate` takes them, behind the others; returns its id.
 
         Raises UserError for a request that cannot fit. Its tokens come from `step`, and
-        depend neither on when it was added nor on what else runs.
+        depend neither on the time of the call nor on the other requests.
         """
         request = self._request(0, prompt, params or SamplingParams(), "prompt")
         if request.budget.was_cut and not self._noted_cut:
@@ -218,10 +218,10 @@ class Engine:
 
     def step(self, *, seconds: float = _LIVE_SECONDS) -> list[Event]:
         """Runs one chunk of decode steps, for about `seconds`, with the prefills before
-        it; returns what came of it, [] if no request is there.
+        it; returns the new tokens, [] if there is no request.
 
-        Whatever it raises, UserError for logits that are not finite or too little
-        memory, ends all requests.
+        An exception (UserError for logits that are not finite, or for too little memory)
+        ends all requests.
         """
         events, self._unclaimed = self._unclaimed, []
         return events + self._step(seconds)
@@ -329,10 +329,10 @@ class Engine:
             self._update()
 
     def _update(self) -> None:
-        """Lets what was added or aborted take effect."""
+        """Applies the calls of `add` and `abort` since the last update."""
         freed = self._scheduler.update()
         if self._scheduler.is_idle:
-            # The parameters may be replaced now, or the memory that they lie in.
+            # The parameters may be replaced now, and their memory reused.
             self._weights = self._rows = None
         elif freed and self._rows is not None:
             is_stopped = np.isin(np.arange(self.slots), freed)

@@ -41,8 +41,8 @@ class Scheduler:
             self._aborted.update(request_ids)
 
     def update(self) -> list[int]:
-        """Takes in what was added and drops what was aborted; returns the slots that
-        were freed."""
+        """Applies the calls of `add` and `abort` since the last update; returns the slots
+        that this freed."""
         with self._lock:
             self.queue.extend(self._added)
             aborted, self._aborted, self._added = self._aborted, set(), []
@@ -78,5 +78,5 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing runs or waits, but for what was added since `update`."""
+        """Whether no sample runs or waits, as of the last `update`."""
         return not self.queue and not any(self.slots)

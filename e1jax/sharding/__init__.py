@@ -1,4 +1,4 @@
-"""Where arrays are: meshes, shards of parameters (FSDP), hosts, and what XLA is told."""
+"""Placement of arrays: meshes, sharded parameters (FSDP), hosts, and options of XLA."""
 
 from e1jax.sharding.fsdp import (
     data_specs,

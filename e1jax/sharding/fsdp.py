@@ -42,15 +42,15 @@ def data_specs(shardings: Any) -> Any:
 def make_gather_params(
     shardings: dict[str, Any], dtype: Any
 ) -> Callable[[Any, str], Any]:
-    """(part, name) -> part with whole arrays of `dtype`, for use in `map_over_data`.
+    """(part, name) -> part, its arrays gathered and cast to `dtype`, within `map_over_data`.
 
     `part` are the shards of the parameters under `name`, stacked layers or one of them.
     Their gradients are summed over `data` in float32, and only the own shard's sum is
     sent to each device (reduce-scatter); left to the compiler, a gathered parameter gets
-    an all-reduce of its whole gradient, in `dtype`.
+    an all-reduce of its full gradient, in `dtype`.
     """
 
-    def from_end(sharding: NamedSharding) -> int:  # 0: lies on no dim of it
+    def from_end(sharding: NamedSharding) -> int:  # 0: no dim is sharded
         places = [_on_data(p) for p in sharding.spec]
         return places.index(True) - len(places) if any(places) else 0
 

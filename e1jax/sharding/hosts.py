@@ -2,7 +2,7 @@
 
 Each samples on its own devices, without waiting for the others; an update takes in the
 devices of all. On the host's side, only the responses of a step and a few numbers pass
-between them. With one process, all functions give back what they are given.
+between them. With one process, all functions return their arguments.
 """
 
 import collections
@@ -190,8 +190,8 @@ def allgather_rows(rows: Any, group: int) -> Any:
 
 
 def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:
-    """The mesh to sample on: this process's devices out of `mesh`, which has those of
-    all, as suits the model."""
+    """The mesh to sample on: this process's devices out of `mesh`, which spans all
+    processes, in the shape that suits the model."""
     return make_mesh(None, config, devices_by_process(mesh)[jax.process_index()])
 
 
@@ -206,7 +206,7 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
     """params -> the same on the local mesh, with the dtypes that `local` (abstract) has:
     the same arrays if they are so already, else copies.
 
-    The devices send each other what they lack; nothing goes through the host. Every
+    The devices send each other the missing shards; nothing goes through the host. Every
     process calls it at the same time.
     """
     copy = make_copy_to_all(mesh, local)
@@ -229,7 +229,7 @@ def make_copy_to_all(mesh: Mesh, local: Any):
     """One jitted program, params -> the same on every host's local mesh, with the dtypes
     that `local` (abstract) has and divided as it is."""
     own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
-    # One local mesh after the other: what is replicated over `hosts` is, on each,
+    # One local mesh after the other: an array that is replicated over `hosts` is, on each,
     # divided as its own mesh says.
     every = Mesh(
         devices_by_process(mesh).reshape(-1, *own.devices.shape),

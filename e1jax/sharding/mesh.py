@@ -1,4 +1,4 @@
-"""Device meshes, and the one table that says where every array dimension lies on them.
+"""Device meshes, and the one table that says how every array dimension is sharded.
 
 Model code names logical axes ("embed", "heads", ...); `RULES` maps them to the mesh
 axes `data` and `tensor`. Changing the parallelism of the model means changing that
@@ -26,7 +26,7 @@ MESH_AXES = ("data", "tensor")
 
 # Weights are sharded in two dimensions (hidden over `data`, heads and mlp over
 # `tensor`), the cache by rows over `data` and by heads over `tensor`. The embedding
-# lies on its vocabulary alone: sharded on the hidden dimension, it costs a relayout
+# is sharded on its vocabulary alone: sharded on the hidden dimension, it costs a relayout
 # copy per call.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "layers": None,
@@ -65,8 +65,8 @@ def make_mesh(
 
 def device_grid(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
     """The devices in the shape of a mesh. On TPUs of several hosts, devices that are
-    neighbours on an axis have a direct link, where each axis takes in whole axes of the
-    torus; `jax.devices()` goes through the torus host by host, in blocks."""
+    neighbours on an axis have a direct link, if each axis of the mesh is a product of axes
+    of the torus; `jax.devices()` goes through the torus host by host, in blocks."""
     hosts = {device.process_index for device in devices}
     on_torus = getattr(devices[0], "coords", None) is not None
     if on_torus and len(hosts) > 1:
@@ -92,8 +92,8 @@ def check_divides(config: ModelConfig, shape: dict[str, int]) -> None:
 
 
 def undivided(config: ModelConfig, params: Any) -> str | None:
-    """What it costs each device that the mesh does not divide all matrices, in words;
-    None if it does.
+    """The cost to each device, in words, of matrices that the mesh does not divide; None if
+    it divides all of them.
 
     `params` are shapes with shardings, as model.abstract_params gives them. Matrices are
     meant to be divided among all devices; biases and norms are small, and are not.
@@ -127,7 +127,7 @@ def undivided(config: ModelConfig, params: Any) -> str | None:
 
 
 def note_undivided(config: ModelConfig, params: Any) -> None:
-    """Says on stderr what `undivided` does, if it says something."""
+    """Prints the sentence of `undivided` to stderr, if there is one."""
     text = undivided(config, params)
     if text and jax.process_index() == 0:
         print(f"note: {text}", file=sys.stderr)
@@ -163,7 +163,7 @@ def _amount(num_bytes: float) -> str:
 
 
 def on_tpu(mesh: Mesh | None) -> bool:
-    """Whether arrays lie on TPUs, of this machine or of a topology to compile for."""
+    """Whether the mesh is of TPUs, of this machine or of a topology to compile for."""
     return mesh is not None and mesh.devices.flat[0].platform == "tpu"
 
 
@@ -175,8 +175,8 @@ def on_cpu(mesh: Mesh | None) -> bool:
 def sharding(
     mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
-    """Where an array whose dims have these logical axes lies. A dim that its mesh axes
-    do not divide (an odd vocabulary, say) stays whole; see `undivided`."""
+    """The sharding of an array whose dims have these logical axes. A dim that its mesh axes
+    do not divide (an odd vocabulary, say) is not sharded; see `undivided`."""
     parts = []
     for axis, size in zip(axes, shape, strict=True):
         part = RULES[axis] if axis else None
@@ -188,7 +188,7 @@ def sharding(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on each device."""
+    """A full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
