@@ -59,7 +59,7 @@ class Tokenizer:
     think_end_id: int | None  # None: the model has no `</think>`
     special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
     chat_template: str | None
-    instruction: str | None  # the sentence that ended prompts in training; None: not recorded
+    instruction: str | None  # that ended prompts in training, if recorded
     more_eos_ids: tuple[int, ...] = ()  # that the model's configuration names
 
     @classmethod

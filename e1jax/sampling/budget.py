@@ -48,9 +48,7 @@ class Budget(NamedTuple):
 
     thinking: Int[Array, " B"]  # sampled tokens up to and with `</think>`
     solution: Int[Array, " B"]  # sampled tokens after it
-    total: Int[
-        Array, " B"
-    ]  # tokens of any kind: the cache's room behind the prompt
+    total: Int[Array, " B"]  # tokens of any kind: the cache's room behind the prompt
     plain: Bool[Array, " B"]  # nothing is forced, EOS ends the response anywhere
     forced_ids: Int[Array, "B F"]  # end_of_thinking_text and `</think>`
     num_forced: Int[Array, " B"]  # how many of them count
