@@ -22,6 +22,7 @@ from e1jax.cli.files import read_json, read_text
 from e1jax.config.checks import UserError
 from e1jax.config.texts import check_backslashes
 
+THINK_START = "<think>"
 THINK_END = "</think>"
 
 
@@ -60,6 +61,7 @@ class Tokenizer:
     special_tokens: dict[str, str]  # bos_token, eos_token, ... for the chat template
     chat_template: str | None
     instruction: str | None  # that ended prompts in training, if recorded
+    think_start_id: int | None = None  # None: the model has no `<think>`
     more_eos_ids: tuple[int, ...] = ()  # that the model's configuration names
 
     @classmethod
@@ -107,6 +109,7 @@ class Tokenizer:
             special,
             _chat_template(path, config),
             instruction,
+            backend.token_to_id(THINK_START),
         )
 
     @property
@@ -278,7 +281,7 @@ def write_byte_tokenizer(path: Path, words: Sequence[str] = ()) -> int:
     backend.add_special_tokens(
         [tokenizers.AddedToken(text, normalized=False) for text in special]
     )
-    plain = ["<think>", THINK_END, *words]
+    plain = [THINK_START, THINK_END, *words]
     backend.add_tokens(
         [tokenizers.AddedToken(text, normalized=False) for text in plain]
     )

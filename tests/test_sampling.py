@@ -37,23 +37,39 @@ EOS, CLOSE = 0, 1
 TEXT = [7, 8]  # tokens of an end_of_thinking_text
 
 
-def reference(stream, thinking, solution, forced, room, ends, close=CLOSE):
+def reference(
+    stream,
+    thinking,
+    solution,
+    forced,
+    room,
+    ends,
+    close=CLOSE,
+    stops=False,
+    solves=False,
+):
     """The budget rules, one token at a time: stream[i] is what the model would
     draw at position i.
 
     `thinking` and `solution` may be None; `forced` is the inserted text with
-    `</think>`; `room` is what the cache holds; `ends` are the EOS ids. Returns (tokens,
-    forced marks, thinking tokens, solution tokens, thinking end, finish reason).
+    `</think>`; `room` is what the cache holds; `ends` are the EOS ids; `stops`: nothing
+    is forced, a used up budget ends the response; `solves`: it starts in the solution.
+    Returns (tokens, forced marks, thinking tokens, solution tokens, thinking end, finish
+    reason).
     """
     plain = thinking is None and solution is None
+    stops = stops and not plain
+    forced = [] if stops or solves else forced
     if not plain:
         longest = room - len(forced) - (1 if solution is None else solution)
         thinking = longest if thinking is None else min(thinking, longest)
     tokens, marks, end, thought = [], [], None, 0
-    while end is None:
+    while end is None and not solves:
+        if stops and thought == thinking:
+            return tokens, marks, thought, 0, "budget", "length"
         if not plain and thought == thinking:
             end = "budget"
-        elif stream[len(tokens)] in ends and not plain:
+        elif stream[len(tokens)] in ends and not plain and not stops:
             end = "eos"
         else:
             token = stream[len(tokens)]
@@ -63,10 +79,10 @@ def reference(stream, thinking, solution, forced, room, ends, close=CLOSE):
             if token == close:
                 end = "model"
             elif token in ends:
-                return tokens, marks, thought, 0, None, "stop"
-            if len(tokens) == room:
+                return tokens, marks, thought, 0, "eos" if stops else None, "stop"
+            if len(tokens) == room and not (stops and end is None):
                 return tokens, marks, thought, 0, end, "length"
-    if end != "model":
+    if end != "model" and not solves:
         tokens += forced
         marks += [True] * len(forced)
     solved = 0
@@ -105,6 +121,7 @@ row = st.tuples(
     budgets,
     st.integers(0, len(TEXT)),
     st.integers(1, STEPS),
+    st.sampled_from(["force", "stop", "solves"]),
     st.lists(st.sampled_from([EOS, CLOSE, 5, 6, 9]), min_size=STEPS, max_size=STEPS),
 )
 
@@ -119,17 +136,19 @@ def fits(thinking, solution, num_text, room):
 @given(st.lists(row, min_size=ROWS, max_size=ROWS))
 @settings(max_examples=200, deadline=None)
 def test_any_budgets_match_the_plain_machine(ends, rows):
-    rows = [
-        (t, s, f, room, stream) for t, s, f, room, stream in rows if fits(t, s, f, room)
-    ]
+    rows = [row for row in rows if fits(*row[:4])]
     if not rows:
         return
     padded = rows + [rows[0]] * (ROWS - len(rows))
     resolved = []
-    for t, s, f, room, _ in padded:
-        params = SamplingParams(thinking_budget=t, solution_budget=s)
-        resolved.append(resolve_budget(params, 3, f + 1, room + 3, "prompt 0"))
-    forced = [[*TEXT[:f], CLOSE] for _, _, f, _, _ in padded]
+    for t, s, f, room, way, _ in padded:
+        how = "stop" if way == "stop" else "force"
+        params = SamplingParams(
+            thinking_budget=t, solution_budget=s, on_thinking_budget=how
+        )
+        args = params, 3, f + 1, room + 3, "prompt 0"
+        resolved.append(resolve_budget(*args, starts_thinking=way != "solves"))
+    forced = [[*TEXT[:f], CLOSE] for _, _, f, *_ in padded]
     budget = Budget(
         thinking=np.array([r.thinking for r in resolved], np.int32),
         solution=np.array([r.solution for r in resolved], np.int32),
@@ -139,13 +158,18 @@ def test_any_budgets_match_the_plain_machine(ends, rows):
             [ids + [0] * (WIDTH - len(ids)) for ids in forced], np.int32
         ),
         num_forced=np.array([len(ids) for ids in forced], np.int32),
+        stops=np.array([r.stops for r in resolved]),
     )
     streams = np.array([stream for *_, stream in padded], np.int32)
+    phases = [SOLVE if way == "solves" else THINK for *_, way, _ in padded]
     tokens, marks, state = jax.device_get(
-        run_machine(streams, budget, np.zeros(ROWS, np.int32), ends)
+        run_machine(streams, budget, np.array(phases, np.int32), ends)
     )
-    for i, (t, s, _, room, stream) in enumerate(rows):
-        want = reference(stream, t, s, forced[i], room, ends)
+    for i, (t, s, _, room, way, stream) in enumerate(rows):
+        stops, solves = way == "stop", way == "solves"
+        if (solves and s == 0) or (stops and t == 0) or (stops and room == (s or 1)):
+            continue  # a response of no token, which the machine is never given
+        want = reference(stream, t, s, forced[i], room, ends, CLOSE, stops, solves)
         count = int(state.num_tokens[i])
         got = (
             tokens[i, :count].tolist(),
@@ -158,10 +182,11 @@ def test_any_budgets_match_the_plain_machine(ends, rows):
         assert got == want, (t, s, room)
         assert state.phase[i] == DONE
         # The laws, beside the reference: worst-case length, one forced closer at most.
-        limit = room if t is None or s is None else min(room, t + len(forced[i]) + s)
+        most = len(forced[i]) if way == "force" else 0
+        limit = room if t is None or s is None else min(room, t + most + s)
         assert count <= limit
-        assert sum(marks[i, :count]) in (0, len(forced[i]))
-        assert t is None or state.thinking_tokens[i] <= t
+        assert sum(marks[i, :count]) in (0, len(forced[i]) if way == "force" else 0)
+        assert solves or t is None or state.thinking_tokens[i] <= t
         assert s is None or state.solution_tokens[i] <= s
 
 
@@ -174,6 +199,7 @@ def one_row(stream, thinking, solution, phase=THINK, text=(), total=STEPS):
         plain=np.array([False]),
         forced_ids=np.array([forced + [0] * (WIDTH - len(forced))], np.int32),
         num_forced=np.array([len(forced)], np.int32),
+        stops=np.array([False]),
     )
     padded = np.array([stream + [5] * (STEPS - len(stream))], np.int32)
     tokens, marks, state = jax.device_get(

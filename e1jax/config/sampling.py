@@ -2,8 +2,15 @@
 
 import dataclasses
 import numbers
+from typing import Any
 
-from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number
+from e1jax.config.checks import (
+    UNLIMITED,
+    UserError,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from e1jax.config.texts import check_backslashes
 
 
@@ -18,9 +25,12 @@ class SamplingParams:
     top_p: float = 0.95  # in (0, 1]; 1 is off
     top_k: int = 0  # 0 is off
     seed: int = 0
-    end_of_thinking_text: str = (
-        ""  # inserted, unsampled, right before a forced </think>
-    )
+    # inserted, unsampled, right before a forced </think>
+    end_of_thinking_text: str = ""
+    # "force": a used up thinking budget forces </think>; "stop": it ends the response,
+    # as EOS does while thinking, and nothing is forced
+    on_thinking_budget: str = "force"
+    stop: tuple[str, ...] = ()  # texts that end a solution, which is cut before them
 
     def __post_init__(self):
         for name in ("thinking_budget", "solution_budget"):
@@ -36,9 +46,20 @@ class SamplingParams:
                 f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
             )
         check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
+        check_choice("on_thinking_budget", self.on_thinking_budget, ("force", "stop"))
+        object.__setattr__(self, "stop", _stop_texts(self.stop))
         # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
         for name, value in list(vars(self).items()):
             if isinstance(value, numbers.Integral):
                 object.__setattr__(self, name, int(value))
             elif isinstance(value, numbers.Real):
                 object.__setattr__(self, name, float(value))
+
+
+def _stop_texts(stop: Any) -> tuple[str, ...]:
+    """A text, a list of texts or None, as a tuple."""
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    is_list = isinstance(texts, list | tuple)
+    if not is_list or not all(isinstance(text, str) and text for text in texts):
+        raise UserError(f"stop must be a text or a list of texts, not {stop!r}")
+    return tuple(texts)

@@ -41,6 +41,8 @@ class TokenIds(NamedTuple):
 
     eos: Any  # [E] int32: any of them ends a response
     think_end: int  # -1: the model has no `</think>`
+    # `<think>`, which no solution may hold; -1: the model has none
+    think_start: int = -1
 
 
 class Budget(NamedTuple):
@@ -52,6 +54,8 @@ class Budget(NamedTuple):
     plain: Bool[Array, " B"]  # nothing is forced, EOS ends the response anywhere
     forced_ids: Int[Array, "B F"]  # end_of_thinking_text and `</think>`
     num_forced: Int[Array, " B"]  # how many of them count
+    # Nothing is forced: a used up thinking budget ends the response, as EOS does.
+    stops: Bool[Array, " B"]
 
 
 class BudgetState(NamedTuple):
@@ -73,6 +77,7 @@ class ResolvedBudget(NamedTuple):
     solution: int
     total: int
     plain: bool
+    stops: bool
     was_cut: bool  # a given thinking budget was lowered to leave room for the solution
 
 
@@ -84,12 +89,14 @@ def resolve_budget(
     where: str,
     *,
     can_think: bool = True,
+    starts_thinking: bool = True,
 ) -> ResolvedBudget:
     """Reserves room for the solution: thinking is cut so that prompt + thinking +
     forced tokens + solution fits `cache_len`, the solution never.
 
     `num_forced` is the number of tokens that a forced end inserts, `can_think` whether
-    the model has a `</think>`. Raises UserError, with the numbers, for a request that
+    the model has a `</think>`. A response that does not start in the thinking phase (see
+    `request.starts_thinking`) has a solution budget alone. Raises UserError, with the numbers, for a request that
     cannot fit at all.
     """
     thinking, solution = params.thinking_budget, params.solution_budget
@@ -98,8 +105,10 @@ def resolve_budget(
             f"{where}: thinking_budget={thinking}, but this model has no </think> token; set it to none for "
             "plain sampling under the solution budget"
         )
-    plain = can_think and thinking is None and solution is None
-    forced = num_forced if can_think and not plain else 0
+    thinks = can_think and starts_thinking
+    plain = thinks and thinking is None and solution is None
+    stops = thinks and not plain and params.on_thinking_budget == "stop"
+    forced = num_forced if thinks and not plain and not stops else 0
     # An unlimited solution still gets at least one token.
     reserved = 1 if solution is None else solution
     room = cache_len - num_prompt
@@ -121,7 +130,8 @@ def resolve_budget(
         solution=UNLIMITED if solution is None else solution,
         total=room,
         plain=plain,
-        was_cut=thinking is not None and thinking > longest,
+        stops=stops,
+        was_cut=thinks and thinking is not None and thinking > longest,
     )
 
 
@@ -140,12 +150,14 @@ def advance(
 
     `sampled` are the model's draws. While thinking, a draw gives way to the first forced
     token where the budget is used up or where it is an EOS; a dropped token
-    counts nowhere. A row that is DONE keeps its state, and its token means nothing.
+    counts nowhere. A row that stops instead of forcing keeps the draw, and ends
+    with it. A row that is DONE keeps its state, and its token means nothing.
     """
     is_eos = jnp.isin(sampled, ids.eos)
     thinking, solving = state.phase == THINK, state.phase == SOLVE
-    spent = thinking & (state.thinking_tokens >= budget.thinking)
-    stopped = thinking & ~budget.plain & is_eos
+    may_force = thinking & ~budget.stops
+    spent = may_force & (state.thinking_tokens >= budget.thinking)
+    stopped = may_force & ~budget.plain & is_eos
     forced = spent | stopped | (state.phase == FORCE)
     index = jnp.minimum(state.forced_tokens, budget.forced_ids.shape[1] - 1)
     next_forced = take_from_rows(budget.forced_ids, index)
@@ -161,8 +173,12 @@ def advance(
     solution_tokens = state.solution_tokens + solving
     num_tokens = state.num_tokens + 1
 
-    at_eos = is_eos & (solving | (thinking & budget.plain))
-    finish = jnp.where(num_tokens >= budget.total, LENGTH, 0)
+    ends_at_eos = thinking & (budget.plain | budget.stops)
+    at_eos = is_eos & (solving | ends_at_eos)
+    used_up = thinking & budget.stops & ~natural & (thinking_tokens >= budget.thinking)
+    end = jnp.where(used_up, BY_BUDGET, end)
+    end = jnp.where(thinking & budget.stops & is_eos, BY_EOS, end)
+    finish = jnp.where(used_up | (num_tokens >= budget.total), LENGTH, 0)
     finish = jnp.where(
         (phase == SOLVE) & (solution_tokens >= budget.solution), SOLUTION_BUDGET, finish
     )

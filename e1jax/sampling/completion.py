@@ -1,17 +1,20 @@
 """The results of sampling: completions, and events of samples that are under way."""
 
+import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from e1jax.config.checks import UserError
-from e1jax.sampling.budget import FINISH_REASONS, THINKING_ENDS, BudgetState
+from e1jax.sampling.budget import FINISH_REASONS, STOP, THINKING_ENDS, BudgetState
 from e1jax.sampling.request import Request
 from e1jax.tokenizer import THINK_END, Tokenizer, extract_boxed
 
-_CONTEXT = 16  # tokens decoded before new ones, which may end a character of theirs
+# Tokens that are decoded before new ones, which may end a character of theirs; and for
+# each character of a stop text, which they may end too.
+_CONTEXT, _CONTEXT_OF_STOP = 16, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Sample:
     logprobs: list[float] = dataclasses.field(default_factory=list)
     forced: list[bool] = dataclasses.field(default_factory=list)
     close: int | None = None  # index of the first `</think>`
+    is_stopped: bool = False  # by a stop text
 
     def extend(
         self, token_ids: list[int], logprobs: list[float], forced: list[bool]
@@ -78,11 +82,39 @@ class Sample:
                 "dtype is too narrow"
             )
         think_end = self.tokenizer.think_end_id
-        if self.close is None and think_end in token_ids:
+        thinks = self.request.starts_thinking and self.close is None
+        if thinks and think_end in token_ids:
             self.close = len(self.token_ids) + token_ids.index(think_end)
         self.token_ids += token_ids
         self.logprobs += logprobs
         self.forced += forced
+
+    def stop_end(self, start: int, is_done: bool) -> int | None:
+        """Where the first stop text ends, of a solution that has grown from `start` on:
+        the number of tokens up to the token that completes it; None without any."""
+        if not self.request.params.stop:
+            return None
+        part = self._parts(is_done)[1]
+        first = max(start, part.start)
+        context = self._context(part, first)
+
+        def is_in(end: int) -> bool:
+            return (
+                self._stop_at(self.tokenizer.decode(self.token_ids[context:end])) >= 0
+            )
+
+        if first >= part.text_end or not is_in(part.text_end):
+            return None
+        ends = range(first + 1, part.text_end + 1)
+        return ends[bisect.bisect_left(ends, True, key=is_in)]
+
+    def stop(self, end: int, state: BudgetState) -> BudgetState:
+        """Drops the tokens from `end` on, behind a stop text; `state` without them."""
+        solution_tokens = int(state.solution_tokens) - len(self.token_ids[end:])
+        for values in (self.token_ids, self.logprobs, self.forced):
+            del values[end:]
+        self.is_stopped = True
+        return state._replace(solution_tokens=solution_tokens, finish=STOP)
 
     def completion(self, state: BudgetState) -> Completion:
         """The finished response; `state` holds the numbers of its row."""
@@ -91,6 +123,8 @@ class Sample:
             self.tokenizer.decode(self.token_ids[part.start : part.text_end])
             for part in parts
         )
+        if self.is_stopped:
+            solution = solution[: self._stop_at(solution)]
         return Completion(
             prompt_ids=self.request.prompt_ids,
             token_ids=self.token_ids,
@@ -110,9 +144,12 @@ class Sample:
 
     def events(self, start: int, completion: Completion | None) -> Iterator[Event]:
         """The tokens from `start` on, by phase; a `completion` comes with the last."""
-        for part in self._parts(is_done=completion is not None):
+        parts = self._parts(is_done=completion is not None)
+        if completion is not None and not self.token_ids:  # a budget of 0 tokens
+            parts = parts[:1] if self.request.starts_thinking else parts[1:]
+        for part in parts:
             first = max(start, part.start)
-            if first < part.end:
+            if first < part.end or not self.token_ids:
                 yield Event(
                     self.request.id,
                     self.number,
@@ -127,25 +164,38 @@ class Sample:
     def _parts(self, is_done: bool) -> tuple["_Part", "_Part"]:
         """Thinking and solution, as far as they have come."""
         end = text_end = len(self.token_ids)
-        if is_done and self.token_ids[-1] in self.tokenizer.eos_ids:
+        if is_done and end and self.token_ids[-1] in self.tokenizer.eos_ids:
             text_end -= not self.forced[-1]
         if self.close is not None:
             split, text = self.close + 1, (self.close, THINK_END, True)
         else:
-            split = 0 if self.tokenizer.think_end_id is None else end
+            split = end if self.request.starts_thinking else 0
             text = (min(split, text_end), "", is_done)
         thinking = _Part("thinking", 0, split, *text)
         return thinking, _Part("solution", split, end, text_end, "", is_done)
 
     def _new_text(self, part: "_Part", first: int) -> str:
-        """Text of a part's tokens from `first` on, up to the last complete character unless
-        the part is over."""
-        context = max(part.start, first - _CONTEXT)
+        """Text of a part's tokens from `first` on. Unless the part is over, later tokens
+        may change the last character or complete a stop text; both are held back."""
+        context = self._context(part, first)
         old = self.tokenizer.decode(self.token_ids[context:first])
         text = self.tokenizer.decode(self.token_ids[context : part.text_end])
-        if part.is_over:
-            return text[len(_whole(old)) :] + part.closer
-        return _whole(text)[len(_whole(old)) :]
+        stops = self.request.params.stop if part.phase == "solution" else ()
+        if not part.is_over:
+            text = _settled(text, stops)
+        elif self.is_stopped and part.phase == "solution":
+            text = text[: self._stop_at(text)]
+        return text[len(_settled(old, stops)) :] + part.closer
+
+    def _context(self, part: "_Part", first: int) -> int:
+        """Index of a token far enough before `first` to decode the tokens there."""
+        stops = max(map(len, self.request.params.stop), default=0)
+        return max(part.start, first - _CONTEXT - _CONTEXT_OF_STOP * stops)
+
+    def _stop_at(self, text: str) -> int:
+        """Index of the first stop text; -1 without any."""
+        found = [text.find(stop) for stop in self.request.params.stop]
+        return min((index for index in found if index >= 0), default=-1)
 
 
 class _Part(NamedTuple):
@@ -159,6 +209,12 @@ class _Part(NamedTuple):
     is_over: bool
 
 
-def _whole(text: str) -> str:
-    """Without a last character of which some bytes may be missing."""
-    return text[:-1] if text.endswith("\ufffd") else text
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """Without a last character of which bytes may be missing, and without the beginning of
+    a stop text."""
+    text = text[:-1] if text.endswith("\ufffd") else text
+    longest = max(map(len, stops), default=1) - 1
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return text[:start]
+    return text

@@ -28,7 +28,10 @@ from e1jax.nn.model import compute_dtype, forward, unembed
 from e1jax.nn.quantize import LANES, Params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import (
+    BY_BUDGET,
     DONE,
+    LENGTH,
+    SOLUTION_BUDGET,
     SOLVE,
     THINK,
     Budget,
@@ -212,7 +215,9 @@ def decode(
         place = sharding(mesh, (None, "vocab"), logits.shape)
         logits = jax.lax.with_sharding_constraint(logits, place)
         i = chunk.num_steps
-        sampled = everywhere(sample_token(logits, keys[i], rows.sampling, mesh))
+        banned = jnp.where(rows.state.phase == SOLVE, ids.think_start, -1)
+        sampled = sample_token(logits, keys[i], rows.sampling, mesh, banned)
+        sampled = everywhere(sampled)
         token, forced, state = everywhere(
             advance(rows.state, sampled, rows.budget, ids)
         )
@@ -271,11 +276,12 @@ def empty_rows(slots: int, width: int) -> Rows:
     seed: Any = np.zeros((slots, 2), np.uint32)
     forced_ids: Any = np.zeros((slots, width), np.int32)
     done: Any = np.full(slots, DONE, np.int32)
+    no: Any = np.zeros(slots, bool)
     return Rows(
         token=zeros,
         position=zeros,
         sampling=Sampling(ones, ones, zeros, seed, zeros),
-        budget=Budget(zeros, zeros, zeros, zeros.astype(bool), forced_ids, zeros),
+        budget=Budget(zeros, zeros, zeros, no, forced_ids, zeros, no),
         state=start_state(done),
     )
 
@@ -311,10 +317,22 @@ def request_rows(
             plain=fill(budget.plain, bool),
             forced_ids=fill(forced_ids + padding),
             num_forced=fill(len(forced_ids)),
+            stops=fill(budget.stops, bool),
         ),
-        state=start_state(fill(THINK if forced_ids else SOLVE)),
+        state=jax.tree.map(fill, _first_state(request)),
     )
     return is_new, fresh
+
+
+def _first_state(request: Request) -> BudgetState:
+    """The state in which a response starts: DONE, if its budget has no token."""
+    budget = request.budget
+    state = start_state(THINK if request.starts_thinking else SOLVE)
+    if not request.starts_thinking and budget.solution == 0:
+        return state._replace(phase=DONE, finish=SOLUTION_BUDGET)
+    if budget.stops and budget.thinking == 0:
+        return state._replace(phase=DONE, finish=LENGTH, end=BY_BUDGET)
+    return state
 
 
 @functools.partial(_jit, static_argnums=0, donate_argnums=1)

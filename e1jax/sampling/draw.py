@@ -47,13 +47,19 @@ def sample_token(
     keys: Key[Array, " B"],
     sampling: Sampling,
     mesh: Mesh | None = None,
+    banned: Int[Array, " B"] | None = None,
 ) -> Int[Array, " B"]:
     """Draws a token of each row from softmax(logits / temperature), cut by top-k, then
     top-p, renormalised.
 
+    The token `banned` of a row is never drawn, as if its logit were -inf; -1 bans none.
+
     The draw is a Gumbel arg-max, which needs no sorted or summed-up distribution.
     `mesh` holds the arrays; see `top_k_top_p_mask`.
     """
+    if banned is not None:
+        is_banned = jnp.arange(logits.shape[1])[None] == banned[:, None]
+        logits = jnp.where(is_banned, -jnp.inf, logits)
     gaps = _gaps(logits, sampling.temperature)
     keep = top_k_top_p_mask(gaps, sampling.top_k, sampling.top_p, mesh)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
@@ -99,7 +105,7 @@ def token_logprobs(
     temperature: Float[Array, " B"],
 ) -> Float[Array, " B"]:
     """log-softmax of logits / temperature (of logits where greedy) at the tokens,
-    before top-k and top-p, as the ratio of a policy gradient needs them."""
+    before top-k, top-p and the ban, as the ratio of a policy gradient needs them."""
     gaps = _gaps(logits, temperature)
     return -take_from_rows(gaps, tokens) - jnp.log(jnp.exp(-gaps).sum(axis=-1))
 

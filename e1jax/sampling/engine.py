@@ -334,8 +334,13 @@ class Engine:
         if self._scheduler.is_idle:
             # The parameters may be replaced now, and their memory reused.
             self._weights = self._rows = None
-        elif freed and self._rows is not None:
-            is_stopped = np.isin(np.arange(self.slots), freed)
+        else:
+            self._stop(freed)
+
+    def _stop(self, slots: Sequence[int]) -> None:
+        """Ends the rows of slots whose samples are gone."""
+        if slots and self._rows is not None:
+            is_stopped = np.isin(np.arange(self.slots), slots)
             self._rows = stop_rows(self.mesh, self._rows, is_stopped)
 
     def _step(self, seconds: float) -> list[Event]:
@@ -425,14 +430,15 @@ class Engine:
         num_steps = _FIRST_STEPS
         if self._step_seconds is not None:
             num_steps = min(CHUNK_STEPS, max(1, int(seconds / self._step_seconds)))
-        think_end = self.tokenizer.think_end_id
+        ends, starts = self.tokenizer.think_end_id, self.tokenizer.think_start_id
         eos_ids = np.array(self.tokenizer.eos_ids, np.int32)
+        tags = (-1, -1) if ends is None else (ends, -1 if starts is None else starts)
         start = time.monotonic()
         self._cache, rows, chunk = decode(
             self.config,
             self.mesh,
             self._weights[1],
-            TokenIds(eos_ids, -1 if think_end is None else think_end),
+            TokenIds(eos_ids, *tags),
             self._cache,
             self._rows,
             self._few if self._scheduler.queue else self.slots,
@@ -446,6 +452,7 @@ class Engine:
     def _collect(self, chunk: Chunk, state: BudgetState) -> list[Event]:
         """Appends a chunk's tokens to the samples; frees the slots of finished ones."""
         events: list[Event] = []
+        stopped: list[int] = []
         for slot, sample in enumerate(self._scheduler.slots):
             if sample is None:
                 continue
@@ -453,13 +460,18 @@ class Engine:
             count = int(state.num_tokens[slot]) - start
             new = (x[slot, :count].tolist() for x in chunk[:3])
             sample.extend(*new)
-            completion = None
-            if state.phase[slot] == DONE:
+            is_done, completion = bool(state.phase[slot] == DONE), None
+            stop = sample.stop_end(start, is_done)
+            if is_done or stop is not None:
                 self._scheduler.slots[slot] = None
                 row = jax.tree.map(lambda field, slot=slot: int(field[slot]), state)
+                if stop is not None:
+                    stopped.append(slot)
+                    row = sample.stop(stop, row)
                 completion = sample.completion(row)
             events += sample.events(start, completion)
             self.stats.tokens += count
+        self._stop(stopped)
         self.stats.decode_steps += int(chunk.num_steps)
         self.stats.slot_steps += int(chunk.num_steps) * self.slots
         return events

@@ -24,13 +24,16 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     budget: ResolvedBudget
-    forced_ids: list[int]  # end_of_thinking_text and `</think>`, if the model has that
+    forced_ids: list[
+        int
+    ]  # end_of_thinking_text and `</think>`, if thinking comes first
+    starts_thinking: bool
 
     @property
     def most_tokens(self) -> int:
         """The most tokens that a response can have."""
         budget, forced = self.budget, len(self.forced_ids)
-        thinking = budget.thinking if forced else 0  # a model may have no `</think>`
+        thinking = budget.thinking if self.starts_thinking else 0
         return min(budget.total, thinking + forced + budget.solution)
 
 
@@ -52,6 +55,7 @@ def make_request(
     if not isinstance(params, SamplingParams):
         raise UserError(f"params must be SamplingParams, not {params!r}")
     prompt_ids = encode_prompt(prompt, where, tokenizer, vocab_size)
+    thinks = starts_thinking(prompt_ids, tokenizer)
     forced_ids = _forced_ids(params.end_of_thinking_text, where, tokenizer)
     budget = resolve_budget(
         params,
@@ -59,9 +63,11 @@ def make_request(
         len(forced_ids),
         cache_len,
         where,
-        can_think=bool(forced_ids),
+        can_think=tokenizer.think_end_id is not None,
+        starts_thinking=thinks,
     )
-    return Request(id, index, prompt_ids, params, budget, forced_ids)
+    forced_ids = forced_ids if thinks and not budget.stops else []
+    return Request(id, index, prompt_ids, params, budget, forced_ids, thinks)
 
 
 def encode_prompt(
@@ -91,6 +97,16 @@ def encode_prompt(
                 f"{where}: {token!r} is not a token id of this model (0 to {last})"
             )
     return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def starts_thinking(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """The phase in which a response to the prompt starts: the solution, if the model has
+    no `</think>`, or if that is the last of the two tags in the prompt."""
+    if tokenizer.think_end_id is None:
+        return False
+    tags = (tokenizer.think_start_id, tokenizer.think_end_id)
+    last = next((token for token in reversed(prompt_ids) if token in tags), None)
+    return last != tokenizer.think_end_id
 
 
 def _forced_ids(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
