@@ -13,6 +13,7 @@ from test_sampling import budgets, fits, reference
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.sampling import SamplingParams
+from e1jax.sampling.budget import DONE
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
@@ -205,9 +206,12 @@ def test_a_stopped_sample_gives_its_slot_back_and_disturbs_no_other(scripted):
     ids = [scripted.add([97], p) for p in (STOPPED, free, STOPPED, STOPPED, free)]
     done = {}
     while scripted.running or scripted.waiting:
-        for event in scripted.step():
+        for event in scripted.step(seconds=0):
             if event.completion is not None:
                 done[event.request_id] = event.completion
+        if scripted.running:
+            going = int((scripted._rows.state.phase != DONE).sum())
+            assert going == scripted.running
     texts = [done[i].solution for i in ids]
     assert texts == ["b", "bSTOPdefghi", "b", "b", "bSTOPdefghi"]
     assert done[ids[2]].token_ids == alone.token_ids
