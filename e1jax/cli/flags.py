@@ -1,8 +1,8 @@
 """Flags of the commands: dataclasses whose fields and their docstrings are the flags.
 
-Not by jsonargparse, which reads these classes where a YAML file is the command line's
-other half (config/load.py). It takes no prompts between flags, no -n, no --json without
-a value and no dashes in names; and "null" and "0x1" are not the texts that were typed.
+argparse parses them. jsonargparse, which reads the settings of training (config/load.py),
+would refuse prompts between flags, -n, a bare --json and dashes in names, and it reads
+texts as YAML: a mesh named null is none, a seed of 0x1 is 1.
 """
 
 import argparse
@@ -23,14 +23,14 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def flag(metavar: str, default: Any = dataclasses.MISSING, **settings: Any) -> Any:
-    """A field with what its type does not tell: settings of argparse's add_argument, or
-    `positional=True`."""
-    settings = {"metavar": metavar, **settings}
-    return dataclasses.field(default=default, metadata=settings)
+    """A field of flags whose type does not say all: `settings` are add_argument's, or
+    positional=True."""
+    metadata = {"metavar": metavar, **settings}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def sampling_flags(*left_out: str, **defaults: Any) -> Any:
-    """A field of SamplingParams, whose own fields become flags, but for those left out."""
+    """A field of SamplingParams: each of its fields, except those left out, is a flag."""
     default = SamplingParams(**defaults)
     return dataclasses.field(default=default, metadata={"left_out": left_out})
 
