@@ -145,7 +145,7 @@ def _add_flag(
     elif not positional:
         settings["required"] = True
         help += "; required"
-    if type(default) in _METAVARS and default != "" and "(default" not in help:
+    if type(default) in _METAVARS and default != "":
         help += f" (default {default})"
     dashes = "" if positional else "-" if len(name) == 1 else "--"
     name = dashes + name.replace("_", "-")
