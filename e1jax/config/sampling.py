@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from typing import Any
+from typing import Any, Literal, get_args
 
 from e1jax.config.checks import (
     UNLIMITED,
@@ -13,24 +13,36 @@ from e1jax.config.checks import (
 )
 from e1jax.config.texts import check_backslashes
 
+OnThinkingBudget = Literal["force", "stop"]
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one prompt is sampled. Budgets are in sampled tokens, None is unlimited."""
 
     thinking_budget: int | None = 1024
+    """Most tokens sampled before </think>; then it is forced."""
     solution_budget: int | None = 1024
-    n: int = 1  # samples of the prompt
-    temperature: float = 0.6  # 0 is greedy
-    top_p: float = 0.95  # in (0, 1]; 1 is off
-    top_k: int = 0  # 0 is off
+    """Most tokens sampled after </think>; room for them is reserved also where thinking
+    is unlimited."""
+    n: int = 1
+    """Samples of each prompt."""
+    temperature: float = 0.6
+    """Softmax temperature; 0 is greedy."""
+    top_p: float = 0.95
+    """Probability mass kept, in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Number of most probable tokens kept; 0 is off."""
     seed: int = 0
-    # inserted, unsampled, right before a forced </think>
+    """Seed of each prompt; the same gives the same tokens."""
     end_of_thinking_text: str = ""
-    # "force": a used up thinking budget forces </think>; "stop": it ends the response,
-    # as EOS does while thinking, and nothing is forced
-    on_thinking_budget: str = "force"
-    stop: tuple[str, ...] = ()  # texts that end a solution, which is cut before them
+    """Text, for example "I have to answer now.", that is inserted, unsampled, right
+    before a forced </think>."""
+    on_thinking_budget: OnThinkingBudget = "force"
+    """Where the thinking budget is used up: force </think>, or stop the response, without
+    an answer; then nothing is ever forced, and EOS ends the response while thinking too."""
+    stop: tuple[str, ...] = ()
+    """Text that ends a solution, which is cut before it; may be given several times."""
 
     def __post_init__(self):
         for name in ("thinking_budget", "solution_budget"):
@@ -46,7 +58,9 @@ class SamplingParams:
                 f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
             )
         check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
-        check_choice("on_thinking_budget", self.on_thinking_budget, ("force", "stop"))
+        check_choice(
+            "on_thinking_budget", self.on_thinking_budget, get_args(OnThinkingBudget)
+        )
         object.__setattr__(self, "stop", _stop_texts(self.stop))
         # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
         for name, value in list(vars(self).items()):
