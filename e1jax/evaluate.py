@@ -110,7 +110,11 @@ class EvaluateFlags(EngineFlags):
     """Thinking budgets, each the most tokens sampled before </think> is forced, or none
     (default 512,1024,2048,3072,none)."""
     sampling: SamplingParams = sampling_flags(
-        "thinking_budget", "end_of_thinking_text", n=16
+        "thinking_budget",
+        "end_of_thinking_text",
+        "on_thinking_budget",
+        "stop",
+        n=16,
     )
     limit: int | None = flag("PROBLEMS", None)
     """Only the first so many problems (default: all)."""

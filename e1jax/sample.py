@@ -94,7 +94,7 @@ class Item:
 
     def digest(self) -> str:
         """Names prompt and parameters, but for n: more samples may be added later."""
-        params = dataclasses.asdict(dataclasses.replace(self.params, n=1))
+        params = dataclasses.replace(self.params, n=1).record()
         return digest([self.prompt, self.raw, params])
 
 
@@ -200,8 +200,9 @@ class Printer:
         dim, plain = ("\x1b[2m", "\x1b[0m") if terminal else ("", "")
         item, how = self.items[completion.prompt_index], completion.thinking_end
         lines = [] if self.alone else [f"--- {item.id}, sample {completion.sample}"]
-        end = "" if how is None else "</think>"
-        lines.append(f"{dim}{completion.thinking}{end}{plain}{completion.solution}")
+        text, solution = completion.text, completion.solution
+        end = text[len(completion.thinking) : len(text) - len(solution)]
+        lines.append(f"{dim}{completion.thinking}{end}{plain}{solution}")
         cut = {"budget": " (cut by the budget)", "eos": " (ended by EOS)"}
         lines.append(
             f"[{completion.thinking_tokens} thinking{cut.get(how or '', '')} + "
@@ -322,7 +323,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What changes the completions, under the names of the flags."""
     local = Path(loaded.files.name).is_dir()
-    params = dataclasses.asdict(defaults)
+    params = defaults.record()
     del params["n"]
     return {
         "model": str(loaded.files.path.resolve()) if local else loaded.files.name,

@@ -16,7 +16,7 @@ from e1jax.sample import SampleFlags
 SAMPLING = ["solution-budget", "n", "temperature", "top-p", "top-k", "seed"]
 ENGINE = ["model", "mesh", "dtype", "slots", "cache-len", "quantize", "kv-dtype"]
 FLAGS = {
-    SampleFlags: "thinking-budget end-of-thinking-text prompts output json logprobs raw",
+    SampleFlags: "thinking-budget end-of-thinking-text on-thinking-budget stop prompts output json logprobs raw",
     EvaluateFlags: "dataset budgets limit instruction output",
     GradeFlags: "dataset output",
     PlotFlags: "output",

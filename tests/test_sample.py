@@ -16,6 +16,7 @@ from conftest import several_devices
 
 from e1jax import sample
 from e1jax.cli.command import run_command
+from e1jax.config.sampling import SamplingParams
 
 SHORT = ["--thinking-budget", "8", "--solution-budget", "6"]
 
@@ -453,3 +454,15 @@ def test_ctrl_c_keeps_what_is_done(tiny_hf, tmp_path):
     )
     done = records(out.read_text())
     assert 3 <= len(done) < 3600
+
+
+def test_settings_that_came_later_do_not_change_older_records():
+    """An output of an older version has none of them, and can be resumed."""
+    recorded = SamplingParams(stop=[]).record()
+    assert set(recorded) == {
+        "thinking_budget", "solution_budget", "n", "temperature", "top_p", "top_k",
+        "seed", "end_of_thinking_text",
+    }  # fmt: skip
+    assert SamplingParams(stop=("a",)).record()["stop"] == ["a"]
+    stops = SamplingParams(on_thinking_budget="stop").record()
+    assert stops["on_thinking_budget"] == "stop" and "stop" not in stops

@@ -69,6 +69,13 @@ class SamplingParams:
             elif isinstance(value, numbers.Real):
                 object.__setattr__(self, name, float(value))
 
+    def record(self) -> dict[str, Any]:
+        """The fields as an output records them. A field that came later is left out
+        while it has its default, so that older outputs can be resumed."""
+        fields = dataclasses.asdict(self) | {"stop": list(self.stop)}
+        later = {"on_thinking_budget": "force", "stop": []}
+        return {k: v for k, v in fields.items() if k not in later or v != later[k]}
+
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:
     """A text, a list of texts or None, as a tuple."""
