@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from e1jax.checkpoint.params import (
     quantized,
     save_params,
 )
-from e1jax.cli.command import Parser, run_command, stop_signals
+from e1jax.cli.command import Parser, check_command, run_command, stop_signals
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.model import QUANTIZED, ModelConfig
@@ -249,8 +250,11 @@ def inspect(model: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m e1jax.convert`: from-hf, to-hf, inspect."""
+    prog = "python -m e1jax.convert"
+    argv = sys.argv[1:] if argv is None else argv
+    check_command(argv, ("from-hf", "to-hf", "inspect"), prog)
     parser = Parser(
-        prog="python -m e1jax.convert",
+        prog=prog,
         description="Convert weights between Hugging Face files and e1jax checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

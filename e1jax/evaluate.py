@@ -29,8 +29,14 @@ from tqdm import tqdm
 import e1jax
 from e1jax import data, rewards
 from e1jax.checkpoint.load import LoadedModel, load_model
-from e1jax.cli.command import Parser, run_command
-from e1jax.cli.flags import parse_budget, quantize_flags
+from e1jax.cli.command import check_command, run_command
+from e1jax.cli.flags import (
+    EngineFlags,
+    flag,
+    parse_budget,
+    read_flags,
+    sampling_flags,
+)
 from e1jax.cli.outputs import JsonlOutput, Progress, digest, writing_output
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
@@ -54,6 +60,7 @@ from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.runtime import use_compilation_cache
 
+PROG = "python -m e1jax.evaluate"
 _SLOTS = 32
 
 
@@ -65,12 +72,91 @@ _PARAMS = ("solution_budget", "n", "temperature", "top_p", "top_k", "seed")
 _LEFT_OUT = ("prompt_ids", "logprobs", "forced", "prompt_index")
 
 
+def _parse_budgets(text: str) -> tuple[int | None, ...]:
+    """Budgets between commas, the smallest first; each once."""
+    budgets = [parse_budget(part) for part in text.split(",")]
+    if len(set(budgets)) < len(budgets):
+        raise argparse.ArgumentTypeError(f"{text!r} names a budget twice")
+    return tuple(sorted(budgets, key=lambda budget: budget_size((budget, None))))
+
+
+_DATASETS = (
+    f"{', '.join([*data.NANO, *data.HUB])}, a hub dataset, or a JSON, JSONL or parquet "
+    "file with problem and answer; a completion belongs to a problem by its id, else by "
+    "its index from 0"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(EngineFlags):
+    """Samples the problems of a dataset at several thinking budgets, grades the answers,
+    and shows accuracy and tokens spent. Two other forms need no model: python -m
+    e1jax.evaluate grade --help grades completions that are there already; python -m
+    e1jax.evaluate plot --help draws several models.
+
+    Columns: accuracy with its standard error (over problems, so that samples of one
+    problem do not count as independent); pass@N, the share of problems with a right
+    answer among their N samples; mean tokens of a response, forced ones included, and
+    those sampled as thinking and as solution; the share of responses in which </think>
+    was forced. The seed of a problem is made from --seed and its index. Compiled programs
+    are kept between runs in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/e1jax/xla.
+    """
+
+    model: str = flag("MODEL")
+    dataset: str = flag("NAME|FILE", help=_DATASETS)
+    budgets: tuple[int | None, ...] = flag(
+        "T,T,...", (512, 1024, 2048, 3072, None), type=_parse_budgets, nargs=None
+    )
+    """Thinking budgets, each the most tokens sampled before </think> is forced, or none
+    (default 512,1024,2048,3072,none)."""
+    sampling: SamplingParams = sampling_flags(
+        "thinking_budget", "end_of_thinking_text", n=16
+    )
+    limit: int | None = flag("PROBLEMS", None)
+    """Only the first so many problems (default: all)."""
+    instruction: str | None = flag(
+        "TEXT",
+        None,
+        help="Follows the problem in the prompt, after a space; '' for none (default: "
+        f'that of the model\'s training, else "{data.DEFAULT_INSTRUCTION}")',
+    )
+    output: Path | None = flag("DIR", None)
+    """Directory for results.json, accuracy.png and completions.jsonl, which holds what
+    sample --json prints, less prompt_ids, logprobs and forced, plus the budgets and the
+    reward; run again, what is there is skipped, and more budgets, samples or problems may
+    be asked for (default: only the table)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradeFlags:
+    """Grades completions that are there already, without a model."""
+
+    completions: Path = flag("COMPLETIONS.jsonl", positional=True)
+    """File of sample --json or --output, or the completions.jsonl of evaluate; each
+    budget in it makes a row, completions without one a row of null budgets."""
+    dataset: str = flag("NAME|FILE", help=_DATASETS)
+    output: Path | None = flag("DIR", None)
+    """Directory for results.json and accuracy.png (default: only the table)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotFlags:
+    """Draws accuracy (%) against mean tokens per response, with standard errors, a line
+    for each model, and prints both as a table, a column for each."""
+
+    results: tuple[Path, ...] = flag("RESULTS.json", positional=True)
+    """The results.json of an evaluation."""
+    output: Path = flag("P.png")
+    """Figure to write, as PNG, PDF or SVG by its ending."""
+
+
 def main() -> None:
     """`python -m e1jax.evaluate`: budgets of a model, or its commands grade and plot."""
     argv = sys.argv[1:]
-    if argv[:1] == ["grade"]:
+    command = check_command(argv, ("grade", "plot"), PROG)
+    if command == "grade":
         grade(argv[1:])
-    elif argv[:1] == ["plot"]:
+    elif command == "plot":
         plot(argv[1:])
     else:
         evaluate(argv)
@@ -78,15 +164,15 @@ def main() -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """Samples every problem at every budget; goes on from what DIR holds already."""
-    args = _evaluate_parser().parse_args(argv)
-    params = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
+    args = read_flags(EvaluateFlags, argv, PROG)
+    params = args.sampling
     check_backslashes(args.instruction, "--instruction")
     problems = data.load_problems(args.dataset, args.limit)
     output = _output(args.output, problems)
     outcomes = output.done if output else {}
     # The longest requests first, so that the slots are full to the end.
     requests = [(i, b) for b in reversed(args.budgets) for i in range(len(problems))]
-    keys = [[(problems[i].id, j, b) for j in range(args.n)] for i, b in requests]
+    keys = [[(problems[i].id, j, b) for j in range(params.n)] for i, b in requests]
     left = sum(key not in outcomes for samples in keys for key in samples)
     loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
@@ -99,14 +185,15 @@ def evaluate(argv: Sequence[str]) -> None:
         slots=min(_SLOTS, max(left, 1)) if args.slots is None else args.slots,
         kv_dtype=args.kv_dtype,
     )
-    if args.instruction is None:
-        args.instruction = data.default_instruction(loaded.tokenizer)
-    settings = _settings(args, loaded, engine)
+    instruction = args.instruction
+    if instruction is None:
+        instruction = data.default_instruction(loaded.tokenizer)
+    settings = _settings(args, instruction, loaded, engine)
     if output:
         output.compare(settings)
     progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
-        [data.prompt_text(problems[i].text, args.instruction) for i, _ in requests],
+        [data.prompt_text(problems[i].text, instruction) for i, _ in requests],
         [_request_params(params, index, budget) for index, budget in requests],
         names=[f"problem {problems[i].id}" for i, _ in requests],
         skip=lambda request, sample: keys[request][sample] in outcomes,
@@ -123,7 +210,7 @@ def evaluate(argv: Sequence[str]) -> None:
         ):
             for completion, reward in rewards.grade(completions, answers, grader):
                 key = keys[completion.prompt_index][completion.sample]
-                record = _record(key, args.solution_budget, completion, reward)
+                record = _record(key, params.solution_budget, completion, reward)
                 if output:
                     output.append(record)
                 outcomes[key] = outcome_of(record, reward)
@@ -134,16 +221,18 @@ def evaluate(argv: Sequence[str]) -> None:
             print(f"all completions are in {output.path} already", file=sys.stderr)
     rows = []
     for budget in args.budgets:
-        samples = [[outcomes[p.id, j, budget] for j in range(args.n)] for p in problems]
-        rows.append(result_row((budget, args.solution_budget), samples))
+        samples = [
+            [outcomes[p.id, j, budget] for j in range(params.n)] for p in problems
+        ]
+        rows.append(result_row((budget, params.solution_budget), samples))
     names = {"model": args.model, "dataset": args.dataset}
-    counts = {"n": args.n, "problems": len(problems)}
+    counts = {"n": params.n, "problems": len(problems)}
     _report({**settings, **names, **counts, "rows": rows}, args.output)
 
 
 def grade(argv: Sequence[str]) -> None:
     """Grades completions that a file holds."""
-    args = _grade_parser().parse_args(argv)
+    args = read_flags(GradeFlags, argv, f"{PROG} grade")
     problems = data.load_problems(args.dataset)
     found = read_completions(args.completions, problems)
     make_directory(args.output)
@@ -178,7 +267,7 @@ def grade(argv: Sequence[str]) -> None:
 
 def plot(argv: Sequence[str]) -> None:
     """Draws the results of several models as one figure, and prints one table."""
-    args = _plot_parser().parse_args(argv)
+    args = read_flags(PlotFlags, argv, f"{PROG} plot")
     if args.output.suffix not in FIGURE_FORMATS:
         raise UserError(
             f"--output {args.output} must end in {', '.join(FIGURE_FORMATS)}"
@@ -217,7 +306,7 @@ def _output(directory: Path | None, problems: Sequence[Problem]) -> JsonlOutput 
 
 
 def _settings(
-    args: argparse.Namespace, loaded: LoadedModel, engine: Engine
+    args: EvaluateFlags, instruction: str, loaded: LoadedModel, engine: Engine
 ) -> dict[str, Any]:
     """What changes the completions, under the names of the flags.
 
@@ -233,8 +322,8 @@ def _settings(
         "quantize": loaded.quantize,
         "kv_dtype": engine.kv_dtype,
         "cache_len": engine.cache_len,
-        "instruction": args.instruction,
-        **{name: getattr(args, name) for name in _PARAMS if name != "n"},
+        "instruction": instruction,
+        **{name: getattr(args.sampling, name) for name in _PARAMS if name != "n"},
     }
 
 
@@ -267,182 +356,6 @@ def _report(results: dict[str, Any], directory: Path | None) -> None:
         new.write_text(text)
         new.replace(directory / "results.json")
     draw_figure([(results["model"], results["rows"])], directory / "accuracy.png")
-
-
-def _evaluate_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m e1jax.evaluate",
-        description="Samples the problems of a dataset at several thinking budgets, "
-        "grades the answers, and shows accuracy and tokens spent. Two other forms need "
-        "no model: python -m e1jax.evaluate grade --help grades completions that are "
-        "there already; python -m e1jax.evaluate plot --help draws several models.",
-        epilog="Columns: accuracy with its standard error (over problems, so that "
-        "samples of one problem do not count as independent); pass@N, the share of "
-        "problems with a right answer among their N samples; mean tokens of a response, "
-        "forced ones included, and those sampled as thinking and as solution; the share "
-        "of responses in which </think> was forced. Compiled programs are kept between "
-        "runs in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/e1jax/xla.",
-    )
-    flag = parser.add_argument
-    flag(
-        "--model",
-        required=True,
-        help="hub id, Hugging Face or e1jax directory, run directory, or nano; required",
-    )
-    _dataset_flag(parser)
-    flag(
-        "--budgets",
-        type=_parse_budgets,
-        default=[512, 1024, 2048, 3072, None],
-        metavar="T,T,...",
-        help="thinking budgets, each the most tokens sampled before </think> is forced, "
-        "or none (default 512,1024,2048,3072,none)",
-    )
-    flag(
-        "--solution-budget",
-        type=parse_budget,
-        default=1024,
-        metavar="TOKENS|none",
-        help="most tokens sampled after </think>, at every thinking budget; room for "
-        "them is reserved also where thinking is unlimited (default 1024)",
-    )
-    flag("-n", type=int, default=16, help="samples of each problem (default 16)")
-    flag(
-        "--limit",
-        type=int,
-        metavar="PROBLEMS",
-        help="only the first so many problems (default: all)",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=0,
-        help="each problem's seed is made from it and the problem's index; the same "
-        "gives the same tokens (default 0)",
-    )
-    flag(
-        "--instruction",
-        metavar="TEXT",
-        help="follows the problem in the prompt, after a space; '' for none (default: "
-        f'that of the model\'s training, else "{data.DEFAULT_INSTRUCTION}")',
-    )
-    flag(
-        "--temperature",
-        type=float,
-        default=0.6,
-        help="softmax temperature; 0 is greedy (default 0.6)",
-    )
-    flag(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="probability mass kept, in (0, 1]; 1 is off (default 0.95)",
-    )
-    flag(
-        "--top-k",
-        type=int,
-        default=0,
-        help="number of most probable tokens kept; 0 is off (default 0)",
-    )
-    flag(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
-    )
-    quantize_flags(flag)
-    flag(
-        "--mesh",
-        metavar="data=1,tensor=4",
-        help="device mesh: rows over data, heads over tensor (default: all devices, as "
-        "many on tensor as the model's heads allow)",
-    )
-    flag(
-        "--slots",
-        type=int,
-        help=f"rows sampled at a time (default: as many as completions, at most {_SLOTS})",
-    )
-    flag(
-        "--cache-len",
-        type=int,
-        metavar="TOKENS",
-        help="room for prompt and response in a slot (default 32768, or the model's "
-        "max_position_embeddings if smaller)",
-    )
-    flag(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="directory for results.json, accuracy.png and completions.jsonl, which "
-        "holds what sample --json prints, less prompt_ids, logprobs and forced, plus the "
-        "budgets and the reward; run again, what is there is skipped, and more budgets, "
-        "samples or problems may be asked for (default: only the table)",
-    )
-    return parser
-
-
-def _grade_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m e1jax.evaluate grade",
-        description="Grades completions that are there already, without a model.",
-    )
-    parser.add_argument(
-        "completions",
-        type=Path,
-        metavar="COMPLETIONS.jsonl",
-        help="file of sample --json or --output, or the completions.jsonl of evaluate; "
-        "each budget in it makes a row, completions without one a row of null budgets",
-    )
-    _dataset_flag(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="directory for results.json and accuracy.png (default: only the table)",
-    )
-    return parser
-
-
-def _plot_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m e1jax.evaluate plot",
-        description="Draws accuracy (%) against mean tokens per response, with standard "
-        "errors, a line for each model, and prints both as a table, a column for each.",
-    )
-    parser.add_argument(
-        "results",
-        type=Path,
-        nargs="+",
-        metavar="RESULTS.json",
-        help="results.json of an evaluation",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="P.png",
-        help="figure to write, as PNG, PDF or SVG by its ending; required",
-    )
-    return parser
-
-
-def _dataset_flag(parser: argparse.ArgumentParser) -> None:
-    names = ", ".join([*data.NANO, *data.HUB])
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="NAME|FILE",
-        help=f"{names}, a hub dataset, or a JSON, JSONL or parquet file with problem and "
-        "answer; a completion belongs to a problem by its id, else by its index from 0; "
-        "required",
-    )
-
-
-def _parse_budgets(text: str) -> list[int | None]:
-    """Budgets between commas, the smallest first; each once."""
-    budgets = [parse_budget(part) for part in text.split(",")]
-    if len(set(budgets)) < len(budgets):
-        raise argparse.ArgumentTypeError(f"{text!r} names a budget twice")
-    return sorted(budgets, key=lambda budget: budget_size((budget, None)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Steps: parse flags, read and check every request, look at what an earlier run le
 the output file, sample, and hand out each completion as it finishes.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -18,8 +17,8 @@ from tqdm import tqdm
 
 from e1jax import data
 from e1jax.checkpoint.load import LoadedModel, load_model
-from e1jax.cli.command import Parser, run_command
-from e1jax.cli.flags import parse_budget, quantize_flags
+from e1jax.cli.command import run_command
+from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
 from e1jax.config.checks import UserError, check_known
 from e1jax.config.sampling import SamplingParams
@@ -46,6 +45,35 @@ _PROMPTS = {
 }
 _DEMO_PROBLEMS = 3
 _DEMO_BUDGETS = ((32, 28), (1024, 1024))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleFlags(EngineFlags):
+    """Samples thinking and solution under separate token budgets.
+
+    Without a prompt, the nano model solves a few problems of its own at two budgets.
+    Compiled programs are kept between runs in $JAX_COMPILATION_CACHE_DIR, by default
+    ~/.cache/e1jax/xla.
+    """
+
+    model: str = flag("MODEL", "nano")
+    prompt: tuple[str, ...] = flag("PROMPT", (), positional=True)
+    """Text of a prompt, put into the model's chat template."""
+    prompts: str | None = flag("FILE.jsonl|-", None)
+    """Requests, one JSON object a line: prompt, messages or prompt_ids, and optionally id
+    and the sampling settings (thinking_budget, ...; null for an unlimited budget); -
+    reads standard input."""
+    sampling: SamplingParams = sampling_flags()
+    output: str | None = flag("OUT.jsonl", None)
+    """Append completions to this file as they finish, and show none; run again, what is
+    there is skipped."""
+    json: bool = False
+    """Print one JSON object per completion."""
+    logprobs: bool = False
+    """Show each token with its log-probability, forced ones marked * (JSON and --output
+    hold them always)."""
+    raw: bool = False
+    """Tokenise a text prompt as it is, without the chat template."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +104,8 @@ def _is_message(value: Any) -> bool:
 
 def main() -> None:
     """`python -m e1jax.sample`."""
-    args = _parser().parse_intermixed_args()
-    defaults = SamplingParams(**{name: getattr(args, name) for name in _PARAMS})
+    args = read_flags(SampleFlags, sys.argv[1:], "python -m e1jax.sample")
+    defaults = args.sampling
     items = _items(args, defaults)
     output = None
     if args.output is not None:
@@ -137,9 +165,7 @@ class Printer:
     turn when the context is left, by Ctrl-C say, is shown then.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, engine: Engine, items: list[Item], bar: tqdm
-    ):
+    def __init__(self, args: SampleFlags, engine: Engine, items: list[Item], bar: tqdm):
         self.args, self.engine, self.items, self.bar = args, engine, items, bar
         self.alone = sum(item.params.n for item in items) == 1
         self.held: dict[tuple[int, int], str] = {}
@@ -244,7 +270,7 @@ def _item(
     return Item(at, identity, prompt, raw and kind == "prompt", params)
 
 
-def _items(args: argparse.Namespace, defaults: SamplingParams) -> list[Item]:
+def _items(args: SampleFlags, defaults: SamplingParams) -> list[Item]:
     if args.prompt and args.prompts:
         raise UserError("give prompts on the command line or by --prompts, not both")
     if args.prompts:
@@ -289,7 +315,7 @@ def _demo(defaults: SamplingParams) -> list[Item]:
 
 
 def _settings(
-    args: argparse.Namespace,
+    args: SampleFlags,
     loaded: LoadedModel,
     engine: Engine,
     defaults: SamplingParams,
@@ -316,123 +342,6 @@ def _record(item: Item, completion: Completion) -> dict[str, Any]:
     # The shortest text that gives the float32 back.
     record["logprobs"] = [float(str(np.float32(p))) for p in completion.logprobs]
     return record
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m e1jax.sample",
-        description="Samples thinking and solution under separate token budgets.",
-        epilog="Without a prompt, the nano model solves a few problems of its own at two "
-        "budgets. Compiled programs are kept between runs in $JAX_COMPILATION_CACHE_DIR, "
-        "by default ~/.cache/e1jax/xla.",
-    )
-    flag = parser.add_argument
-    flag(
-        "prompt",
-        nargs="*",
-        metavar="PROMPT",
-        help="text of a prompt, put into the model's chat template",
-    )
-    flag(
-        "--model",
-        default="nano",
-        help="hub id, Hugging Face or e1jax directory, run directory, or nano (default)",
-    )
-    flag(
-        "--prompts",
-        metavar="FILE.jsonl|-",
-        help="requests, one JSON object a line: prompt, messages or prompt_ids, and "
-        "optionally id and the sampling settings (thinking_budget, ...; null for an "
-        "unlimited budget); - reads standard input",
-    )
-    flag(
-        "--thinking-budget",
-        type=parse_budget,
-        default=1024,
-        metavar="TOKENS|none",
-        help="most tokens sampled before </think>; then it is forced (default 1024)",
-    )
-    flag(
-        "--solution-budget",
-        type=parse_budget,
-        default=1024,
-        metavar="TOKENS|none",
-        help="most tokens sampled after </think> (default 1024)",
-    )
-    flag("-n", type=int, default=1, help="samples of each prompt (default 1)")
-    flag(
-        "--temperature",
-        type=float,
-        default=0.6,
-        help="softmax temperature; 0 is greedy (default 0.6)",
-    )
-    flag(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="probability mass kept, in (0, 1]; 1 is off (default 0.95)",
-    )
-    flag(
-        "--top-k",
-        type=int,
-        default=0,
-        help="number of most probable tokens kept; 0 is off (default 0)",
-    )
-    flag(
-        "--seed",
-        type=int,
-        default=0,
-        help="seed of every request; the same gives the same tokens (default 0)",
-    )
-    flag(
-        "--slots",
-        type=int,
-        help="rows sampled at a time (default: as many as completions, at most 16)",
-    )
-    flag(
-        "--cache-len",
-        type=int,
-        metavar="TOKENS",
-        help="room for prompt and response in a slot (default 32768, or the model's "
-        "max_position_embeddings if smaller)",
-    )
-    flag(
-        "--mesh",
-        metavar="data=1,tensor=4",
-        help="device mesh: rows over data, heads over tensor (default: all devices, as "
-        "many on tensor as the model's heads allow)",
-    )
-    flag(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
-    )
-    quantize_flags(flag)
-    flag(
-        "--output",
-        metavar="OUT.jsonl",
-        help="append completions to this file as they finish, and show none; run again, "
-        "what is there is skipped",
-    )
-    flag("--json", action="store_true", help="print one JSON object per completion")
-    flag(
-        "--logprobs",
-        action="store_true",
-        help="show each token with its log-probability, forced ones marked * (JSON and "
-        "--output hold them always)",
-    )
-    flag(
-        "--raw",
-        action="store_true",
-        help="tokenise a text prompt as it is, without the chat template",
-    )
-    flag(
-        "--end-of-thinking-text",
-        default="",
-        metavar="TEXT",
-        help='inserted before a forced </think>, for example "I have to answer now."',
-    )
-    return parser
 
 
 if __name__ == "__main__":

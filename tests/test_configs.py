@@ -17,12 +17,13 @@ from conftest import Chip
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import resolve
 from e1jax.checkpoint.runs import abstract_state
+from e1jax.cli.flags import read_flags
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig, SFTConfig
 from e1jax.grpo.learner import default_mesh, make_optimizer
 from e1jax.nn.model import abstract_params
-from e1jax.sample import _parser as sample_parser
+from e1jax.sample import SampleFlags
 from e1jax.sharding.mesh import check_divides, make_mesh
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -109,7 +110,7 @@ def test_commands_of_the_header(path):
     model = MODELS[config.model][0]
     assert config.mesh is None
     for line in re.findall(r"#   python -m e1jax\.sample (.*)", text):
-        args = sample_parser().parse_args(shlex.split(line))
+        args = read_flags(SampleFlags, shlex.split(line), "sample")
         shape = dict(part.split("=") for part in args.mesh.split(","))
         check_divides(model, {name: int(size) for name, size in shape.items()})
     for chips, line in re.findall(r"On (\d+) chips:\s(--.*)", text):

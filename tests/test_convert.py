@@ -600,6 +600,7 @@ def test_bad_arguments(tiny_hf, tmp_path, command):
         (("from-hf", source, tmp_path / "dst", "--dtype", "int8"), "int8"),
         (("frum-hf", source, tmp_path / "dst"), "frum-hf"),
         ((), "COMMAND"),
+        (("from_hf", "a", "b"), "no command 'from_hf'; did you mean 'from-hf'?"),
     ]:
         refused(command(*args), named, tmp_path)
 

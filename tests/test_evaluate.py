@@ -19,6 +19,7 @@ import pytest
 
 from e1jax import Engine, SamplingParams, data, evaluate, rewards, sample
 from e1jax.cli.command import run_command
+from e1jax.cli.flags import flags_parser
 from e1jax.evaluation.results import Outcome, result_row
 
 PROBLEMS, SAMPLES, SLOTS = 7, 3, 5
@@ -618,12 +619,31 @@ def test_mistakes_of_plot(run, whole, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("form", ["evaluate", "grade", "plot"])
-def test_help_explains_every_flag(run, form):
-    parser = getattr(evaluate, f"_{form}_parser")()
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ([], evaluate.EvaluateFlags),
+        (["grade"], evaluate.GradeFlags),
+        (["plot"], evaluate.PlotFlags),
+    ],
+)
+def test_help_explains_every_flag(run, command, flags):
+    parser = flags_parser(flags, " ".join(["python -m e1jax.evaluate", *command]))
     assert all(action.help for action in parser._actions)
-    code, out, _ = run(*[form] * (form != "evaluate"), "--help")
+    code, out, _ = run(*command, "--help")
     assert code == 0 and out == parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["grad", "x.jsonl"], "has no command 'grad'; did you mean 'grade'?"),
+        (["plt", "a.json"], "has no command 'plt'; did you mean 'plot'?"),
+        (["x.jsonl", "--dataset", "nano"], "no command 'x.jsonl'; known: grade, plot"),
+    ],
+)
+def test_a_mistyped_command_is_named(run, args, said):
+    refused(run(*args), said)
 
 
 def test_grading_and_plotting_start_no_device(whole, tmp_path):

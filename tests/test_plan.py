@@ -103,6 +103,12 @@ def test_an_unknown_topology_names_the_nearest(name, hint):
     assert "plan topologies" in str(raised.value)
 
 
+def test_a_mistyped_command_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plan", "topologys"])
+    with pytest.raises(UserError, match=r"'topologys'; did you mean 'topologies'\?"):
+        main()
+
+
 def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):

@@ -2,13 +2,15 @@
 
 import argparse
 import contextlib
+import difflib
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, nearest
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -39,7 +41,27 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print its usage and exit."""
-        raise UserError(f"{message}; see {self.prog} --help")
+        flag = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
+        flags = self._option_string_actions
+        near = difflib.get_close_matches(flag[1], flags, cutoff=0.8) if flag else []
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        raise UserError(f"{message}; {hint}")
+
+
+def check_command(
+    argv: Sequence[str], commands: Sequence[str], prog: str
+) -> str | None:
+    """The command that a command line begins with; None if it begins with a flag.
+
+    Raises UserError for another word, offering the nearest command.
+    """
+    if not argv or argv[0].startswith("-"):
+        return None
+    if argv[0] not in commands:
+        raise UserError(
+            f"{prog} has no command {argv[0]!r}; {nearest(argv[0], commands)}"
+        )
+    return argv[0]
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Sizes of a Qwen2 model, read from and written to Hugging Face's config.json."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number
 
-QUANTIZED = ("int8",)  # forms of weights; see e1jax.quantize
+QuantizedForm = Literal["int8"]  # of weights; see e1jax.nn.quantize
+QUANTIZED = get_args(QuantizedForm)
 
 
-KV_DTYPES = ("float32", "bfloat16", "int8")  # of cached keys and values
+KVDtype = Literal["float32", "bfloat16", "int8"]  # of cached keys and values
+KV_DTYPES = get_args(KVDtype)
 
 
 # Keys of a Hugging Face config.json that say how a model computes, and the only values

@@ -12,15 +12,23 @@ class SamplingParams:
     """How one prompt is sampled. Budgets are in sampled tokens, None is unlimited."""
 
     thinking_budget: int | None = 1024
+    """Most tokens sampled before </think>; then it is forced."""
     solution_budget: int | None = 1024
-    n: int = 1  # samples of the prompt
-    temperature: float = 0.6  # 0 is greedy
-    top_p: float = 0.95  # in (0, 1]; 1 is off
-    top_k: int = 0  # 0 is off
+    """Most tokens sampled after </think>; room for them is reserved also where thinking
+    is unlimited."""
+    n: int = 1
+    """Samples of each prompt."""
+    temperature: float = 0.6
+    """Softmax temperature; 0 is greedy."""
+    top_p: float = 0.95
+    """Probability mass kept, in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Number of most probable tokens kept; 0 is off."""
     seed: int = 0
-    end_of_thinking_text: str = (
-        ""  # inserted, unsampled, right before a forced </think>
-    )
+    """Seed of each prompt; the same gives the same tokens."""
+    end_of_thinking_text: str = ""
+    """Text, for example "I have to answer now.", that is inserted, unsampled, right
+    before a forced </think>."""
 
     def __post_init__(self):
         for name in ("thinking_budget", "solution_budget"):

@@ -15,13 +15,13 @@ on a TPU:
   them. The interconnect is not in it.
 """
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Literal
 
-from e1jax.cli.command import Parser, run_command
-from e1jax.cli.flags import quantize_flags
+from e1jax.cli.command import check_command, run_command
+from e1jax.cli.flags import QuantizeFlags, flag, flags_parser
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config
 from e1jax.config.training import GRPOConfig
@@ -31,16 +31,54 @@ from e1jax.plan.sizes import model_sizes
 from e1jax.plan.slices import describe, topology_table
 from e1jax.plan.training import plan_training
 
+_PROG = "python -m e1jax.plan"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlags(QuantizeFlags):
+    """Compiles the programs of sampling and training for a TPU slice, without a TPU, and
+    says what fits and how fast it can be.
+
+    'plan topologies' lists the known slices. Settings of the configuration can be changed
+    as for train: --section.key value. Exit code 3: it does not fit.
+    """
+
+    config: str = flag("FILE.yaml")
+    """Of training; see configs/."""
+    topology: str = flag("v5e:2x4")
+    """Kind of TPU and shape of the slice, in chips."""
+    part: Literal["sample", "train"] | None = None
+    """Part to plan (default: both)."""
+    mesh: str | None = flag("data=2,tensor=4", None)
+    """Device mesh (default: for sampling all devices, as many on tensor as the model's
+    heads allow; for training the configuration's, else all on data)."""
+    slots: int | None = flag("N", None, type=parse_size)
+    """Rows sampled at a time (default: the configuration's)."""
+    cache_len: int | None = flag("TOKENS", None, type=parse_size)
+    """Positions of a slot (default: the configuration's, or as the longest prompt
+    needs)."""
+    live: int | None = flag(
+        "TOKENS",
+        None,
+        type=parse_size,
+        help=f"Positions filled in every slot, for bytes and time (default: "
+        f"{DEFAULT_LIVE}, or all if there are fewer)",
+    )
+    json: bool = False
+    """Print one JSON object per part."""
+    dump_hlo: Path | None = flag("DIR", None)
+    """Write the compiled text of each program there."""
+
 
 def main() -> None:
     """`python -m e1jax.plan`: what fits a TPU slice, without a TPU."""
-    if sys.argv[1:2] == ["topologies"]:
+    if check_command(sys.argv[1:], ["topologies"], _PROG):
         print(topology_table())
         return
-    args, rest = _parser().parse_known_args()
+    args, rest = flags_parser(PlanFlags, _PROG).parse_known_args()
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]
-    config, _ = load_config(GRPOConfig, argv, "python -m e1jax.plan")
+    config, _ = load_config(GRPOConfig, argv, _PROG)
     if args.part == "train" and (args.quantize or args.kv_dtype):
         raise UserError(
             "--quantize and --kv-dtype are for sampling, and training uses neither; "
@@ -64,61 +102,6 @@ def main() -> None:
         print(report_json(report) if args.json else report_table(report), flush=True)
     if not all(report.fits for report in reports):
         sys.exit(3)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m e1jax.plan",
-        description="Compiles the programs of sampling and training for a TPU slice, "
-        "without a TPU, and says what fits and how fast it can be.",
-        epilog="'plan topologies' lists the known slices. Settings of the configuration "
-        "can be changed as for train: --section.key value. Exit code 3: it does not fit.",
-    )
-    flag = parser.add_argument
-    flag(
-        "--config", required=True, metavar="FILE.yaml", help="of training; see configs/"
-    )
-    flag(
-        "--topology",
-        required=True,
-        metavar="v5e:2x4",
-        help="kind of TPU and shape of the slice, in chips",
-    )
-    flag(
-        "--part",
-        choices=["sample", "train"],
-        help="what to plan (default: both)",
-    )
-    flag(
-        "--mesh",
-        metavar="data=2,tensor=4",
-        help="device mesh (default: for sampling all devices, as many on tensor as the "
-        "model's heads allow; for training the configuration's, else all on data)",
-    )
-    flag("--slots", type=parse_size, metavar="N", help="default: the configuration's")
-    flag(
-        "--cache-len",
-        type=parse_size,
-        metavar="TOKENS",
-        help="positions of a slot (default: the configuration's, or as the longest "
-        "prompt needs)",
-    )
-    flag(
-        "--live",
-        type=parse_size,
-        metavar="TOKENS",
-        help=f"positions filled in every slot, for bytes and time (default: "
-        f"{DEFAULT_LIVE}, or all if there are fewer)",
-    )
-    quantize_flags(flag)
-    flag("--json", action="store_true", help="print one JSON object per part")
-    flag(
-        "--dump-hlo",
-        type=Path,
-        metavar="DIR",
-        help="write the compiled text of each program there",
-    )
-    return parser
 
 
 if __name__ == "__main__":
