@@ -88,7 +88,8 @@ def train(config: SFTConfig, run_dir: Path) -> None:
     shapes = abstract_params(config.model, mesh, jnp.float32)
     note_undivided(config.model, shapes)
     shapes = (shapes, abstract_state(optimizer, shapes, mesh))
-    update = make_update(config.model, optimizer, shapes)
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    update = make_update(config.model, optimizer, shardings)
     checkpoints = RunCheckpoints(run_dir, config.checkpoint)
     step, params, state = restore_or_init(
         checkpoints,
@@ -172,7 +173,8 @@ def make_update(
 ):
     """One jitted step: (params, state, batch) -> (params, state, metrics).
 
-    The first two arguments are donated. It is compiled once for each shape of a batch.
+    The first two arguments are donated, and lie where `shardings` says. It is compiled
+    once for each shape of a batch.
     """
 
     def update(params, state, batch):
@@ -182,7 +184,7 @@ def make_update(
         params, state, norm = apply_gradients(optimizer, params, state, grads)
         return params, state, metrics | {"grad_norm": norm}
 
-    return jit_update(update, jax.tree.map(lambda s: s.sharding, shapes))
+    return jit_update(update, shardings)
 
 
 def style_batches(
