@@ -169,7 +169,7 @@ def sft_loss(
 def make_update(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
-    shapes: tuple[Any, Any],
+    shardings: tuple[Any, Any],
 ):
     """One jitted step: (params, state, batch) -> (params, state, metrics).
 
