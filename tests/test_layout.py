@@ -22,6 +22,7 @@ FLOORS = {
     "sampling": "draw budget request completion decode scheduler engine",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
+    "training": "optimizer run",
     "grpo": "loss logprobs rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo account sizes report sampling training",
