@@ -218,12 +218,12 @@ def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     pieces = prefill(config, mesh, params, tokens, length)
     prefill.clear_cache()
     called = []
-    causal = causal_attention
     set_everywhere(monkeypatch, "takes_splash", lambda *_: True)
     set_everywhere(
-        monkeypatch, "causal_attention", lambda *a: called.append(1) or causal(*a)
+        monkeypatch,
+        "splash_attention",
+        lambda *heads, mesh: called.append(mesh) or causal_attention(*heads),
     )
-    set_everywhere(monkeypatch, "splash_attention", lambda q, k, v, _: causal(q, k, v))
     at_once = prefill(config, mesh, params, tokens, length)
     prefill.clear_cache()
     assert called

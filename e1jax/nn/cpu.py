@@ -11,7 +11,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from e1jax.nn.norm import inverse_norm, rms_normalise
-from e1jax.nn.quantize import Params, map_kernels
+from e1jax.nn.quantize import Packed, Params, map_kernels, matmul
 
 _ROWS = Layout((0, 1))  # of a matrix, one after the other
 
@@ -44,6 +44,13 @@ def _transposed(x: jax.Array) -> jax.Array:
 product_on_cpu.defvjp(
     lambda x, kernel: (product_on_cpu(x, kernel), (x, kernel)), _product_backward
 )
+
+
+def matmul_on_cpu(
+    x: Float[Array, "N I"], kernel: jax.Array | Packed
+) -> Float[Array, "N O"]:
+    """`product_on_cpu` of a kernel that is an array, and `matmul` of a packed one."""
+    return (matmul if isinstance(kernel, Packed) else product_on_cpu)(x, kernel)
 
 
 normalise_on_cpu = jax.custom_vjp(rms_normalise, nondiff_argnums=(2,))

@@ -1,5 +1,6 @@
 """A kernel for TPUs (Pallas): biases, RoPE and the cache's write of one token a row."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,9 @@ def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
 
 
 def prepare_heads(
-    rope: tuple[Array, Array], biases: list[Float[Array, "L _N"]], shards: int = 1
+    rope: tuple[Array, Array],
+    biases: Sequence[Float[Array, "L _N"]],
+    shards: int = 1,
 ) -> Heads:
     """Inputs of `decode_heads`; `rope` has one position a row (see `rope_angles`), and
     `shards` is the number of shards of a row (see `sequence_shards`)."""
