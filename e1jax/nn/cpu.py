@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from e1jax.nn.norm import inverse_norm, rms_normalise
+from e1jax.nn.norm import inverse_norm, over_last, rms_normalise
 from e1jax.nn.quantize import Packed, Params, map_kernels, matmul
 
 _ROWS = Layout((0, 1))  # of a matrix, one after the other
@@ -64,9 +64,10 @@ def _normalise_backward(eps, residuals, grad):
     inverse = inverse_norm(wide, eps)
     normed = wide * inverse
     product = jax.lax.optimization_barrier(wide_grad * normed)
+    axes = tuple(range(x.ndim - 1))
     mean = (product @ scale.astype(jnp.float32))[..., None] / x.shape[-1]
-    grad_x = inverse * (wide_grad * scale[None, None] - normed * mean)
-    return grad_x.astype(x.dtype), product.sum(axis=(0, 1)).astype(scale.dtype)
+    grad_x = inverse * (wide_grad * over_last(scale, x) - normed * mean)
+    return grad_x.astype(x.dtype), product.sum(axis=axes).astype(scale.dtype)
 
 
 normalise_on_cpu.defvjp(

@@ -1,4 +1,4 @@
-"""The layers of Qwen2 as Flax modules: linear, norm, attention, mlp, block."""
+"""The layers of a model as Flax modules: linear, norm, attention, mlp, block."""
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +58,9 @@ gradient_apart.defvjp(
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(
-            jnp.ones((config.hidden_size,), jnp.float32), axes=(None,)
-        )
-        self.eps = config.rms_norm_eps
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(None,))
+        self.eps = eps
 
     def __call__(
         self, x: Float[Array, "... D"], operations: Operations
@@ -72,11 +70,19 @@ class RMSNorm(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, c = config.hidden_size, config.head_dim
+        d, c, table = config.hidden_size, config.head_dim, config.table
         heads, kv_heads = config.num_heads * c, config.num_kv_heads * c
-        self.q = Linear((d, heads), ("embed", "heads"), use_bias=True, rngs=rngs)
-        self.k = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
-        self.v = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
+
+        def linear(size: int, axis: str) -> Linear:
+            use_bias = table.attention_bias
+            return Linear((d, size), ("embed", axis), use_bias=use_bias, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm(c, config.rms_norm_eps) if table.head_norm else None
+
+        self.q, self.q_norm = linear(heads, "heads"), norm()
+        self.k, self.k_norm = linear(kv_heads, "kv_heads"), norm()
+        self.v = linear(kv_heads, "kv_heads")
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
 
     def __call__(
@@ -88,7 +94,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         linears, apart = (self.q, self.k, self.v), cache is not None
         products = [linear(x, path.operations, apart) for linear in linears]
-        vectors = Vectors([linear.bias.get_value() for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        norms = [norm.scale for norm in (self.q_norm, self.k_norm) if norm is not None]
+        vectors = Vectors(*([x.get_value() for x in xs] for xs in (biases, norms)))
         q, k, v, cache = path.prepare(products, vectors, cache, layer)
         attended = path.attend(q, k, v, cache, layer)
         return self.o(attended, path.operations), cache
@@ -111,9 +119,9 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Qwen2 in Flax, with a fixed-shape key/value cache.
+"""A decoder in Flax, with a fixed-shape key/value cache.
 
 Dimensions: B rows, T tokens, R rows of the cache, S positions of one, L layers,
 D hidden ("embed"), F mlp, H query heads, K key/value heads, C head dim, V vocabulary.
@@ -41,7 +41,7 @@ from e1jax.sharding.mesh import sharding
 GatherParams = Callable[[Any, str], Any]
 
 
-class Qwen2(nnx.Module):
+class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -54,7 +54,7 @@ class Qwen2(nnx.Module):
             init(rngs.params(), sizes, jnp.float32), axes=("vocab", None)
         )
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -189,7 +189,7 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
     abstract = abstract_params(config, mesh, dtype)
 
     def build():
-        params = nnx.to_pure_dict(nnx.state(Qwen2(config, rngs=nnx.Rngs(seed))))
+        params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(seed))))
         return jax.tree.map(lambda p: p.astype(dtype), params)
 
     return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
@@ -204,6 +204,6 @@ def _module(config: ModelConfig, name: str, params: Params) -> Any:
 def _structure(config: ModelConfig) -> tuple[dict[str, Any], Any]:
     """Graphs of the parts that are called, and the parameters as shapes with their
     logical axes."""
-    model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphs = {name: nnx.graphdef(getattr(model, name)) for name in ("layers", "norm")}
     return graphs, nnx.state(model)

@@ -107,20 +107,21 @@ def choose_path(
     """The path of a pass with hidden states of `dtype`; see model.forward."""
     operations = choose_operations(mesh)
     rope = rope_angles(positions, rope_frequencies(config.head_dim, config.rope_theta))
+    heads = functools.partial(make_heads, config=config, normalise=operations.normalise)
     if shared is not None:
-        prepare, attend = _with_shared_prompts(config, rope, shared)
+        prepare, attend = _with_shared_prompts(heads, rope, shared)
         return Path(operations, _as_it_is, prepare, attend)
     causal = causal_attention
     if mesh is not None and takes_splash(mesh, dtype, config.head_dim):
         causal = functools.partial(splash_attention, mesh=mesh)
     if cache is None:
-        prepare = _prepare(config, rope, lambda cache, layer, k, v: cache)
+        prepare = _prepare(heads, rope, lambda cache, layer, k, v: cache)
         return Path(operations, _as_it_is, prepare, _attend_to_sequence(causal))
 
     shards, capacity = cache.k.shape[1] // len(positions), cache.k.shape[3]
     last, write_positions = sequence_shards(positions, shards, capacity)
     prepare = _prepare(
-        config,
+        heads,
         rope,
         functools.partial(
             write,
@@ -136,34 +137,38 @@ def choose_path(
         kernel = functools.partial(decode_attention, visits=visits, mesh=mesh)
         attend = _attend_to_cache(kernel, last)
         if takes_heads(mesh, cache.k):
-            prepare = _prepare_by_kernel(params, rope, write_positions, mesh)
+            prepare = _prepare_by_kernel(config, params, rope, write_positions, mesh)
     else:
         attend = _attend_to_cache(cached_attention, last)
     place = functools.partial(_replicate_rows, mesh=mesh)
     return Path(operations, place, prepare, attend)
 
 
-def _prepare(config: ModelConfig, rope, write_new: Callable[..., KVCache | None]):
+def _prepare(
+    heads: Callable[..., list[jax.Array]], rope, write_new: Callable[..., Any]
+):
     """Heads by XLA, then `write_new(cache, layer, k, v)`."""
 
     def prepare(products, vectors, cache, layer) -> Prepared:
-        biased = add_biases(products, vectors)
-        q, k, v = make_heads(biased, config.head_dim, rope)
+        q, k, v = heads(add_biases(products, vectors), vectors, rope=rope)
         return q, k, v, write_new(cache, layer, k, v)
 
     return prepare
 
 
-def _prepare_by_kernel(params: Params, rope, write_positions, mesh: Mesh | None):
+def _prepare_by_kernel(
+    config: ModelConfig, params: Params, rope, write_positions, mesh: Mesh | None
+):
     """Heads and the cache's write of one token a row, by `decode_heads`."""
     vectors = Vectors.of(params["layers"]["attention"])
-    rows = rope[0].shape[0]
-    heads = prepare_heads(rope, vectors.biases, len(write_positions) // rows)
+    shards = len(write_positions) // len(rope[0])
+    heads = prepare_heads(rope, vectors, shards)
+    kernel = functools.partial(decode_heads, eps=config.rms_norm_eps, mesh=mesh)
 
     def prepare(products, _, cache, layer) -> Prepared:
         products = [x[:, 0] for x in products]
         caches = cache.k, cache.v
-        q, caches = decode_heads(products, caches, layer, write_positions, heads, mesh)
+        q, caches = kernel(products, caches, layer, write_positions, heads)
         return q, None, None, KVCache(*caches)
 
     return prepare
@@ -184,7 +189,9 @@ def _attend_to_cache(cached: Callable[..., jax.Array], last: Int[Array, "R T"]):
     return attend
 
 
-def _with_shared_prompts(config: ModelConfig, rope, shared: SharedPrompts):
+def _with_shared_prompts(
+    heads: Callable[..., list[jax.Array]], rope, shared: SharedPrompts
+):
     """`prepare` and `attend` of pairs: of prompts, and of the responses to them."""
     cos, sin = (shared.split(x[:, 0]) for x in rope)
     ropes = [(c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True)]
@@ -192,7 +199,7 @@ def _with_shared_prompts(config: ModelConfig, rope, shared: SharedPrompts):
     def prepare(products, vectors, cache, layer) -> Prepared:
         biased = map(shared.split, add_biases(products, vectors))
         prompts, responses = (
-            make_heads(part, config.head_dim, rope)
+            heads(part, vectors, rope=rope)
             for part, rope in zip(zip(*biased, strict=True), ropes, strict=True)
         )
         q, k, v = zip(prompts, responses, strict=True)
