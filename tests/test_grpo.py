@@ -19,10 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
 
-from e1jax.checkpoint.huggingface import TABLE
 from e1jax.checkpoint.load import load_model
 from e1jax.checkpoint.params import named_leaves
 from e1jax.checkpoint.runs import abstract_state
+from e1jax.config.architectures import ARCHITECTURES
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import (
@@ -482,7 +482,7 @@ def gradients(config, loaded, batch, dtype="float32", on_policy=False):
 def by_hf_name(params):
     """(name, array) of each parameter as torch has it."""
     for name, array in named_leaves(params).items():
-        pattern, turned = TABLE[name]
+        pattern, turned = ARCHITECTURES["qwen2"].tensors[name]
         layers = np.asarray(array) if "{}" in pattern else np.asarray(array)[None]
         for layer, part in enumerate(layers):
             yield pattern.format(layer), part.T if turned else part

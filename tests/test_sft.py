@@ -19,10 +19,10 @@ from conftest import several_devices
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from e1jax import sft
-from e1jax.checkpoint.huggingface import TABLE
 from e1jax.checkpoint.params import load_params, named_leaves
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.cli.files import read_json
+from e1jax.config.architectures import ARCHITECTURES
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
@@ -283,7 +283,7 @@ def test_loss_and_gradients_are_those_of_torch(mesh):
 
 def torch_parts(name: str, array: jax.Array):
     """(Hugging Face name, array) of a parameter, one for each layer if it is stacked."""
-    key, turned = TABLE[name]
+    key, turned = ARCHITECTURES["qwen2"].tensors[name]
     stacked = np.array(array) if "{}" in key else np.array(array)[None]
     for layer, part in enumerate(stacked):
         yield key.format(layer), np.ascontiguousarray(part.T if turned else part)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from e1jax.sharding.mesh import sharding
 
@@ -22,9 +23,21 @@ MAX_RANK = np.int32(np.iinfo(np.int32).max)
 _LANES = 128  # of a TPU's vector registers
 
 
-def limits_on_tpu(gaps, top_k, top_p, mesh):
-    """[B, 1] of `_limit`: it is 62 passes over little data, so that its time would go
-    into starting operations and collectives if XLA ran it."""
+def last_ranks(
+    gaps: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Int[Array, "B 1"]:
+    """`last_rank` of each row, by XLA."""
+    return last_rank(gaps[:, None], top_k[:, None, None], top_p[:, None, None])[:, 0]
+
+
+def last_ranks_on_tpu(
+    gaps: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    mesh: Mesh,
+) -> Int[Array, "B 1"]:
+    """`last_ranks` as a kernel: it is 62 passes over little data, so that its time would
+    go into starting operations and collectives if XLA ran it."""
     batch, vocab = gaps.shape
     rows, columns = -batch % mesh.size, -vocab % _LANES
     by_vocab = sharding(mesh, (None, "vocab"), gaps.shape)
