@@ -12,8 +12,10 @@ loop once, however often it runs.
 - Arrays whose layout names a memory space, S(1) being the on-chip memory of a TPU, cost
   no HBM traffic. Padding of tiles is not counted.
 - A slice costs what it takes, an update in place what it puts, in fusions too.
-- A custom call, a Pallas kernel say, is listed and costs nothing: only its author knows
-  what it reads. A collective that the compiler hides in a fusion is found and listed.
+- A custom call, a Pallas kernel say, costs what its author states (`pl.CostEstimate`),
+  wherever its arrays lie, and nothing if nothing is stated. One whose cost grows with
+  the filled positions of a cache states it for a full cache: see `Op.filled`.
+- A collective that the compiler hides in a fusion is found and listed.
 - The compiler gives no cycles for some operations, collectives and kernels among them.
 """
 
@@ -27,6 +29,7 @@ import numpy as np
 from e1jax.plan.hlo import (
     COLLECTIVES,
     Computation,
+    Cost,
     Instruction,
     Shape,
     parse,
@@ -60,10 +63,26 @@ class Op:
     times: int
     depth: int  # loops that it stands in
     bytes: int  # read from and written to HBM
-    flops: int  # of matrix products, two per multiplication
+    flops: int  # of matrix products, two per multiplication; all that a kernel states
     cycles: int | None  # None: no estimate
     payload: int = 0  # of a collective: bytes of the whole array that it gives or takes
     is_copy: bool = False  # it only moves an array, from HBM to HBM
+    states_cost: bool = False  # a kernel with an estimate by its author
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a kernel
+
+    def filled(self, positions: int) -> "Op":
+        """The same where each row of the cache has so many positions filled: of a kernel
+        that states its cost for all `positions` of its metadata and reads blocks of
+        `block_len`, the share of the blocks that hold some."""
+        if "positions" not in self.metadata:
+            return self
+        full, block_len = (int(self.metadata[k]) for k in ("positions", "block_len"))
+        share = min(1.0, math.ceil(positions / block_len) * block_len / full)
+        scaled = {
+            "bytes": round(share * self.bytes),
+            "flops": round(share * self.flops),
+        }
+        return dataclasses.replace(self, **scaled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +99,9 @@ class Account:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of all matrix products."""
-        return sum(op.times * op.flops for op in self.ops)
+        """Floating-point operations of all matrix products that are not in kernels."""
+        kernels = sum(op.times * op.flops for op in self.custom_calls)
+        return sum(op.times * op.flops for op in self.ops) - kernels
 
     @property
     def cycles(self) -> int:
@@ -101,6 +121,10 @@ class Account:
     def copies(self, at_least: int) -> list[Op]:
         """Moves of arrays within HBM that read and write `at_least` bytes each time."""
         return [op for op in self.ops if op.is_copy and op.bytes >= at_least]
+
+    def filled(self, positions: int) -> "Account":
+        """The same with so many positions of each row of the cache filled."""
+        return Account([op.filled(positions) for op in self.ops], self.unknown_loops)
 
     def in_loop(self, count: int) -> "Account":
         """The same operations in a loop that runs `count` times."""
@@ -338,6 +362,7 @@ class _Walk:
             yield self._collective(computation, op)
             return
         cycles = re.search(r'"estimated_cycles":"(\d+)"', op.attributes)
+        stated = op.stated_cost or Cost(0, 0)
         target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
         yield Op(
             name=op.name,
@@ -346,10 +371,12 @@ class _Walk:
             target=target[1] if target else "",
             times=1,
             depth=0,
-            bytes=self._bytes(computation, op),
-            flops=self._flops(computation, op),
+            bytes=stated.bytes or self._bytes(computation, op),
+            flops=stated.flops or self._flops(computation, op),
             cycles=int(cycles[1]) if cycles else None,
             is_copy=self._is_copy(computation, op),
+            states_cost=op.stated_cost is not None,
+            metadata=op.kernel_metadata,
         )
 
     def _hidden_collectives(

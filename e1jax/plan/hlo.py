@@ -1,6 +1,7 @@
 """The text of a compiled XLA program, read into computations and instructions."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,13 @@ class Shape(NamedTuple):
         return math.ceil(self.size * self.item_bytes)
 
 
+class Cost(NamedTuple):
+    """What a kernel's author states of one call (`pl.CostEstimate`)."""
+
+    flops: int
+    bytes: int  # read and written
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
@@ -60,6 +68,21 @@ class Instruction:
         """The path of JAX functions that the instruction comes from, or nothing."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
+
+    @property
+    def stated_cost(self) -> Cost | None:
+        """Of a kernel whose author states one."""
+        stated = re.search(r'"cost_estimate":(\{[^{}]*\})', self.attributes)
+        if not stated:
+            return None
+        numbers = json.loads(stated[1])
+        return Cost(int(numbers["flops"]), int(numbers["bytes_accessed"]))
+
+    @property
+    def kernel_metadata(self) -> dict[str, str]:
+        """What a kernel's author says besides (`metadata` of `pl.pallas_call`)."""
+        found = re.search(r"kernel_metadata=(\{[^{}]*\})", self.attributes)
+        return json.loads(found[1]) if found else {}
 
     @property
     def is_collective(self) -> bool:

@@ -12,7 +12,6 @@ from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.rollouts import least_room
 from e1jax.nn.cache import CACHE_AXES, KVCache, cache_sizes, init_cache, whole_slots
-from e1jax.nn.kernels.decode_attention import tpu_block_len
 from e1jax.nn.model import abstract_params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.plan.account import account
@@ -259,7 +258,7 @@ def _cost_of_decoding(
     report: Report, text: str, sampler: Sampler, chip: Chip, live: int
 ) -> None:
     """Bytes and time of a step of all slots, each with `live` positions."""
-    rows, capacity = sampler.cache_sizes
+    rows, _ = sampler.cache_sizes
     parts = rows // sampler.slots
     blocks = -(-live // (BLOCK_LEN * parts))  # of a row of the cache
 
@@ -269,15 +268,13 @@ def _cost_of_decoding(
         return 1 if loops == 1 else blocks
 
     whole = account(text, trip_count)
-    step = whole.per_iteration()
-    position = device_bytes(sampler.cache) // capacity
-    kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
-    block = min(tpu_block_len(sampler.cache.k.dtype), capacity)
-    filled = -(-blocks * BLOCK_LEN // block) * block
-    kernel_bytes = filled * position if kernels else 0
-    report.bytes_per_step = step.bytes + kernel_bytes
+    step = whole.per_iteration().filled(blocks * BLOCK_LEN)
+    report.bytes_per_step = step.bytes
     assert report.floor_bytes is not None
-    seconds = step.cycles / chip.hertz + kernel_bytes / chip.bytes_per_second
+    kernels = [op for op in step.custom_calls if op.states_cost]
+    seconds = step.cycles / chip.hertz + sum(
+        op.times * chip.seconds(op.bytes, op.flops) for op in kernels
+    )
     report.estimated_seconds = seconds
     floor = report.floor_bytes / chip.bytes_per_second
     report.roofline_share = floor / seconds
@@ -286,11 +283,10 @@ def _cost_of_decoding(
     outside = [op for op in step.ops if op.depth == 1 and not op.flops]
     rest = sum((op.cycles or 0) * op.times for op in outside)
     report.settings["sampling_share"] = rest / chip.hertz / seconds
-    report.not_in_estimate = ["collectives", "the cache's writes"]
+    report.not_in_estimate = ["collectives"]
     if kernels:
         report.not_in_estimate.append(
-            "the work of the kernels: attention (its bytes are in, at full speed), the "
-            "heads before it, top-k and top-p"
+            "what kernels take beyond the bytes and flops that they state, at full speed"
         )
     layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
     warn_of_copies(report, whole, min(layer, LARGE_COPY))

@@ -32,6 +32,10 @@ class Chip:
     devices: int  # JAX devices to a chip
     slices: tuple[str, ...]  # that the compiler can describe, from small to large
 
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """That so much takes at least: the traffic or the work, whichever is longer."""
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
+
 
 def _chip(gib, gb, tflops, ghz, slices, devices=1) -> Chip:
     return Chip(

@@ -118,10 +118,26 @@ def _heads_local(products, caches, layer, write_positions, turns, numbers, biase
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches), q],
         input_output_aliases={3: 0, 4: 1},  # the caches, after three scalars
         name="decode_heads",
+        cost_estimate=_cost(caches, turns, products, q),
     )
     scalars = layer, write_positions, numbers
     *caches, q = kernel(*scalars, *caches, turns, *products, *biases)
     return q.reshape(rows, -1, 1, size), tuple(caches)
+
+
+def _cost(caches, turns, products, q) -> pl.CostEstimate:
+    """Of one device and layer; `q` is [R, K, G, C]."""
+    _, rows, kv_heads, _, size = caches[0].shape
+    biases = sum(x.shape[1] for x in products)
+    tiles = 2 * rows * kv_heads * SUBLANES * size * caches[0].dtype.itemsize
+    read = sum(x.size * x.dtype.itemsize for x in (turns, *products))
+    read += biases * products[0].dtype.itemsize
+    turned = q.size + rows * kv_heads * size  # queries and keys
+    return pl.CostEstimate(
+        flops=sum(x.size for x in products) + 3 * turned,
+        bytes_accessed=read + q.size * q.dtype.itemsize + 2 * tiles,  # there and back
+        transcendentals=0,
+    )
 
 
 def _make_heads(layer, write_positions, numbers, _, __, turns, *refs):
