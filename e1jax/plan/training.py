@@ -52,7 +52,7 @@ from e1jax.plan.sampling import (
     sampling_programs,
 )
 from e1jax.plan.slices import GIB, Chip, Slice, host_slice, larger_slices, slice_mesh
-from e1jax.sharding.hosts import make_copy_to_all
+from e1jax.sharding.hosts import by_process, make_copy_to_all
 
 
 def plan_training(
@@ -203,15 +203,23 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
         del beside["parameters"]  # the engine's are these
     else:
-        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(learner.shapes)
+        given = jax.tree.map(_by_process, learner.shapes)
+        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(given)
         copied["copy"] = compile_for_tpu(traced)
         waiting = beside["optimizer"] + beside["reference"]
+        if given != learner.shapes:  # the copy is made of a copy in that order
+            waiting += beside["parameters"]
         phases["copy"] = copied["copy"].total + waiting
         warn_if_undivided(report, sampler.sizes, sampler.params)
     programs = sampling_programs(sampler)
     note(report, copied | programs)
     most = max(sampling_phases(sampler, programs).values())
     return phases | {"rollouts": sum(beside.values()) + most}
+
+
+def _by_process(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    assert isinstance(x.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_process(x.sharding))
 
 
 def _cost_of_training(
