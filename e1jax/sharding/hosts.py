@@ -204,7 +204,8 @@ def devices_by_process(mesh: Mesh) -> np.ndarray:
 
 def by_process(x: NamedSharding) -> NamedSharding:
     """The same layout with the mesh's devices in the order of `devices_by_process`."""
-    devices = devices_by_process(x.mesh).reshape(x.mesh.devices.shape)
+    assert isinstance(x.mesh, Mesh)
+    devices = devices_by_process(x.mesh).reshape(x.mesh.axis_sizes)
     ordered = Mesh(devices, x.mesh.axis_names, axis_types=x.mesh.axis_types)
     return NamedSharding(ordered, x.spec)
 
