@@ -28,12 +28,15 @@ import numpy as np
 
 from e1jax.plan.hlo import (
     COLLECTIVES,
+    MOVES,
     Computation,
     Cost,
     Instruction,
     Shape,
+    called,
     parse,
 )
+from e1jax.plan.loops import Frame, TripCounts
 
 # Nothing is moved or computed: names for what is there already, or for its address.
 _FREE = {
@@ -46,10 +49,6 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 _UPDATES = ("dynamic-update-slice", "scatter")
-
-
-# Inside a fusion these only say where the elements come from.
-_MOVES = ("bitcast", "copy", "convert", "reshape", "transpose")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +148,7 @@ def account(
     is not that of a compiled program.
     """
     computations, entry = parse(text)
-    return _Walk(computations, trip_count).account(_Frame(computations[entry]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """A computation where it is executed: its parameters are the caller's arrays."""
-
-    computation: Computation
-    caller: "_Frame | None" = None
-    arguments: tuple[str, ...] = ()
-    body: Computation | None = None  # of the loop, if it is a loop's
+    return _Walk(computations, trip_count).account(Frame(computations[entry]))
 
 
 class _Walk:
@@ -169,8 +158,9 @@ class _Walk:
         trip_count: Callable[[str], int | None],
     ):
         self.computations, self.trip_count = computations, trip_count
+        self.trip_counts = TripCounts(computations)
 
-    def account(self, frame: _Frame) -> Account:
+    def account(self, frame: Frame) -> Account:
         """The account of one execution."""
         total = Account([], [])
         channels: set[str | None] = set()
@@ -183,7 +173,7 @@ class _Walk:
         return total
 
     def _parts(
-        self, frame: _Frame, op: Instruction, channels: set[str | None]
+        self, frame: Frame, op: Instruction, channels: set[str | None]
     ) -> Iterator[Account]:
         if op.opcode == "while":
             yield from self._loop(frame, op)
@@ -191,16 +181,14 @@ class _Walk:
             branches = [self.account(branch) for branch in self._branches(frame, op)]
             yield max(branches, key=lambda a: (a.cycles, a.bytes, a.flops))
         elif op.opcode in ("call", "async-start"):
-            callee = self._called(op, "to_apply", "calls", "called_computation")
-            yield self.account(_Frame(callee, frame, op.operands))
+            callee = called(
+                self.computations, op, "to_apply", "calls", "called_computation"
+            )
+            yield self.account(Frame(callee, frame, op.operands))
         else:
             yield Account(list(self._leaf(frame.computation, op, channels)), [])
 
-    def _called(self, op: Instruction, *attributes: str) -> Computation:
-        names = [op.attribute(name) for name in attributes]
-        return self.computations[next(name for name in names if name)]
-
-    def _branches(self, frame: _Frame, op: Instruction) -> Iterator[_Frame]:
+    def _branches(self, frame: Frame, op: Instruction) -> Iterator[Frame]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
         if listed:
             names = re.findall(r"%([\w.\-]+)", listed[1])
@@ -209,14 +197,13 @@ class _Walk:
                 op.attribute(f"{which}_computation") for which in ("true", "false")
             ]
         for name, argument in zip(names, op.operands[1:], strict=True):
-            yield _Frame(self.computations[str(name)], frame, (argument,))
+            yield Frame(self.computations[str(name)], frame, (argument,))
 
-    # Loops.
-
-    def _loop(self, frame: _Frame, op: Instruction) -> Iterator[Account]:
-        body, condition = self._called(op, "body"), self._called(op, "condition")
-        inside = _Frame(body, frame, op.operands, body)
-        count = self._trip_count(frame, op, body, condition)
+    def _loop(self, frame: Frame, op: Instruction) -> Iterator[Account]:
+        body = called(self.computations, op, "body")
+        condition = called(self.computations, op, "condition")
+        inside = Frame(body, frame, op.operands, body)
+        count = self.trip_counts.of(frame, op)
         if count is None:
             count = self.trip_count(op.op_name)
         unknown = [op.op_name] if count is None else []
@@ -225,126 +212,6 @@ class _Walk:
         test = dataclasses.replace(inside, computation=condition)
         yield self.account(inside).in_loop(count)
         yield self.account(test).in_loop(count)
-
-    def _trip_count(
-        self, frame: _Frame, op: Instruction, body: Computation, condition: Computation
-    ) -> int | None:
-        """The trip count that the text states, else from `index < bound` and `index + step`."""
-        stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes)
-        if stated:
-            return int(stated[1])
-        inside = _Frame(condition, frame, op.operands, body)
-        test = condition[condition.root]
-        found = self._binary(inside, test, "compare")
-        if found is None:
-            return None
-        (index, bound), test = found
-        direction = test.attribute("direction")
-        if direction == "GT":
-            index, bound = bound, index
-        elif direction != "LT":
-            return None
-        index = self._element(condition, index)
-        if index is None or not isinstance(bound, int | str):
-            return None
-        limit = self._value(inside, bound)
-        start = self._value_of_element(frame, op.operands[0], index)
-        step = self._step(_Frame(body, frame, op.operands, body), index)
-        if limit is None or start is None or not step or step < 0:
-            return None
-        return max(0, -(-(limit - start) // step))
-
-    def _binary(
-        self, frame: _Frame, op: Instruction, opcode: str
-    ) -> tuple[list[int | str], Instruction] | None:
-        """The two operands of a `compare` or `add`, which a fusion may hold: names in
-        the frame, or numbers that stand in the fusion."""
-        if op.opcode == opcode:
-            return list(op.operands), op
-        if op.opcode != "fusion":
-            return None
-        inner = self._called(op, "calls")
-        root = inner[inner.root]
-        if root.opcode != opcode:
-            return None
-        operands: list[int | str] = []
-        for name in root.operands:
-            if name in inner.parameters:
-                operands.append(op.operands[inner.parameters.index(name)])
-            elif (value := self._value(_Frame(inner), name)) is not None:
-                operands.append(value)
-            else:
-                return None
-        return operands, root
-
-    def _step(self, inside: _Frame, index: int) -> int | None:
-        """The increment of element `index` of a loop's state, per iteration."""
-        body = inside.computation
-        new = self._source(body, body[body.root].operands[index])
-        found = self._binary(inside, body[new], "add")
-        if found is None:
-            return None
-        for one, other in (found[0], found[0][::-1]):
-            if self._element(body, one) == index:
-                return self._value(inside, other)
-        return None
-
-    @staticmethod
-    def _source(computation: Computation, name: str) -> str:
-        """Where an array comes from, whatever it is copied through."""
-        while computation[name].opcode in _MOVES:
-            name = computation[name].operands[0]
-        return name
-
-    def _element(self, computation: Computation, name: int | str) -> int | None:
-        """Which element of the computation's one parameter it is, if it is one."""
-        if isinstance(name, int):
-            return None
-        op = computation[self._source(computation, name)]
-        if op.opcode != "get-tuple-element" or op.operands != computation.parameters:
-            return None
-        return int(str(op.attribute("index")))
-
-    def _value(self, frame: _Frame, name: int | str) -> int | None:
-        """The value of a whole number that does not change while the program runs."""
-        if isinstance(name, int):
-            return name
-        computation = frame.computation
-        op = computation[self._source(computation, name)]
-        if op.opcode == "constant":
-            return int(op.literal) if re.fullmatch(r"-?\d+", op.literal) else None
-        if op.opcode == "get-tuple-element":
-            index = int(str(op.attribute("index")))
-            return self._value_of_element(frame, op.operands[0], index)
-        if op.opcode == "parameter" and frame.caller and not frame.body:
-            position = computation.parameters.index(op.name)
-            return self._value(frame.caller, frame.arguments[position])
-        return None
-
-    def _value_of_element(self, frame: _Frame, name: str, index: int) -> int | None:
-        """`_value` of an element of a tuple; a loop must hand it on as it is."""
-        op = frame.computation[name]
-        if op.opcode == "tuple":
-            return self._value(frame, op.operands[index])
-        if op.opcode == "while":
-            if self._keeps(self._called(op, "body"), index):
-                return self._value_of_element(frame, op.operands[0], index)
-        elif (
-            op.opcode == "parameter"
-            and frame.caller
-            and (frame.body is None or self._keeps(frame.body, index))
-        ):
-            position = frame.computation.parameters.index(name)
-            argument = frame.arguments[position]
-            return self._value_of_element(frame.caller, argument, index)
-        return None
-
-    def _keeps(self, body: Computation, index: int) -> bool:
-        root = body[body.root]
-        return (
-            root.opcode == "tuple"
-            and self._element(body, root.operands[index]) == index
-        )
 
     # Everything else.
 
@@ -383,7 +250,7 @@ class _Walk:
         self, op: Instruction
     ) -> Iterator[tuple[Computation, Instruction]]:
         if op.opcode == "fusion":
-            inner = self._called(op, "calls")
+            inner = called(self.computations, op, "calls")
             for instruction in inner.instructions.values():
                 if instruction.is_collective:
                     yield inner, instruction
@@ -442,7 +309,7 @@ class _Walk:
         return _in_hbm([*given, *op.shapes])
 
     def _fusion_bytes(self, computation: Computation, op: Instruction) -> int:
-        inner = self._called(op, "calls")
+        inner = called(self.computations, op, "calls")
         total = 0
         for operand, parameter in zip(op.operands, inner.parameters, strict=True):
             shapes = computation[operand].shapes
@@ -462,14 +329,14 @@ class _Walk:
         size = inner[name].shapes[0].size
         total = 0
         for user, position in inner.users(name):
-            if user.opcode in _MOVES and user.name != inner.root:
+            if user.opcode in MOVES and user.name != inner.root:
                 total += self._elements_read(inner, user.name)
             elif user.opcode in _SLICES and position == 0:
                 total += user.shapes[0].size
             elif user.opcode == "fusion":
-                callee = self._called(user, "calls")
+                callee = called(self.computations, user, "calls")
                 parameter = callee.parameters[position]
-                if self._source(callee, callee.root) != parameter:
+                if callee.source(callee.root) != parameter:
                     total += self._elements_read(callee, parameter)
                 elif user.name != inner.root:  # a fusion that only moves it
                     total += self._elements_read(inner, user.name)
@@ -495,7 +362,7 @@ class _Walk:
         if op.opcode in _UPDATES:
             return sum(s.bytes for s in _updates(op, _operand_shapes(inner, op))[0])
         if op.opcode == "fusion" and len(op.shapes) == 1:
-            callee = self._called(op, "calls")
+            callee = called(self.computations, op, "calls")
             return self._written(callee, callee.root)
         return sum(shape.bytes for shape in op.shapes)
 
@@ -506,16 +373,16 @@ class _Walk:
         if any(shape.space for shape in shapes if shape.dims):
             return False
         if op.opcode == "fusion":
-            inner = self._called(op, "calls").instructions.values()
+            inner = called(self.computations, op, "calls").instructions.values()
             opcodes = {instruction.opcode for instruction in inner}
-            return opcodes <= {*_MOVES, "parameter", "tuple"} and bool(
+            return opcodes <= {*MOVES, "parameter", "tuple"} and bool(
                 opcodes & {"copy", "transpose"}
             )
         return op.opcode in ("copy", "transpose")
 
     def _flops(self, computation: Computation, op: Instruction) -> int:
         if op.opcode == "fusion":
-            inner = self._called(op, "calls")
+            inner = called(self.computations, op, "calls")
             return sum(self._flops(inner, i) for i in inner.instructions.values())
         if op.opcode == "dot":
             left = computation[op.operands[0]].shapes[0].dims

@@ -17,6 +17,9 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
+# These only say where the elements of an array come from.
+MOVES = ("bitcast", "copy", "convert", "reshape", "transpose")
+
 
 class Shape(NamedTuple):
     """An array; those of a tuple are listed one after the other."""
@@ -100,12 +103,26 @@ class Computation:
     def __getitem__(self, name: str) -> Instruction:
         return self.instructions[name]
 
+    def source(self, name: str) -> str:
+        """Where an array comes from, whatever it is copied through."""
+        while self[name].opcode in MOVES:
+            name = self[name].operands[0]
+        return name
+
     def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
         """Each use: the instruction, and which of its operands it is."""
         for instruction in self.instructions.values():
             for position, operand in enumerate(instruction.operands):
                 if operand == name:
                     yield instruction, position
+
+
+def called(
+    computations: dict[str, Computation], op: Instruction, *attributes: str
+) -> Computation:
+    """The computation that the first of the attributes which `op` has names."""
+    names = [op.attribute(name) for name in attributes]
+    return computations[next(name for name in names if name)]
 
 
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\) -> .*\{$")
