@@ -65,6 +65,10 @@ class Op:
     flops: int  # of matrix products, two per multiplication; all that a kernel states
     cycles: int | None  # None: no estimate
     payload: int = 0  # of a collective: bytes of the whole array that it gives or takes
+    groups: tuple[tuple[int, ...], ...] | None = (
+        None  # of a collective: see Instruction
+    )
+    is_beside: bool = False  # a collective that goes on beside other work
     is_copy: bool = False  # it only moves an array, from HBM to HBM
     states_cost: bool = False  # a kernel with an estimate by its author
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a kernel
@@ -285,6 +289,9 @@ class _Walk:
             flops=0,
             cycles=None,
             payload=max(taken, result),
+            groups=op.groups,
+            is_beside=op.opcode.endswith("-start")
+            or (around is not None and kind != "reduce-scatter"),
         )
 
     def _bytes(self, computation: Computation, op: Instruction) -> int:

@@ -15,6 +15,7 @@ from e1jax.nn.cache import CACHE_AXES, KVCache, cache_sizes, init_cache, whole_s
 from e1jax.nn.model import abstract_params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.plan.account import account
+from e1jax.plan.interconnect import Torus, torus_of, traffic
 from e1jax.plan.programs import (
     Program,
     bisect,
@@ -27,6 +28,7 @@ from e1jax.plan.report import (
     LARGE_COPY,
     MOST_SLOTS,
     Report,
+    add_seconds,
     all_fit,
     collective_bytes,
     count_seconds,
@@ -182,7 +184,8 @@ def plan_sampling(
         filled = live * cache * slots // (rows * capacity)
         report.floor_bytes = read_weights(sampler.params) + filled
         if decode.text:
-            _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
+            torus = torus_of(slice_, mesh)
+            _cost_of_decoding(report, decode.text, sampler, slice_.chip, torus, live)
     rest = report.hbm_bytes_per_chip - sum(report.memory.values())
     report.memory["other" if decode.fits else "temporaries"] = max(0, rest)
     report.max_slots = largest_slots(report, sampler, programs.get("prefill"))
@@ -255,7 +258,12 @@ def largest_slots(report: Report, sampler: Sampler, prefill: Program | None) -> 
 
 
 def _cost_of_decoding(
-    report: Report, text: str, sampler: Sampler, chip: Chip, live: int
+    report: Report,
+    text: str,
+    sampler: Sampler,
+    chip: Chip,
+    torus: Torus,
+    live: int,
 ) -> None:
     """Bytes and time of a step of all slots, each with `live` positions."""
     rows, _ = sampler.cache_sizes
@@ -275,15 +283,16 @@ def _cost_of_decoding(
     seconds = step.cycles / chip.hertz + sum(
         op.times * chip.seconds(op.bytes, op.flops) for op in kernels
     )
-    report.estimated_seconds = seconds
+    add_seconds(report, seconds, traffic(step.collectives, torus))
+    assert report.estimated_seconds is not None
     floor = report.floor_bytes / chip.bytes_per_second
-    report.roofline_share = floor / seconds
+    report.roofline_share = floor / report.estimated_seconds
     report.settings["xla_to_floor"] = step.cycles / chip.hertz / floor
     report.collective_bytes = collective_bytes(step)
     outside = [op for op in step.ops if op.depth == 1 and not op.flops]
     rest = sum((op.cycles or 0) * op.times for op in outside)
     report.settings["sampling_share"] = rest / chip.hertz / seconds
-    report.not_in_estimate = ["collectives"]
+    report.not_in_estimate = ["the latency of collectives"]
     if kernels:
         report.not_in_estimate.append(
             "what kernels take beyond the bytes and flops that they state, at full speed"

@@ -25,6 +25,7 @@ from e1jax.grpo.rollouts import (
 )
 from e1jax.nn.model import abstract_params
 from e1jax.plan.account import Account, account
+from e1jax.plan.interconnect import torus_of, traffic
 from e1jax.plan.programs import (
     Program,
     compile_for_tpu,
@@ -36,6 +37,7 @@ from e1jax.plan.report import (
     LARGE_COPY,
     LARGE_REDUCE,
     Report,
+    add_seconds,
     all_fit,
     collective_bytes,
     count_seconds,
@@ -51,7 +53,7 @@ from e1jax.plan.sampling import (
     sampling_phases,
     sampling_programs,
 )
-from e1jax.plan.slices import GIB, Chip, Slice, host_slice, larger_slices, slice_mesh
+from e1jax.plan.slices import GIB, Slice, host_slice, larger_slices, slice_mesh
 from e1jax.sharding.hosts import by_process, make_copy_to_all
 
 
@@ -81,7 +83,7 @@ def plan_training(
     note(report, programs)
     for name, program in programs.items():
         if program.text:
-            _cost_of_training(report, name, program.text, learner, slice_.chip)
+            _cost_of_training(report, name, program.text, learner, slice_)
     phases = training_phases(learner, programs)
     phases |= rollout_phases(report, learner, slice_)
     report.settings["phases"] = phases
@@ -223,18 +225,19 @@ def _by_process(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _cost_of_training(
-    report: Report, name: str, text: str, learner: Learner, chip: Chip
+    report: Report, name: str, text: str, learner: Learner, slice_: Slice
 ) -> None:
     """Adds the cost of a program, per training step, to the report."""
-    config = learner.config
+    config, chip = learner.config, slice_.chip
     counted = account(text)
     times = config.updates_per_step if name == "update" else logprob_passes(config)
     kernels = _kernel_flops(counted, learner)
     seconds = counted.cycles / chip.hertz
     seconds += kernels / (_KERNEL_SHARE * chip.flops_per_second)
     report.bytes_per_step = (report.bytes_per_step or 0) + times * counted.bytes
-    report.estimated_seconds = (report.estimated_seconds or 0.0) + times * seconds
-    report.not_in_estimate = ["collectives"]
+    moved = traffic(counted.collectives, torus_of(slice_, learner.loaded.mesh))
+    add_seconds(report, seconds, moved, times)
+    report.not_in_estimate = ["the latency of collectives"]
     if kernels:
         report.not_in_estimate.append(
             "the attention kernel's real speed (half of the peak is assumed)"
@@ -255,8 +258,11 @@ def _cost_of_training(
             "kernels_per_update": float(kernels),
             "matrix_to_useful": counted.flops / useful,
         }
-        report.settings["update_seconds"] = seconds
-        report.roofline_share = useful / chip.flops_per_second / seconds
+        report.settings["update_seconds"] = moved.with_work(seconds)
+        report.settings["update_chip_seconds"] = seconds
+        report.settings["update_interconnect_seconds"] = moved.seconds
+        least = useful / chip.flops_per_second
+        report.roofline_share = least / moved.with_work(seconds)
         report.collective_bytes = collective_bytes(counted)
         large = [
             op
