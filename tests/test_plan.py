@@ -290,8 +290,8 @@ def test_a_step_waits_for_its_collectives(speed, bound):
     assert report.interconnect_beside_seconds == 0
     assert report.estimated_seconds == pytest.approx(1e-6 + 512 / speed)
     assert report.bound_by == bound
-    rows = [text for *_, text in _time_rows(report)]
-    assert [bound in text for text in rows if "bound" in text] == [True]
+    bounds = [name for name, _, text in _time_rows(report) if "the bound" in text]
+    assert bounds == [f"on the {bound}"]
 
 
 def test_bytes_of_a_step_of_few_slots(config):

@@ -230,47 +230,46 @@ def _settings(report: Report) -> tuple[str, str]:
 
 def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     seconds, share = report.estimated_seconds or 0.0, report.roofline_share or 0.0
-    chip, between = report.chip_seconds or 0.0, report.interconnect_seconds or 0.0
-    beside = report.interconnect_beside_seconds or 0.0
-    other = f"interconnect, {_time(beside)} of it beside the chip's work"
-    left_out = f"without {' and '.join(report.not_in_estimate)}"
+    settings = report.settings
     if report.part == "sample":
-        rate = report.settings["slots"] / seconds
+        rate = settings["slots"] / seconds
         note = f"{rate:.0f} tokens a second, {100 * share:.0f} % of the roofline"
         yield "time a step, at best", _time(seconds), note
-        yield "", _time(chip), _bounding("chip", report)
-        yield "", _time(between), _bounding(other, report)
-        ratio = report.settings["xla_to_floor"]
-        yield "", f"{ratio:.2f} x floor", "the chip's, what is not in kernels"
-        sampling = 100 * report.settings["sampling_share"]
-        yield (
-            "",
-            f"{sampling:.1f} %",
-            "of the chip's outside of layers and matrix products",
-        )
+        yield from _both_rows(report)
+        ratio = settings["xla_to_floor"]
+        yield "", f"{ratio:.2f} x floor", "the chip's time that is not in kernels"
+        sampling = f"{100 * settings['sampling_share']:.1f} %"
+        yield "", sampling, "of the chip's time outside of layers and matrix products"
     else:
-        update = report.settings["update_seconds"]
         note = f"{100 * share:.0f} % of the peak in useful products (6ND)"
-        yield "time of an update", _time(update), note
-        on_chip = _time(report.settings["update_chip_seconds"])
-        moved = _time(report.settings["update_interconnect_seconds"])
-        yield "", "", f"chip {on_chip}, interconnect {moved}"
-        yield "without rollouts", _time(seconds), "a step, at best"
-        yield "", _time(chip), _bounding("chip", report)
-        yield "", _time(between), _bounding(other, report)
+        yield "time of an update", _time(settings["update_seconds"]), note
+        on_chip = _time(settings["update_chip_seconds"])
+        moved = _time(settings["update_interconnect_seconds"])
+        yield "", "", f"{on_chip} on the chip, {moved} on the interconnect"
+        yield "step without rollouts", _time(seconds), "at best"
+        yield from _both_rows(report)
         ratio = report.flops["matrix_to_useful"]
         yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
-    yield "", "", left_out
+    yield "", "", f"without {' and '.join(report.not_in_estimate)}"
+
+
+def _both_rows(report: Report) -> Iterator[tuple[str, str, str]]:
+    """The times that the estimate is made of, and which of them is the bound."""
+    moved = report.interconnect_seconds or 0.0
+    beside = report.interconnect_beside_seconds or 0.0
+    yield "on the chip", _time(report.chip_seconds or 0.0), _bound("chip", report)
+    bound = _bound("interconnect", report)
+    how = f"{_time(beside)} of it beside the chip's work" if beside else ""
+    note = ", ".join(filter(None, (bound, how)))
+    yield "on the interconnect", _time(moved), note
+
+
+def _bound(name: str, report: Report) -> str:
+    return "the bound" if report.bound_by == name else ""
 
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
-
-
-def _bounding(text: str, report: Report) -> str:
-    """Of one of the two times: says so if it is the longer one."""
-    is_longer = text.startswith(str(report.bound_by))
-    return f"{text}: the bound" if is_longer else text
 
 
 def dump(report: Report, directory: Path) -> None:
