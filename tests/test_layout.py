@@ -25,7 +25,7 @@ FLOORS = {
     "training": "optimizer run",
     "grpo": "loss logprobs rollouts learner",
     "evaluation": "results grading figure",
-    "plan": "slices programs hlo account sizes report sampling training",
+    "plan": "slices programs hlo loops account interconnect sizes report sampling training",
 }
 COMMANDS = ["sample", "convert", "train", "sft", "evaluate", "plan.__main__"]
 

@@ -131,10 +131,26 @@ def _heads_local(
         out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches), q],
         input_output_aliases={3: 0, 4: 1},  # the caches, after three scalars
         name="decode_heads",
+        cost_estimate=_cost(caches, turns, products, (*biases, *norms), q),
     )
     scalars = layer, write_positions, numbers
     *caches, q = kernel(*scalars, *caches, turns, products, biases, norms)
     return q.reshape(rows, -1, 1, size), tuple(caches)
+
+
+def _cost(caches, turns, products, vectors, q) -> pl.CostEstimate:
+    """Of one device and layer; `vectors` are biases and norms [L, 1, N], `q` is
+    [R, K, G, C]."""
+    _, rows, kv_heads, _, size = caches[0].shape
+    tiles = 2 * rows * kv_heads * SUBLANES * size * caches[0].dtype.itemsize
+    read = sum(x.size * x.dtype.itemsize for x in (turns, *products))
+    read += sum(x.shape[2] * x.dtype.itemsize for x in vectors)
+    turned = q.size + rows * kv_heads * size  # queries and keys
+    return pl.CostEstimate(
+        flops=sum(x.size for x in products) + 3 * turned,
+        bytes_accessed=read + q.size * q.dtype.itemsize + 2 * tiles,  # there and back
+        transcendentals=0,
+    )
 
 
 def _make_heads(

@@ -20,6 +20,9 @@ MAX_GAP = float(np.finfo(np.float32).max)
 MAX_RANK = np.int32(np.iinfo(np.int32).max)
 
 
+_HALVINGS = 31  # of the range of ranks, until one is left
+
+
 _LANES = 128  # of a TPU's vector registers
 
 
@@ -59,6 +62,7 @@ def last_ranks_on_tpu(
             out_specs=number,
             out_shape=jax.ShapeDtypeStruct(top_k.shape, jnp.int32),
             name="top_k_top_p",
+            cost_estimate=_cost(gaps),
         )(gaps, top_k, top_p)
 
     place = PartitionSpec(mesh.axis_names)
@@ -66,6 +70,16 @@ def last_ranks_on_tpu(
         local, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
     )
     return everywhere(gaps, *options)[:batch, 0]
+
+
+def _cost(gaps: jax.Array) -> pl.CostEstimate:
+    """Of rows [B, M, 128] for which top-k is on: each halving adds up a number per token
+    for top-k, and three for top-p."""
+    return pl.CostEstimate(
+        flops=_HALVINGS * (1 + 3) * gaps.size,
+        bytes_accessed=gaps.size * gaps.dtype.itemsize + 3 * 4 * len(gaps),
+        transcendentals=gaps.size,
+    )
 
 
 def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -139,4 +153,4 @@ def _smallest(
 
     low = jnp.zeros(shape, jnp.int32)
     high = jnp.full(shape, MAX_RANK)
-    return jax.lax.fori_loop(0, 31, halve, (low, high))[1]
+    return jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))[1]
