@@ -235,8 +235,9 @@ def e1jax_side(prompt: int, remat: bool):
     import jax.numpy as jnp
 
     from e1jax.checkpoint.runs import abstract_state
-    from e1jax.grpo.learner import make_logprobs, make_optimizer, make_update
+    from e1jax.grpo.learner import make_logprobs, make_update
     from e1jax.grpo.rollouts import Batch
+    from e1jax.training import make_optimizer
 
     rng = np.random.default_rng(0)
     weights, data = make_weights(rng), make_data(rng, prompt)
@@ -249,7 +250,7 @@ def e1jax_side(prompt: int, remat: bool):
         optimizer=AdamWConfig(**ADAMW, max_grad_norm=MAX_GRAD_NORM),
         update=UpdateConfig(minibatch_prompts=1, microbatch=ROWS, remat=remat),
     )
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config.optimizer, config.steps, config.updates_per_step)
     shardings = jax.tree.map(
         lambda s: s.sharding, (params, abstract_state(optimizer, params, mesh))
     )

@@ -14,11 +14,8 @@ In order:
 """
 
 import functools
-import json
-import signal
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +27,11 @@ from jaxtyping import Array, Float, Int
 
 from e1jax.checkpoint.metrics import MetricsLog
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
-from e1jax.cli.command import run_command, stop_signals
-from e1jax.cli.files import read_json
+from e1jax.cli.command import run_command
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config, record_config
 from e1jax.config.model import ModelConfig
-from e1jax.config.training import MuonConfig, SFTConfig
+from e1jax.config.training import SFTConfig
 from e1jax.data.nano import (
     NUM_IDS,
     WORDS,
@@ -49,10 +45,24 @@ from e1jax.data.nano import (
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
 from e1jax.nn.quantize import Params
 from e1jax.sharding.mesh import make_mesh, note_undivided, sharding
-from e1jax.sharding.runtime import COMPILER_OPTIONS
-from e1jax.tokenizer import INSTRUCTION_KEY, Tokenizer, write_byte_tokenizer
+from e1jax.sharding.runtime import (
+    COMPILER_OPTIONS,
+    enough_memory,
+    use_compilation_cache,
+)
+from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
+from e1jax.training import (
+    apply_gradients,
+    jit_update,
+    learning_rates,
+    make_optimizer,
+    restore_or_init,
+    running,
+    write_model_files,
+)
 
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
+ADVICE = "lower first.batch_size and second.batch_size, or use more devices"
 
 
 def main() -> None:
@@ -69,46 +79,38 @@ def train(config: SFTConfig, run_dir: Path) -> None:
     mesh = make_mesh(config.mesh, config.model)
     check_rows(config, mesh)
     tokenizer = prepare(config, run_dir)
+    use_compilation_cache()
     styles = style_batches(nano_problems(EVALUATED, held_out=True), tokenizer)
-    schedule = learning_rates(config.optimizer, config.steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    update = make_update(config.model, optimizer)
     batches = sft_batches(config, tokenizer)
 
-    checkpoints = RunCheckpoints(run_dir, config.checkpoint)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rates(config.optimizer, config.steps)
     shapes = abstract_params(config.model, mesh, jnp.float32)
     note_undivided(config.model, shapes)
-    state_shapes = abstract_state(optimizer, shapes, mesh)
-    restored = checkpoints.restore(shapes, state_shapes)
-    if restored:
-        begin, params, state, record = restored
-        batches.set_state(record["data"])
-    else:
-        begin, params = 0, init_params(config.model, mesh, jnp.float32, config.seed)
-        shardings = jax.tree.map(lambda s: s.sharding, state_shapes)
-        state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-
-    log = MetricsLog(run_dir, begin, config.steps, ["loss", "token_accuracy"])
-    with closing(checkpoints), closing(log), stop_signals() as signals:
-        step = begin
-        for step in range(begin + 1, config.steps + 1):
-            batch = place(next(batches), mesh)
-            params, state, metrics = update(params, state, batch)
-            log.add(step, {**metrics, "learning_rate": schedule(step - 1)})
-            due = step % config.checkpoint.every == 0 or step == config.steps
-            stopping = bool(signals)
-            if due or stopping:
-                log.flush(style_accuracy(config.model, params, styles) if due else {})
-                record = {"seed": config.seed, "data": batches.get_state()}
-                checkpoints.save(step, params, state, record)
-            if stopping:
-                break
-    if signals:
-        print(f"stopped after step {step}, saved; repeat the command to go on")
-    else:
-        print(f"{run_dir} is trained; python -m e1jax.sample --model {run_dir}")
-    if signal.SIGINT in signals:
-        raise KeyboardInterrupt
+    shapes = (shapes, abstract_state(optimizer, shapes, mesh))
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    update = make_update(config.model, optimizer, shardings)
+    checkpoints = RunCheckpoints(run_dir, config.checkpoint)
+    step, params, state = restore_or_init(
+        checkpoints,
+        optimizer,
+        shapes,
+        lambda: init_params(config.model, mesh, jnp.float32, config.seed),
+        batches,
+    )
+    log = MetricsLog(run_dir, step, config.steps, ["loss", "token_accuracy"])
+    command = "python -m e1jax.sample"
+    with running(run_dir, config, checkpoints, log, step, command) as run:
+        while run.goes_on():
+            with enough_memory("an update", ADVICE):
+                batch = place(next(batches), mesh)
+                params, state, metrics = update(params, state, batch)
+                run.add({**metrics, "learning_rate": schedule(run.step)})
+            if run.is_due(config.checkpoint.every):
+                measured = style_accuracy(config.model, params, styles)
+                run.save(params, state, batches.get_state(), measured)
+        if run.step > run.saved:
+            run.save(params, state, batches.get_state(), {})
 
 
 def check_rows(config: SFTConfig, mesh: Mesh) -> None:
@@ -124,63 +126,20 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
-    """Writes what makes the run directory a model: settings, sizes and tokenizer.
-
-    The instruction that prompts end with is recorded with the tokenizer, beside the chat
-    template, so that it goes wherever the model is converted to.
-    """
+    """Writes what makes the run directory a model: settings, sizes and tokenizer."""
     if config.model.vocab_size < NUM_IDS:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is too small; "
             f"the nano tokenizer has {NUM_IDS} ids"
         )
     record_config(config, run_dir)
-    write_byte_tokenizer(run_dir, WORDS)
-    tokenizer_config = read_json(run_dir / "tokenizer_config.json")
-    for name, values in (
-        ("tokenizer_config.json", {**tokenizer_config, INSTRUCTION_KEY: ""}),
-        ("config.json", config.model.to_hf("float32")),
-    ):
-        text = json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        (run_dir / name).write_text(text, encoding="utf-8")
+    write_model_files(
+        run_dir,
+        config.model.to_hf("float32"),
+        instruction="",
+        write_tokenizer=lambda directory: write_byte_tokenizer(directory, WORDS),
+    )
     return Tokenizer.from_dir(run_dir)
-
-
-def learning_rates(config: MuonConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the final share of the peak."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=int(config.warmup * steps),
-        decay_steps=steps,
-        end_value=config.learning_rate * config.final,
-    )
-
-
-def make_optimizer(
-    config: MuonConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """Muon (https://kellerjordan.github.io/posts/muon) for the matrices of the layers.
-
-    Layers are stacked, so a matrix is one index of the leading dim of an array
-    [L, in, out], and each is orthogonalised on its own. Everything else, the embedding
-    included, is updated by Adam. Updates are scaled to the root mean square that Adam's
-    have (arXiv 2502.16982, section 2.2), so both share a learning rate.
-    """
-
-    def matrices(params: optax.Params) -> Any:
-        each_layer = optax.contrib.MuonDimensionNumbers(1, 2)
-        return jax.tree.map(lambda p: each_layer if p.ndim == 3 else None, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.contrib.muon(
-            schedule,
-            adam_b2=config.adam_b2,
-            muon_weight_dimension_numbers=matrices,
-            consistent_rms=0.2,
-        ),
-    )
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
@@ -207,24 +166,25 @@ def sft_loss(
     return loss, {"loss": loss, "token_accuracy": accuracy, "tokens": mask.sum()}
 
 
-def make_update(config: ModelConfig, optimizer: optax.GradientTransformation):
+def make_update(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    shardings: tuple[Any, Any],
+):
     """One jitted step: (params, state, batch) -> (params, state, metrics).
 
-    The first two arguments are donated. It is compiled once for each shape of a batch.
+    The first two arguments are donated, and lie where `shardings` says. It is compiled
+    once for each shape of a batch.
     """
 
-    @functools.partial(
-        jax.jit, donate_argnums=(0, 1), compiler_options=COMPILER_OPTIONS
-    )
     def update(params, state, batch):
         grads, metrics = jax.grad(sft_loss, argnums=1, has_aux=True)(
             config, params, **batch
         )
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, metrics
+        params, state, norm = apply_gradients(optimizer, params, state, grads)
+        return params, state, metrics | {"grad_norm": norm}
 
-    return update
+    return jit_update(update, shardings)
 
 
 def style_batches(

@@ -16,12 +16,11 @@ All that is random follows from the seed, the step and the position in the data,
 checkpoint holds no generator.
 """
 
-import json
-import signal
 import sys
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -30,14 +29,15 @@ from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.checkpoint.metrics import MetricsLog, NoLog, check_finite, import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints
-from e1jax.cli.command import run_command, stop_signals
+from e1jax.cli.command import run_command
 from e1jax.cli.files import read_json
-from e1jax.config.checks import UserError, writing
+from e1jax.config.checks import UserError
 from e1jax.config.load import load_config_and_flags, record_config
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.training import GRPOConfig, HostsConfig, ValidationConfig, budget_name
 from e1jax.data.problems import load_problems
 from e1jax.data.prompts import (
+    Prompt,
     default_instruction,
     prompt_batches,
     prompt_text,
@@ -45,18 +45,27 @@ from e1jax.data.prompts import (
 )
 from e1jax.grpo.learner import Learner, default_mesh
 from e1jax.grpo.rollouts import (
+    Rollouts,
     longest_lengths,
     make_engine,
     read_examples,
     sample_rollouts,
 )
-from e1jax.rewards import Grader, grade, load_function
+from e1jax.rewards import Grader, RewardFunction, grade, load_function
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.hosts import any_process, is_first, joined, process_allgather
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
-from e1jax.tokenizer import INSTRUCTION_KEY, copy_files
+from e1jax.tokenizer import copy_files
+from e1jax.training import Run, running, write_model_files
+
+if TYPE_CHECKING:
+    import grain
 
 HEADLINE = ["reward", "thinking_tokens", "forced_share", "kl"]
+ADVICE = (
+    "lower update.microbatch, set update.remat or use more devices; on TPUs, "
+    "python -m e1jax.plan says what fits"
+)
 
 
 class Stopped(Exception):
@@ -86,13 +95,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         import_wandb(config.wandb)  # or says, now, that it is missing
     name = config.reward.function
     function = None if name is None else load_function(name)
-    mesh = config.mesh or default_mesh(jax.device_count())
-    loaded = load_model(config.model, mesh, config.update.param_dtype)
-    if loaded.quantize:
-        raise UserError(
-            f"{config.model} has its weights as int8, which cannot be trained; train the "
-            "model that it was made from"
-        )
+    loaded = load_policy(config)
     instruction = config.data.instruction
     if instruction is None:
         instruction = default_instruction(loaded.tokenizer)
@@ -106,14 +109,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     )
     engine = make_engine(config, loaded, examples)
     validate = make_validation(config.validation, engine, instruction)
-    if is_first():
-        prepare(config, loaded, instruction, run_dir)
-    any_process(False)  # the others wait for that
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(
-            f"{run_dir} was made by the first process, and this one does not see it; "
-            "take a --run-dir on a file system that all hosts share"
-        )
+    prepare(config, loaded, instruction, run_dir)
     use_compilation_cache()
 
     best = config.validation.best if validate else None
@@ -121,82 +117,121 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     lengths = [len(example.prompt_ids) for example in examples]
     longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
     learner = Learner(config, loaded, longest)
-    step = saved = learner.restore(checkpoints, batches)
+    step = learner.restore(checkpoints, batches)
     log = (
         MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
         if is_first()
         else NoLog()
     )
+    command = "python -m e1jax.evaluate"
     with (
-        closing(checkpoints),
-        closing(log),
         Grader() as grader,
-        stop_signals() as signals,
+        running(run_dir, config, checkpoints, log, step, command) as run,
     ):
+        take_steps(config, run, learner, engine, batches, grader, function, validate)
 
-        def stop_if_asked(new_tokens: int = 0) -> None:
-            if signals:
-                raise Stopped
 
-        def save(metrics: dict[str, float]) -> int:
-            log.flush(metrics)
-            record = {"seed": config.seed, "data": position, "metrics": metrics}
-            checkpoints.save(step, learner.params, learner.state, record)
-            return step
+def take_steps(
+    config: GRPOConfig,
+    run: Run,
+    learner: Learner,
+    engine: Engine,
+    batches: "grain.DatasetIterator[list[Prompt]]",
+    grader: Grader,
+    function: RewardFunction | None,
+    validate: Callable[[Grader], dict[str, float]] | None,
+) -> None:
+    """Samples, learns, measures and saves, until the run ends.
 
-        advice = (
-            "lower update.microbatch, set update.remat or use more devices; on TPUs, "
-            "python -m e1jax.plan says what fits"
+    The next step goes on from `position` in the data, also where a signal came after its
+    prompts were read.
+    """
+    position = batches.get_state()
+    while run.goes_on():
+        if engine.params is None:  # else the validation has set them
+            engine.params = learner.sampling_params()
+        rollouts = sample_unless_stopped(
+            config, engine, next(batches), grader, run.signals, function
         )
+        if rollouts is None:
+            continue  # to where it ends
+        engine.params = None  # the update may write where they lie
+        engine.release_cache()
+        with enough_memory("an update", ADVICE):
+            metrics = learner.learn(rollouts)
+        metrics["learning_rate"] = np.asarray(learner.schedule(run.step)).item()
+        check_finite(run.step + 1, metrics)
+        run.add(metrics)
         position = batches.get_state()
-        while not (stopped := any_process(signals)) and step < config.steps:
-            if engine.params is None:  # else the validation has set them
-                engine.params = learner.sampling_params()
-            rollouts = None
-            with suppress(Stopped):
-                rollouts = sample_rollouts(
-                    config,
-                    engine,
-                    next(batches),
-                    grader,
-                    stop_if_asked,
-                    function=function,
-                )
-            if any_process(rollouts is None) or rollouts is None:
-                continue  # to where it ends
-            engine.params = None  # the update may write where they lie
-            engine.release_cache()
-            with enough_memory("an update", advice):
-                metrics = learner.learn(rollouts)
-            step, position = step + 1, batches.get_state()
-            metrics["learning_rate"] = float(learner.schedule(step - 1))
-            check_finite(step, metrics)
-            log.add(step, metrics)
-            last, measured = step == config.steps, {}
-            if validate and (last or step % config.validation.every == 0):
-                engine.params = learner.sampling_params()
-                measured = validate(grader)
-            if measured or last or step % config.checkpoint.every == 0:
-                saved = save(measured)
-        if step > saved:
-            save({})
-    state = f"after step {step}, saved" if step else "before the first step was done"
-    if is_first():
-        stop = f"stopped {state}; repeat the command to go on"
-        end = f"{run_dir} is trained; python -m e1jax.evaluate --model {run_dir}"
-        print(stop if stopped else end)
-    if signal.SIGINT in signals:
-        raise KeyboardInterrupt
+        measured = {}
+        if validate and run.is_due(config.validation.every):
+            engine.params = learner.sampling_params()
+            measured = validate(grader)
+        if measured or run.is_due(config.checkpoint.every):
+            run.save(learner.params, learner.state, position, measured)
+    if run.step > run.saved:
+        run.save(learner.params, learner.state, position, {})
+
+
+def sample_unless_stopped(
+    config: GRPOConfig,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    grader: Grader,
+    signals: list[int],
+    function: RewardFunction | None,
+) -> Rollouts | None:
+    """The responses of a step; None if a process got a signal before it had its own."""
+
+    def stop_if_asked(new_tokens: int = 0) -> None:
+        if signals:
+            raise Stopped
+
+    rollouts = None
+    with suppress(Stopped):
+        rollouts = sample_rollouts(
+            config, engine, prompts, grader, stop_if_asked, function=function
+        )
+    return None if any_process(rollouts is None) else rollouts
+
+
+def load_policy(config: GRPOConfig) -> LoadedModel:
+    """The model that training begins with, on the mesh of the updates.
+
+    Raises UserError for weights of int8.
+    """
+    mesh = config.mesh or default_mesh(jax.device_count())
+    loaded = load_model(config.model, mesh, config.update.param_dtype)
+    if loaded.quantize:
+        raise UserError(
+            f"{config.model} has its weights as int8, which cannot be trained; train the "
+            "model that it was made from"
+        )
+    return loaded
 
 
 def prepare(
     config: GRPOConfig, loaded: LoadedModel, instruction: str, run_dir: Path
 ) -> None:
-    """Writes what makes the run directory a model: settings, sizes and tokenizer.
+    """Makes the run directory a model: settings, sizes and tokenizer.
 
-    The instruction that prompts end with is recorded with the tokenizer, for whoever
-    evaluates the model, wherever it is converted to.
+    The first process writes, and the others wait for it. Raises UserError in a process
+    that does not see what the first one wrote.
     """
+    if is_first():
+        write_run(config, loaded, instruction, run_dir)
+    any_process(False)  # the others wait for that
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"{run_dir} was made by the first process, and this one does not see it; "
+            "take a --run-dir on a file system that all hosts share"
+        )
+
+
+def write_run(
+    config: GRPOConfig, loaded: LoadedModel, instruction: str, run_dir: Path
+) -> None:
+    """Writes the files of `prepare`; refuses a run that was begun otherwise."""
     record_config(config, run_dir)
     if (run_dir / "config.json").exists() and read_config(run_dir) != loaded.config:
         raise UserError(
@@ -206,18 +241,12 @@ def prepare(
     source = loaded.files.directory
     ids = ("bos_token_id", "eos_token_id")
     named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
-    values = read_json(source / "tokenizer_config.json")
-    values = {
-        "tokenizer_config.json": {**values, INSTRUCTION_KEY: instruction},
-        "config.json": loaded.config.to_hf(config.update.param_dtype) | named,
-    }
-    with writing(run_dir):
-        copy_files(source, run_dir)
-        for name, value in values.items():
-            text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-            new = run_dir / f"{name}.new"
-            new.write_text(text, encoding="utf-8")
-            new.replace(run_dir / name)  # whole, wherever the run is killed
+    write_model_files(
+        run_dir,
+        loaded.config.to_hf(config.update.param_dtype) | named,
+        instruction,
+        write_tokenizer=lambda directory: copy_files(source, directory),
+    )
 
 
 def make_validation(

@@ -16,7 +16,7 @@ import jax
 import pytest
 import torch
 from jax.experimental.compilation_cache import compilation_cache
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from e1jax.cli.command import run_command
@@ -49,7 +49,7 @@ def set_everywhere(monkeypatch, name: str, value, within: str = "e1jax") -> None
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
-    """Makes Hugging Face directories of random Qwen2 models; equal calls share one.
+    """Makes Hugging Face directories of random models; equal calls share one.
 
     Biases are not zero, norms are not one, and the weights are so large that the logits
     are not flat: nothing can go wrong unseen.
@@ -58,6 +58,7 @@ def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
     @functools.cache
     def make(
         *,
+        architecture: str = "qwen2",
         hidden_size: int = 64,
         intermediate_size: int = 96,
         num_layers: int = 2,
@@ -71,7 +72,8 @@ def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
     ) -> Path:
         path = tmp_path_factory.mktemp("hf")
         vocab_size = write_byte_tokenizer(path) + 3  # as in E1: more ids than tokens
-        config = Qwen2Config(
+        config = AutoConfig.for_model(
+            architecture,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -85,7 +87,7 @@ def tiny_hf(tmp_path_factory) -> Callable[..., Path]:
             initializer_range=0.2,
         )
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if "bias" in name or "norm" in name:
                 parameter.data += 0.1 * torch.randn_like(parameter)

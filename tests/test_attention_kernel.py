@@ -16,12 +16,14 @@ from jax.experimental.pallas import tpu as pltpu
 from e1jax.checkpoint.load import load_model
 from e1jax.nn.attention import cached_attention, causal_attention
 from e1jax.nn.cache import KVCache, init_cache, write
+from e1jax.nn.heads import Vectors
 from e1jax.nn.kernels.decode_attention import (
     decode_attention,
     live_blocks,
 )
 from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads
 from e1jax.nn.model import forward
+from e1jax.nn.norm import rms_normalise
 from e1jax.nn.rope import apply_rope, rope_angles, rope_frequencies
 from e1jax.sampling.decode import prefill
 from e1jax.sampling.draw import top_k_top_p_mask
@@ -29,6 +31,7 @@ from e1jax.sharding.mesh import make_mesh, sharding
 
 BLOCK = 8
 LAYERS = 3
+EPS = 1e-2  # so large that it counts
 
 
 @pytest.fixture(autouse=True)
@@ -93,9 +96,16 @@ def test_bfloat16_is_within_its_rounding():
 
 
 def of_step(
-    positions, heads, kv_heads, capacity, head_dim, dtype, write_positions=None
+    positions,
+    heads,
+    kv_heads,
+    capacity,
+    head_dim,
+    dtype,
+    write_positions=None,
+    architecture="qwen2",
 ):
-    """Products, biases and caches of random numbers, angles, and places in the caches,
+    """Products, vectors and caches of random numbers, angles, and places in the caches,
     which are `positions` unless rows lie in shards."""
     write_positions = positions if write_positions is None else write_positions
     rng = np.random.default_rng(11)
@@ -104,25 +114,30 @@ def of_step(
     shape = (LAYERS, len(write_positions), kv_heads, capacity, head_dim)
     products = [rng.normal(size=(rows, size)) for size in sizes]
     biases = [rng.normal(size=(LAYERS, size)) for size in sizes]
+    norms = [rng.normal(size=(LAYERS, head_dim)) for _ in range(2)]
     caches = [rng.normal(size=shape) for _ in range(2)]
-    products, biases, caches = (
-        [jnp.asarray(x, dtype) for x in xs] for xs in (products, biases, caches)
+    products, biases, norms, caches = (
+        [jnp.asarray(x, dtype) for x in xs] for xs in (products, biases, norms, caches)
     )
+    vectors = Vectors(biases, []) if architecture == "qwen2" else Vectors([], norms)
     at = jnp.asarray(positions, jnp.int32)[:, None]
     rope = rope_angles(at, rope_frequencies(head_dim, 1e4))
     # Of 8 bits: no product with bfloat16 is rounded, as part of a multiply-add or not.
     rope = tuple(x.astype(jnp.bfloat16).astype(jnp.float32) for x in rope)
     write_positions = jnp.asarray(write_positions, jnp.int32)[:, None]
-    return products, biases, KVCache(*caches), rope, write_positions
+    return products, vectors, KVCache(*caches), rope, write_positions
 
 
-def plain_heads(products, biases, caches, rope, write_positions, layer):
+def plain_heads(products, vectors, caches, rope, write_positions, layer):
     """What `decode_heads` gives, by the functions of the other devices."""
     rows, size = len(products[0]), caches.k.shape[4]
-    q, k, v = (
-        (x + bias[layer][None]).reshape(rows, 1, -1, size).swapaxes(1, 2)
-        for x, bias in zip(products, biases, strict=True)
-    )
+    if vectors.biases:
+        pairs = zip(products, vectors.biases, strict=True)
+        products = [x + bias[layer][None] for x, bias in pairs]
+    q, k, v = (x.reshape(rows, 1, -1, size).swapaxes(1, 2) for x in products)
+    if vectors.norms:
+        norms = [scale[layer] for scale in vectors.norms]
+        q, k = (rms_normalise(*pair, EPS) for pair in zip((q, k), norms, strict=True))
     q, k = (apply_rope(x, rope) for x in (q, k))
     return q, *write(caches, layer, k, v, write_positions)[:2]
 
@@ -133,9 +148,11 @@ def plain_heads(products, biases, caches, rope, write_positions, layer):
     static_argnames="mesh",
     compiler_options={"xla_allow_excess_precision": False},
 )
-def kernel_heads(products, biases, caches, rope, write_positions, layer, mesh=None):
-    heads = prepare_heads(rope, biases, len(write_positions) // len(products[0]))
-    q, caches = decode_heads(products, caches[:2], layer, write_positions, heads, mesh)
+def kernel_heads(products, vectors, caches, rope, write_positions, layer, mesh=None):
+    heads = prepare_heads(rope, vectors, len(write_positions) // len(products[0]))
+    q, caches = decode_heads(
+        products, caches[:2], layer, write_positions, heads, mesh, eps=EPS
+    )
     return q, *caches
 
 
@@ -147,16 +164,18 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(*map(np.float32, (one, other)), atol=atol, rtol=0)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
     "positions, heads, kv_heads, head_dim",
     [([0, 7, 8, 15, 39], 7, 1, 128), ([38, 3, 17], 4, 2, 16), ([23], 3, 3, 256)],
 )
 def test_heads_are_those_of_the_other_devices(
-    positions, heads, kv_heads, head_dim, dtype
+    positions, heads, kv_heads, head_dim, dtype, architecture
 ):
     """Queries, and the whole caches: nothing else in them is touched."""
-    args = of_step(positions, heads, kv_heads, 40, head_dim, dtype)
+    sizes = heads, kv_heads, 40, head_dim
+    args = of_step(positions, *sizes, dtype, architecture=architecture)
     for layer in map(jnp.int32, range(LAYERS)):
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
             ours = kernel_heads(*args, layer)
@@ -176,12 +195,15 @@ def test_visits_are_the_live_blocks_and_no_others():
     assert len(rows) == 5 * 5
 
 
-@pytest.mark.parametrize("head_dim, kernels", [(16, 1), (128, 2)])
+@pytest.mark.parametrize(
+    "architecture, head_dim, kernels",
+    [("qwen2", 16, 1), ("qwen2", 128, 2), ("qwen3", 128, 2)],
+)
 def test_a_model_decodes_by_kernels_as_by_the_xla_version(
-    tiny_hf, monkeypatch, head_dim, kernels
+    tiny_hf, monkeypatch, architecture, head_dim, kernels
 ):
     """Through `forward` on a mesh: layers, writes and lengths of rows that differ."""
-    loaded = load_model(str(tiny_hf(head_dim=head_dim)))
+    loaded = load_model(str(tiny_hf(architecture=architecture, head_dim=head_dim)))
     config, params = loaded.config, loaded.read_params()
     mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
     cache = init_cache(config, 3, 24, jnp.float32)
@@ -218,12 +240,12 @@ def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     pieces = prefill(config, mesh, params, tokens, length)
     prefill.clear_cache()
     called = []
-    causal = causal_attention
     set_everywhere(monkeypatch, "takes_splash", lambda *_: True)
     set_everywhere(
-        monkeypatch, "causal_attention", lambda *a: called.append(1) or causal(*a)
+        monkeypatch,
+        "splash_attention",
+        lambda *heads, mesh: called.append(mesh) or causal_attention(*heads),
     )
-    set_everywhere(monkeypatch, "splash_attention", lambda q, k, v, _: causal(q, k, v))
     at_once = prefill(config, mesh, params, tokens, length)
     prefill.clear_cache()
     assert called
@@ -255,8 +277,13 @@ def on_a_mesh(data: int, tensor: int, monkeypatch: pytest.MonkeyPatch):
     # Of the products of all rows, each device takes its own; with a row in shards, all
     # take it, and one writes.
     shards = [40] * (data - 1) + [11]
-    for rows, write_positions in ((positions, None), ([3], shards)):
-        args = of_step(rows, 12, 4, 40, 128, jnp.bfloat16, write_positions)
+    for rows, write_positions, architecture in (
+        (positions, None, "qwen2"),
+        ([3], shards, "qwen2"),
+        (positions, None, "qwen3"),
+    ):
+        sizes = 12, 4, 40, 128
+        args = of_step(rows, *sizes, jnp.bfloat16, write_positions, architecture)
         with pltpu.force_tpu_interpret_mode(True):
             ours = kernel_heads(*args, jnp.int32(2), mesh=mesh)
         assert_same(ours, plain_heads(*args, jnp.int32(2)))

@@ -21,10 +21,11 @@ from e1jax.cli.flags import read_flags
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig, SFTConfig
-from e1jax.grpo.learner import default_mesh, make_optimizer
+from e1jax.grpo.learner import default_mesh
 from e1jax.nn.model import abstract_params
 from e1jax.sample import SampleFlags
 from e1jax.sharding.mesh import check_divides, make_mesh
+from e1jax.training import make_optimizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 GRPO = [path for path in CONFIGS if path.stem != "nano_sft"]
@@ -91,7 +92,8 @@ def test_the_state_of_a_training(path):
     mesh = make_mesh(default_mesh(chips), model, devices)
     assert config.update.microbatch % mesh.shape["data"] == 0
     params = abstract_params(model, mesh, config.update.param_dtype)
-    state = abstract_state(make_optimizer(config), params, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    state = abstract_state(optimizer, params, mesh)
     leaves = jax.tree.leaves(params)
     assert sum(leaf.size for leaf in leaves) == count
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]

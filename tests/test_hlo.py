@@ -247,6 +247,33 @@ def test_kernels_are_listed_and_their_metadata_ends_no_computation():
     ]
 
 
+KERNELS = """
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %full = f32[8]{0} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_len":"300",
+"positions":"1000"
+}}, backend_config={"custom_call_config":{"body":"TUzvUg==","cost_estimate":{"flops":"7000","transcendentals":"10","bytes_accessed":"5000","remote_bytes_transferred":"0"},"serialization_format":"1"}}
+  %fixed = f32[8]{0} custom-call(%full), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}, backend_config={"custom_call_config":{"cost_estimate":{"flops":"0","transcendentals":"0","bytes_accessed":"80"}}}
+  ROOT %silent = f32[8]{0} custom-call(%fixed), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("filled", "share"), [(1, 0.3), (300, 0.3), (301, 0.6), (1000, 1), (5000, 1)]
+)
+def test_kernels_cost_what_they_state(filled, share):
+    counted = account(KERNELS)
+    costs = [(op.bytes, op.flops, op.states_cost) for op in counted.custom_calls]
+    assert costs == [(5000, 7000, True), (80, 0, True), (0, 0, False)]
+    assert counted.bytes == 5080
+    assert counted.flops == 0  # of products outside of kernels
+    counted = counted.filled(filled)
+    costs = [(op.bytes, op.flops) for op in counted.custom_calls]
+    assert costs == [(5000 * share, 7000 * share), (80, 0), (0, 0)]
+
+
 PREFETCH = """
 HloModule jit_decode, is_scheduled=true
 

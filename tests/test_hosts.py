@@ -269,7 +269,7 @@ from e1jax.nn import model
 from e1jax.sharding import hosts
 from e1jax.sharding.mesh import make_mesh
 sizes = ModelConfig(96, 32, 48, 3, 8, 4, 4, 64, 1e4)
-mesh = make_mesh(default_mesh(8), sizes)
+mesh = make_mesh(default_mesh(8), sizes, REORDERED)
 assert dict(mesh.shape) == {"data": 8, "tensor": 1}
 local = hosts.local_mesh(sizes, mesh)
 assert dict(local.shape) == {"data": 2, "tensor": 4}
@@ -286,11 +286,15 @@ print("as sampling has them")
 """
 
 
-def test_parameters_go_over_to_the_mesh_of_sampling():
-    """From all on `data` to as many on `tensor` as there are key/value heads."""
+@pytest.mark.parametrize(
+    "devices", ["jax.devices()", "np.array(jax.devices()).reshape(2, 4).T.flatten()"]
+)
+def test_parameters_go_over_to_the_mesh_of_sampling(devices):
+    """From all on `data` to as many on `tensor` as there are key/value heads, also where
+    the mesh goes through the devices in another order than by process."""
     flags = {"XLA_FLAGS": several_devices(8)}
     done = subprocess.run(
-        [sys.executable, "-c", LAYOUTS],
+        [sys.executable, "-c", LAYOUTS.replace("REORDERED", devices)],
         env=os.environ | flags,
         capture_output=True,
         text=True,

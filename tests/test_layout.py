@@ -12,19 +12,20 @@ import e1jax
 PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
-    "config": "checks texts model sampling training load",
+    "config": "checks texts architectures model sampling training load",
     "cli": "command flags files outputs",
     "sharding": "mesh fsdp runtime hosts",
-    "nn": "quantize scores rope norm cpu cache kernels.splash kernels.decode_heads "
-    "kernels.decode_attention kernels.top_p attention layers model",
+    "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
+    "kernels.decode_attention kernels.top_p attention paths layers model",
     "tokenizer": "",
     "checkpoint": "lazy params runs int8 huggingface load metrics",
     "sampling": "draw budget request completion decode scheduler engine",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
+    "training": "optimizer run",
     "grpo": "loss logprobs rollouts learner",
     "evaluation": "results grading figure",
-    "plan": "slices programs hlo account sizes report sampling training",
+    "plan": "slices programs hlo loops account interconnect sizes report sampling training",
 }
 COMMANDS = ["sample", "convert", "train", "sft", "evaluate", "plan.__main__"]
 

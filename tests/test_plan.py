@@ -25,8 +25,9 @@ from e1jax.nn.model import abstract_params
 from e1jax.plan import sizes as plan_sizes
 from e1jax.plan import slices
 from e1jax.plan.__main__ import main
+from e1jax.plan.interconnect import Torus
 from e1jax.plan.programs import Program, bisect, device_bytes, used_when_too_large
-from e1jax.plan.report import Report, warn_of_copies
+from e1jax.plan.report import Report, _time_rows, warn_of_copies
 from e1jax.plan.sampling import Sampler, _cost_of_decoding, read_weights
 from e1jax.plan.sizes import model_sizes
 from e1jax.plan.slices import (
@@ -213,13 +214,16 @@ def test_a_step_reads_no_embedding_but_a_tied_one():
     assert whole == step
 
 
+ALONE = Torus([(0, 0)], [False, False], 50e9)
+
+
 STEP = """
 %body (p: (pred[], f32[2,64])) -> (pred[], f32[2,64]) {
   %p = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) parameter(0)
   %go = pred[]{:T(512)} get-tuple-element(%p), index=0
   %x = f32[2,64]{1,0:T(8,128)} get-tuple-element(%p), index=1
   %y = f32[2,64]{1,0:T(8,128)} negate(%x), backend_config={"window_config":{"estimated_cycles":"1500"}}
-  %z = f32[2,64]{1,0:T(8,128)} custom-call(%y), custom_call_target="TARGET"
+  %z = f32[2,64]{1,0:T(8,128)} custom-call(%y), custom_call_target="tpu_custom_call"STATED
   ROOT %t = (pred[]{:T(512)}, f32[2,64]{1,0:T(8,128)}) tuple(%go, %z)
 }
 
@@ -239,20 +243,61 @@ ENTRY %main (f: pred[], a: f32[2,64]) -> f32[2,64] {
 """
 
 
-@pytest.mark.parametrize(("target", "blocks"), [("tpu_custom_call", 2), ("Other", 0)])
-def test_bytes_and_time_of_a_step(target, blocks):
+def stated(positions: int, num_bytes: int, flops: int) -> str:
+    """What a kernel says of a full cache of so many positions, read in blocks of 512."""
+    metadata = json.dumps({"block_len": "512", "positions": str(positions)}, indent=0)
+    cost = {"flops": str(flops), "bytes_accessed": str(num_bytes)}
+    config = json.dumps({"custom_call_config": {"cost_estimate": cost}})
+    config = config.replace(": ", ":")
+    return (
+        f", frontend_attributes={{kernel_metadata={metadata}}}, backend_config={config}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "flops", "seconds"),
+    [
+        (None, 0, 0),
+        (8_000_000, 10**6, 4_000_000 / 819e9),
+        (8_000_000, 10**10, 5 * 10**9 / 197e12),
+    ],
+)
+def test_bytes_and_time_of_a_step(num_bytes, flops, seconds):
     mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
     sampler = Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
     report = Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
-    text = STEP.replace("TARGET", target)
-    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=600)
-    # Of 600 positions a kernel reads two blocks of 512, keys and values of 3 layers.
-    kernel = blocks * 512 * 5 * 2 * 3 * 2 * 16 * 2
+    attributes = stated(2048, num_bytes, flops) if num_bytes else ""
+    text = STEP.replace("STATED", attributes)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], ALONE, live=600)
+    # Of 600 positions in blocks of 512 a kernel reads 1024, half of all.
+    kernel = (num_bytes or 0) // 2
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel  # not the copy before it
-    assert report.estimated_seconds == pytest.approx(1e-6 + kernel / 819e9)
+    assert report.estimated_seconds == pytest.approx(1e-6 + seconds)
     floor = 10**4 / 819e9
     assert report.roofline_share == pytest.approx(floor / report.estimated_seconds)
-    assert any("kernel" in text for text in report.not_in_estimate) == (blocks > 0)
+    assert any("kernel" in text for text in report.not_in_estimate) == bool(num_bytes)
+
+
+@pytest.mark.parametrize(("speed", "bound"), [(50e9, "chip"), (50e7, "interconnect")])
+def test_a_step_waits_for_its_collectives(speed, bound):
+    """An all-reduce of 512 bytes between two chips, and 1 us of other work."""
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    sampler = Sampler(SIZES, mesh, jnp.bfloat16, 5, 2048, 40)
+    report = Report("sample", "v5e:1x1", "data=1,tensor=1", floor_bytes=10**4)
+    report.settings = {"slots": 5}
+    text = STEP.replace("STATED", "").replace(
+        "  %z =",
+        "  %w = f32[2,64]{1,0:T(8,128)} all-reduce(%y), replica_groups={{0,1}}\n  %z =",
+    )
+    pair = Torus([(0, 0), (0, 1)], [False, False], speed)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], pair, live=600)
+    assert report.chip_seconds == pytest.approx(1e-6)
+    assert report.interconnect_seconds == pytest.approx(512 / speed)
+    assert report.interconnect_beside_seconds == 0
+    assert report.estimated_seconds == pytest.approx(1e-6 + 512 / speed)
+    assert report.bound_by == bound
+    bounds = [name for name, _, text in _time_rows(report) if "the bound" in text]
+    assert bounds == [f"on the {bound}"]
 
 
 def test_bytes_of_a_step_of_few_slots(config):
@@ -261,9 +306,9 @@ def test_bytes_of_a_step_of_few_slots(config):
     mesh = make_mesh("data=8,tensor=1", SIZES, [Chip(i) for i in range(8)])
     sampler = Sampler(SIZES, mesh, jnp.bfloat16, 3, 65536, 40)
     report = Report("sample", "v5e:2x4", "data=8,tensor=1", floor_bytes=10**4)
-    text = STEP.replace("TARGET", "tpu_custom_call")
-    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=40_000)
-    kernel = 10 * 512 * 3 * 2 * 3 * 2 * 16 * 2
+    text = STEP.replace("STATED", stated(sampler.cache_sizes[1], 8_192_000, 1))
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], ALONE, live=40_000)
+    kernel = 8_192_000 * 10 * 512 // sampler.cache_sizes[1]
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel
 
 
@@ -288,8 +333,8 @@ def test_weights_that_are_sent_around_are_told_of(rows, warns):
         f"  %layers = (pred[]{{:T(512)}}, {shape}) while(%in), condition=%test, "
         'body=%layer, metadata={op_name="jit(decode)/while/body/while"}\n  %y ='
     )
-    text = inner + STEP.replace("  %y =", loop)
-    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], live=600)
+    text = inner + STEP.replace("STATED", "").replace("  %y =", loop)
+    _cost_of_decoding(report, text, sampler, CHIPS["v5e"], ALONE, live=600)
     assert any("weights are sent around" in text for text in report.warnings) == warns
 
 

@@ -272,33 +272,44 @@ def test_a_row_of_the_grid_of_devices_is_a_line(coords, columns):
 
 
 TORUS = """
-import numpy as np
+import jax
+import jax.numpy as jnp
 from e1jax.config.model import ModelConfig
+from e1jax.nn.model import abstract_params
 from e1jax.plan.slices import describe
 from e1jax.sharding.fsdp import grid_columns
-from e1jax.sharding.hosts import devices_by_process
+from e1jax.sharding.hosts import by_process, devices_by_process, make_copy_to_all
 from e1jax.sharding.mesh import make_mesh
 sizes = ModelConfig(4096, 1024, 4096, 3, 8, 4, 128, 4096, 1e4)
 
-def links(a, b, length=8):
-    # On the way from one chip to another, round the torus where that is shorter.
-    ways = (abs(x - y) for x, y in zip(a.coords, b.coords))
-    return sum(min(way, length - way) for way in ways)
+def links(a, b):
+    # On the way from one chip to another: of 8 chips on an axis, the ends are not linked.
+    return sum(abs(x - y) for x, y in zip(a.coords, b.coords))
 
 slice_ = describe("v5e:8x8")
 mesh = make_mesh("data=64,tensor=1", sizes, slice_.devices)
 grid = mesh.devices.reshape(-1, grid_columns(mesh))
 assert grid.shape == (8, 8)
-for rings in (grid, grid.T):
-    for ring in rings:
-        assert [links(a, b) for a, b in zip(ring, np.roll(ring, 1))] == [1] * 8
+for lines in (grid, grid.T):
+    for line in lines:
+        assert [links(a, b) for a, b in zip(line, line[1:])] == [1] * 7
 hosts = devices_by_process(mesh)
 assert hosts.shape == (16, 4)
 for process, devices in enumerate(hosts):
     assert {device.process_index for device in devices} == {process}
     assert max(links(devices[0], device) for device in devices) == 2  # a block of 2x2
 make_mesh("data=16,tensor=4", sizes, slice_.devices)  # cuts axes: in the order of hosts
-print("rings of direct links")
+
+# What each host samples from is made by one program, though its mesh has another order.
+params = abstract_params(sizes, mesh, jnp.float32)
+given = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_process(x.sharding)),
+    params,
+)
+local = abstract_params(sizes, make_mesh(None, sizes, hosts[3]), jnp.bfloat16)
+copy = make_copy_to_all(mesh, local).trace(given).lower(lowering_platforms=("tpu",))
+assert copy.out_info["embedding"].dtype == jnp.bfloat16
+print("lines of direct links")
 """
 
 
@@ -310,4 +321,4 @@ def test_sums_over_data_go_over_direct_links_of_the_torus():
         text=True,
         env=os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
     )
-    assert done.stdout == "rings of direct links\n", done.stderr
+    assert done.stdout == "lines of direct links\n", done.stderr

@@ -49,7 +49,7 @@ from e1jax.config.training import (
 )
 from e1jax.data.nano import nano_problems
 from e1jax.data.prompts import Prompt, request_seed
-from e1jax.grpo.learner import Learner, make_optimizer
+from e1jax.grpo.learner import Learner
 from e1jax.grpo.rollouts import (
     Rollouts,
     longest_lengths,
@@ -65,6 +65,7 @@ from e1jax.rewards import Grader, call_function, load_function
 from e1jax.sampling.completion import Completion
 from e1jax.sharding.mesh import make_mesh
 from e1jax.tokenizer import extract_boxed
+from e1jax.training import make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
@@ -1207,7 +1208,7 @@ def test_shipped_configs_load(path):
     config, run_dir = load_config(GRPOConfig, ["--config", str(path)], "train")
     assert run_dir == Path("runs") / path.stem
     assert len(path.read_text().splitlines()) < 40
-    assert make_optimizer(config)
+    assert make_optimizer(config.optimizer, config.steps)
     assert config.rollout.prompts >= config.update.minibatch_prompts
 
 

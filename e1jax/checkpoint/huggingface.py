@@ -1,6 +1,6 @@
 """Hugging Face's files of a model: safetensors read in place, and written.
 
-A table says which of their tensors is which of our parameters.
+The table of the architecture says which of their tensors is which of our parameters.
 """
 
 import dataclasses
@@ -21,31 +21,11 @@ import safetensors
 from e1jax.checkpoint.lazy import THREADS, Index, LazyArray, chunks_of
 from e1jax.checkpoint.params import check_same, named_shapes
 from e1jax.cli.files import read_json
+from e1jax.config.architectures import Tensor
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.nn.rope import rope_frequencies
 from e1jax.sharding.hosts import is_first
-
-# Our parameter: its Hugging Face name ({}: the layer) and whether the weight [out, in]
-# of a torch Linear is turned to our [in, out]. Layers are stacked on a new first dim.
-TABLE = {
-    "embedding": ("model.embed_tokens.weight", False),
-    "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", False),
-    "layers/attention/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "layers/attention/q/bias": ("model.layers.{}.self_attn.q_proj.bias", False),
-    "layers/attention/k/kernel": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "layers/attention/k/bias": ("model.layers.{}.self_attn.k_proj.bias", False),
-    "layers/attention/v/kernel": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "layers/attention/v/bias": ("model.layers.{}.self_attn.v_proj.bias", False),
-    "layers/attention/o/kernel": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "layers/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "layers/mlp/gate/kernel": ("model.layers.{}.mlp.gate_proj.weight", True),
-    "layers/mlp/up/kernel": ("model.layers.{}.mlp.up_proj.weight", True),
-    "layers/mlp/down/kernel": ("model.layers.{}.mlp.down_proj.weight", True),
-    "norm/scale": ("model.norm.weight", False),
-    "lm_head/kernel": ("lm_head.weight", True),
-}
-
 
 # Names of dtypes as safetensors spells them.
 _DTYPES = {
@@ -226,19 +206,17 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 def hf_names(config: ModelConfig, name: str) -> list[str]:
     """The Hugging Face names of what one of our parameters holds, one per layer."""
-    pattern, _ = TABLE[name]
-    count = config.num_layers if "{}" in pattern else 1
-    return [pattern.format(layer) for layer in range(count)]
+    return config.table.tensors[name].names(config.num_layers)
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a model in Hugging Face form."""
     shapes = {}
     for name, shape in named_shapes(config).items():
-        pattern, turned = TABLE[name]
-        shape = shape[1:] if "{}" in pattern else shape
+        tensor = config.table.tensors[name]
+        shape = shape[1:] if tensor.stacked else shape
         for hf_name in hf_names(config, name):
-            shapes[hf_name] = shape[::-1] if turned else shape
+            shapes[hf_name] = shape[::-1] if tensor.turned else shape
     return shapes
 
 
@@ -255,29 +233,30 @@ def lazy_arrays(
     """
     arrays = {}
     for name, shape in named_shapes(config).items():
+        tensor = config.table.tensors[name]
         sources = [tensors[hf_name] for hf_name in hf_names(config, name)]
         stored = functools.reduce(np.promote_types, [s.dtype for s in sources])
         own = dtype or stored
-        read = functools.partial(_read_part, name, sources, own, seen)
+        read = functools.partial(_read_part, tensor, sources, own, seen)
         # Full rows of the stored tensors, because the bytes of a row are contiguous in
         # the file.
         parts = list(chunks_of(shape, own))
-        across = -2 if TABLE[name][1] else -1
+        across = -2 if tensor.turned else -1
         parts[across] = shape[across]
         arrays[name] = LazyArray(shape, own, tuple(parts), read)
     return arrays
 
 
 def _read_part(
-    name: str,
+    tensor: Tensor,
     sources: Sequence[StoredTensor],
     dtype: np.dtype,
     seen: Callable[[StoredTensor], None],
     part: Index,
 ) -> np.ndarray:
-    """A part of our parameter `name`, whose layers are `sources`."""
-    pattern, turned = TABLE[name]
-    layers, inner = (part[0], part[1:]) if "{}" in pattern else (slice(0, 1), part)
+    """A part of the parameter that `tensor` describes, whose layers are `sources`."""
+    turned, stacked = tensor.turned, tensor.stacked
+    layers, inner = (part[0], part[1:]) if stacked else (slice(0, 1), part)
     arrays = []
     for source in sources[layers]:
         if all(span.start == 0 for span in inner):
@@ -286,7 +265,7 @@ def _read_part(
         # A copy in any case: what stays mapped counts as memory of this process.
         array = array.astype(dtype, copy=not turned)
         arrays.append(turn(array) if turned else array)
-    if "{}" not in pattern:
+    if not stacked:
         return arrays[0]
     return np.stack(arrays) if len(arrays) > 1 else arrays[0][None]
 
@@ -367,14 +346,15 @@ def _write_tensors(
     written: Callable[[str, str], None],
 ) -> None:
     """Writes what our parameter `name` holds, each tensor into its file at its offset."""
-    array = _by_layer(name, array)
+    tensor = config.table.tensors[name]
+    array = _by_layer(tensor, array)
 
     def write(layer: int, hf_name: str) -> None:
         file, offset = places[hf_name]
         digest = hashlib.sha256()
         with file.open("r+b") as out:
             out.seek(offset)
-            for block in _hf_blocks(name, array, layer):
+            for block in _hf_blocks(tensor, array, layer):
                 data = block.view(np.uint8).data
                 digest.update(data)
                 out.write(data)
@@ -385,18 +365,17 @@ def _write_tensors(
         list(pool.map(write, range(len(names)), names))
 
 
-def _by_layer(name: str, array: LazyArray) -> LazyArray:
-    """Our parameter `name`, in host memory if to read one layer were to read them all."""
-    if "{}" not in TABLE[name][0] or array.parts[0] == 1:
+def _by_layer(tensor: Tensor, array: LazyArray) -> LazyArray:
+    """Our parameter, in host memory if to read one layer were to read them all."""
+    if not tensor.stacked or array.parts[0] == 1:
         return array
     whole = array.read(tuple(slice(0, size) for size in array.shape))
     return dataclasses.replace(array, read=whole.__getitem__)
 
 
-def _hf_blocks(name: str, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
-    """The Hugging Face tensor of a layer of our parameter `name`, by blocks of rows."""
-    pattern, turned = TABLE[name]
-    stacked = "{}" in pattern
+def _hf_blocks(tensor: Tensor, array: LazyArray, layer: int) -> Iterator[np.ndarray]:
+    """The Hugging Face tensor of a layer of our parameter, by blocks of rows."""
+    turned, stacked = tensor.turned, tensor.stacked
     rows = len(array.shape) - 1 if turned else int(stacked)  # the dim that holds them
     index = [slice(0, size) for size in array.shape]
     if stacked:

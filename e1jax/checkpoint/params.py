@@ -207,8 +207,8 @@ def check_same(
         raise UserError(f"{where} lacks {_listed(missing)}; {way_out}")
     if unexpected:
         raise UserError(
-            f"{where} holds {_listed(unexpected)}, which a Qwen2 model of this "
-            f"config.json does not have; {way_out}"
+            f"{where} holds {_listed(unexpected)}, which a model of this config.json "
+            f"does not have; {way_out}"
         )
     wrong = [
         f"{name} {list(found[name])} instead of {list(shape)}"

@@ -1,9 +1,16 @@
-"""Sizes of a Qwen2 model, read from and written to Hugging Face's config.json."""
+"""Architecture and sizes of a model, read from and written to Hugging Face's config.json."""
 
 import dataclasses
 from typing import Any, Literal, get_args
 
-from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number
+from e1jax.config.architectures import ARCHITECTURES, Architecture
+from e1jax.config.checks import (
+    UNLIMITED,
+    UserError,
+    check_choice,
+    check_integer,
+    check_number,
+)
 
 QuantizedForm = Literal["int8"]  # of weights; see e1jax.nn.quantize
 QUANTIZED = get_args(QuantizedForm)
@@ -14,9 +21,8 @@ KV_DTYPES = get_args(KVDtype)
 
 
 # Keys of a Hugging Face config.json that say how a model computes, and the only values
-# implemented here.
+# implemented here; an architecture may have more.
 _ONLY_VALUES = {
-    "model_type": ("qwen2",),
     "hidden_act": ("silu",),
     "use_sliding_window": (False, None),
     "use_mrope": (False, None),
@@ -26,7 +32,7 @@ _ONLY_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a Qwen2 decoder, all read from config.json; none is assumed."""
+    """Sizes of a decoder, all read from config.json; none is assumed."""
 
     vocab_size: int
     hidden_size: int
@@ -39,8 +45,11 @@ class ModelConfig:
     rope_theta: float
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    architecture: str = "qwen2"
+    """The table that says the rest, in config/architectures.py: qwen2 or qwen3."""
 
     def __post_init__(self):
+        check_choice("architecture", self.architecture, list(ARCHITECTURES))
         # Far above any model, and low enough that listing its tensors takes no time.
         largest = {"num_layers": 1000, "max_position_embeddings": UNLIMITED}
         for field in dataclasses.fields(self):
@@ -63,6 +72,11 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is odd; rotary position embedding turns pairs of dimensions"
             )
 
+    @property
+    def table(self) -> Architecture:
+        """Tensors, biases and norms of the architecture."""
+        return ARCHITECTURES[self.architecture]
+
     @classmethod
     def from_hf(cls, hf: dict[str, Any], where: str = "config.json") -> "ModelConfig":
         """Sizes from a Hugging Face config, in the old or new spelling of RoPE.
@@ -70,8 +84,15 @@ class ModelConfig:
         Raises UserError naming the first key whose value asks for something that is not
         implemented.
         """
-        for key, allowed in _ONLY_VALUES.items():
-            value = hf.get(key, allowed[0] if key != "model_type" else None)
+        architecture = hf.get("model_type")
+        if architecture not in list(ARCHITECTURES):
+            raise UserError(
+                f"{where}: model_type={architecture!r} is not implemented; e1jax runs "
+                f"{' and '.join(map(repr, ARCHITECTURES))}"
+            )
+        table = ARCHITECTURES[architecture]
+        for key, allowed in {**_ONLY_VALUES, **table.only_values}.items():
+            value = hf.get(key, allowed[0])
             if value not in allowed:
                 raise UserError(
                     f"{where}: {key}={value!r} is not implemented; e1jax runs {key}={allowed[0]!r}"
@@ -92,11 +113,14 @@ class ModelConfig:
                 num_layers=hf["num_hidden_layers"],
                 num_heads=num_heads,
                 num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // max(num_heads, 1),
+                head_dim=hf.get("head_dim")
+                or table.default_head_dim
+                or hf["hidden_size"] // max(num_heads, 1),
                 max_position_embeddings=hf["max_position_embeddings"],
                 rope_theta=_rope_theta(hf, where),
                 rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
                 tie_word_embeddings=hf.get("tie_word_embeddings", False),
+                architecture=architecture,
             )
         except KeyError as error:
             raise UserError(f"{where}: the key {error.args[0]!r} is missing") from None
@@ -112,8 +136,8 @@ class ModelConfig:
     def to_hf(self, dtype: str) -> dict[str, Any]:
         """A config.json that transformers 4 and 5 both read."""
         return {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
+            "architectures": [self.table.hf_class],
+            "model_type": self.architecture,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -127,6 +151,7 @@ class ModelConfig:
             "tie_word_embeddings": self.tie_word_embeddings,
             "hidden_act": "silu",
             "use_sliding_window": False,
+            **{key: allowed[0] for key, allowed in self.table.only_values.items()},
             "attention_dropout": 0.0,
             "torch_dtype": dtype,
         }

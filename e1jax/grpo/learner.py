@@ -1,7 +1,6 @@
 """The policy in training: optimizer, jitted updates, log-probabilities of the reference."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.config.model import ModelConfig
-from e1jax.config.training import AdamWConfig, GRPOConfig
+from e1jax.config.training import GRPOConfig
 from e1jax.grpo.logprobs import response_logprobs
 from e1jax.grpo.loss import configured_loss, token_weights
 from e1jax.grpo.rollouts import (
@@ -33,7 +32,14 @@ from e1jax.sharding.fsdp import (
     sum_over_data,
 )
 from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
-from e1jax.sharding.runtime import COMPILER_OPTIONS, backward_options
+from e1jax.sharding.runtime import COMPILER_OPTIONS
+from e1jax.training import (
+    apply_gradients,
+    jit_update,
+    learning_rates,
+    make_optimizer,
+    restore_or_init,
+)
 
 
 def default_mesh(devices: int) -> str:
@@ -58,7 +64,9 @@ class Learner:
         self.dtype = computed_in(config)
         self.config, self.loaded = config, loaded
         self.longest = longest  # prompt and response, in tokens
-        self.optimizer = make_optimizer(config)
+        self.optimizer = make_optimizer(
+            config.optimizer, config.steps, config.updates_per_step
+        )
         self.schedule = learning_rates(config.optimizer, config.steps)
         self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
         local = local_mesh(loaded.config, loaded.mesh)
@@ -78,24 +86,18 @@ class Learner:
 
     def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
         """Goes on from the latest checkpoint, or begins with the model; the step."""
-        restored = checkpoints.restore(self.shapes, self.state_shapes)
-        if restored:
-            step, self.params, self.state, record = restored
-            batches.set_state(record["data"])
-            if self.config.loss.kl_coef:
-                self.reference = _cast(self.loaded.read_params(), self.dtype)
-            return step
-        self.params = self.loaded.read_params()
-        if self.config.loss.kl_coef:  # copied, because the update donates its input
-            self.reference = _cast(self.params, self.dtype, copy=True)
-        shardings = jax.tree.map(lambda s: s.sharding, self.state_shapes)
-        init = jax.jit(
-            self.optimizer.init,
-            out_shardings=shardings,
-            compiler_options=COMPILER_OPTIONS,
+        step, self.params, self.state = restore_or_init(
+            checkpoints,
+            self.optimizer,
+            (self.shapes, self.state_shapes),
+            self.loaded.read_params,
+            batches,
         )
-        self.state = init(self.params)
-        return 0
+        if self.config.loss.kl_coef:
+            initial = self.loaded.read_params() if step else self.params
+            # Copied, because the update donates its input.
+            self.reference = _cast(initial, self.dtype, copy=initial is self.params)
+        return step
 
     def sampling_params(self) -> Params:
         """The policy where the engine samples: on this process's own devices."""
@@ -168,51 +170,6 @@ def _cast(params: Params, dtype: Any, *, copy: bool = False) -> Params:
     return jax.tree.map(cast, params)
 
 
-def make_optimizer(config: GRPOConfig) -> optax.GradientTransformation:
-    """AdamW on clipped gradients; all updates of a step have its learning rate."""
-    adam, updates = config.optimizer, config.updates_per_step
-    rates = learning_rates(adam, config.steps)
-    return optax.chain(
-        clip_by_norm(adam.max_grad_norm),
-        optax.adamw(
-            lambda count: rates(jnp.asarray(count) // updates),
-            b1=adam.b1,
-            b2=adam.b2,
-            weight_decay=adam.weight_decay,
-        ),
-    )
-
-
-def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm by one factor for all gradients. That one divides by
-    the norm first, which is one pass more over arrays as large as the parameters."""
-
-    def clip(grads, _):
-        factor = jnp.minimum(1, max_norm / optax.tree.norm(grads))
-        return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
-
-    return optax.stateless(clip)
-
-
-def learning_rates(config: AdamWConfig, steps: int) -> Callable[[Any], Any]:
-    """Linear warm-up to the peak, which the last warm-up step has; then the schedule,
-    which would be 0 one step after the last."""
-    warmup = config.warmup_steps
-    falls = {
-        "constant": lambda left: 1.0,
-        "linear": lambda left: left,
-        "cosine": lambda left: 0.5 - 0.5 * jnp.cos(jnp.pi * left),
-    }
-
-    def rate(step):
-        left = (steps - step) / max(1, steps - warmup)
-        fall = falls[config.schedule](jnp.clip(left, 0, 1))
-        rise = jnp.minimum(1, (step + 1) / max(1, warmup))
-        return config.learning_rate * rise * fall
-
-    return rate
-
-
 def make_update(
     config: GRPOConfig,
     model: ModelConfig,
@@ -268,17 +225,10 @@ def make_update(
             batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
         )
         grads, metrics = of_shards(params, batch, weights, on_policy, temperature)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, metrics
+        params, state, norm = apply_gradients(optimizer, params, state, grads)
+        return params, state, metrics | {"grad_norm": norm}
 
-    return jax.jit(
-        update,
-        donate_argnums=(0, 1),
-        out_shardings=(*shardings, None),
-        compiler_options=backward_options(mesh),
-    )
+    return jit_update(update, shardings)
 
 
 def _share_weights(

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from e1jax.config.model import ModelConfig
 from e1jax.nn.attention import SharedPrompts
 from e1jax.nn.model import GatherParams, forward, unembed
+from e1jax.nn.paths import takes_shared_prompts
 from e1jax.nn.quantize import Params
-from e1jax.sharding.mesh import on_tpu
 
 # Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
 # fewer, a TPU spends its time on the gradient of the output matrix, which it reads and
@@ -55,7 +55,7 @@ def response_logprobs(
     )
     # The token at a position is predicted from the position before it.
     whole_groups = samples > 1 and len(tokens) % samples == 0
-    if whole_groups and response_len > 1 and not on_tpu(mesh):
+    if whole_groups and response_len > 1 and takes_shared_prompts(mesh):
         hidden = _hidden_of_groups(compute, tokens, targets, prompt_len, samples)
     else:
         inputs = tokens[:, :-1]  # the last position predicts none of them

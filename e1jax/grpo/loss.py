@@ -19,11 +19,14 @@ from e1jax.config.training import LossConfig
 Metrics = dict[str, Array]
 
 
-def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
-    """(reward - mean) / (std + 1e-6) among the G responses to each prompt.
+def group_advantages(
+    rewards: Float[Any, "N G"], *, scale: bool = True
+) -> Float[Array, "N G"]:
+    """Advantage of each response over the mean of the G responses to its prompt.
 
-    The standard deviation is the unbiased one. Raises UserError for fewer than two
-    responses, which have nothing to be compared with. Equal rewards give exactly 0.
+    With `scale`, it is divided by their standard deviation: see `scaled_advantages`,
+    else `centred_advantages`. Raises UserError for fewer than two responses, which have
+    nothing to be compared with. Equal rewards give exactly 0.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -31,11 +34,32 @@ def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
             f"rewards of shape {list(rewards.shape)} are no groups; give [N, G] with 2 "
             "or more responses a prompt"
         )
-    # The mean of equal rewards is rounded by as much as the 1e-6 below; the mean of
-    # zeros is exactly 0.
-    rewards -= rewards[:, :1]
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+    # The mean of equal rewards is rounded by as much as the 1e-6 in the quotient; the
+    # mean of zeros is exactly 0.
+    return ADVANTAGES[scale](rewards - rewards[:, :1])
+
+
+def scaled_advantages(rewards: Float[Array, "N G"]) -> Float[Array, "N G"]:
+    """(r - mean) / (std + 1e-6): GRPO, arXiv 2402.03300, section 4.1.2.
+
+    The standard deviation is the unbiased one, as in the reference code of Elastic
+    Reasoning.
+    """
+    std = rewards.std(axis=1, ddof=1, keepdims=True)
+    return centred_advantages(rewards) / (std + 1e-6)
+
+
+def centred_advantages(rewards: Float[Array, "N G"]) -> Float[Array, "N G"]:
+    """r - mean: Dr. GRPO, arXiv 2503.20783, section 3.2. The division by the standard
+    deviation would weigh prompts more that are nearly always right or nearly never."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+# By `scale` of group_advantages.
+ADVANTAGES: dict[bool, Callable[[Float[Array, "N G"]], Float[Array, "N G"]]] = {
+    True: scaled_advantages,
+    False: centred_advantages,
+}
 
 
 def policy_loss(

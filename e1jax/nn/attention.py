@@ -12,11 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Num, Shaped
 
 from e1jax.nn.cache import merge_shards
-from e1jax.nn.kernels.splash import splash_attention, takes_splash
 from e1jax.nn.quantize import LANES, dequantize
 from e1jax.nn.scores import BLOCK_LEN, MASKED, fold, keep, scaled, wide_einsum
 
@@ -73,7 +71,6 @@ def causal_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    mesh: Mesh | None = None,
     prompt_len: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
@@ -83,12 +80,8 @@ def causal_attention(
     the S - T keys before them a row sees so many. Up to MAX_PARTS parts of the queries
     are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
-    the backward pass too. On TPUs, heads of bfloat16 and whole registers are the work of
-    `splash_attention`, without `prompt_len`.
+    the backward pass too.
     """
-    by_kernel = takes_splash(mesh, q.dtype, q.shape[-1]) and prompt_len is None
-    if mesh is not None and by_kernel:
-        return splash_attention(q, k, v, mesh)
     key_mask = None
     if prompt_len is not None:
         index = jnp.arange(k.shape[2])[None]

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from e1jax.config.model import ModelConfig
 from e1jax.nn.quantize import LANES, quantize_kv
 from e1jax.nn.scores import BLOCK_LEN
-from e1jax.sharding.mesh import on_cpu, sharding
+from e1jax.sharding.mesh import sharding
 
 
 class KVCache(NamedTuple):
@@ -77,9 +77,14 @@ def write(
     v,
     write_positions: Int[Array, "R T"],
     mesh: Mesh | None = None,
+    *,
+    by_head: bool = False,
 ) -> KVCache:
     """The cache with keys and values of a layer written in place, at `write_positions`,
     which are consecutive in a row. On a mesh, each device writes its own rows and heads.
+
+    With `by_head`, one token a row is written by a scatter of all heads, and else row
+    after row: XLA on a CPU copies the whole cache for a scatter.
     """
     shards = cache.k.shape[1] // k.shape[0]
     k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
@@ -100,20 +105,19 @@ def write(
         return write_one(buffer, layer, new, at)
 
     def write_one(buffer, layer, new, write_positions):
-        # XLA on a CPU copies the whole cache for a scatter.
-        if new.shape[2] == 1 and mesh is not None and not on_cpu(mesh):
+        if new.shape[2] == 1 and by_head:
             # Head by head: for windows of several heads, XLA for TPUs would turn the
             # whole cache into a layout in which these are neighbours, and back.
             heads = new.reshape(-1, new.shape[3])
-            by_head = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
+            flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
             at = jnp.repeat(write_positions[:, 0], new.shape[1])
-            by_head = by_head.at[layer, jnp.arange(len(heads)), at].set(
+            flat = flat.at[layer, jnp.arange(len(heads)), at].set(
                 heads,
                 unique_indices=True,
                 mode="promise_in_bounds" if shards == 1 else "drop",
                 wrap_negative_indices=False,
             )
-            return by_head.reshape(buffer.shape)
+            return flat.reshape(buffer.shape)
 
         def write_row(row, buffer):
             at = (layer, row, 0, write_positions[row, 0], 0)

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from e1jax.nn.norm import inverse_norm, rms_normalise
-from e1jax.nn.quantize import Params, map_kernels
+from e1jax.nn.norm import inverse_norm, over_last, rms_normalise
+from e1jax.nn.quantize import Packed, Params, map_kernels, matmul
 
 _ROWS = Layout((0, 1))  # of a matrix, one after the other
 
@@ -46,6 +46,13 @@ product_on_cpu.defvjp(
 )
 
 
+def matmul_on_cpu(
+    x: Float[Array, "N I"], kernel: jax.Array | Packed
+) -> Float[Array, "N O"]:
+    """`product_on_cpu` of a kernel that is an array, and `matmul` of a packed one."""
+    return (matmul if isinstance(kernel, Packed) else product_on_cpu)(x, kernel)
+
+
 normalise_on_cpu = jax.custom_vjp(rms_normalise, nondiff_argnums=(2,))
 
 
@@ -57,9 +64,10 @@ def _normalise_backward(eps, residuals, grad):
     inverse = inverse_norm(wide, eps)
     normed = wide * inverse
     product = jax.lax.optimization_barrier(wide_grad * normed)
+    axes = tuple(range(x.ndim - 1))
     mean = (product @ scale.astype(jnp.float32))[..., None] / x.shape[-1]
-    grad_x = inverse * (wide_grad * scale[None, None] - normed * mean)
-    return grad_x.astype(x.dtype), product.sum(axis=(0, 1)).astype(scale.dtype)
+    grad_x = inverse * (wide_grad * over_last(scale, x) - normed * mean)
+    return grad_x.astype(x.dtype), product.sum(axis=axes).astype(scale.dtype)
 
 
 normalise_on_cpu.defvjp(

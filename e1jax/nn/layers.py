@@ -1,24 +1,19 @@
-"""The layers of Qwen2 as Flax modules: linear, norm, attention, mlp, block."""
+"""The layers of a model as Flax modules: linear, norm, attention, mlp, block."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
-from e1jax.nn.cache import KVCache, write
-from e1jax.nn.cpu import normalise_on_cpu, product_on_cpu
-from e1jax.nn.kernels.decode_heads import Heads, decode_heads
-from e1jax.nn.norm import rms_normalise
-from e1jax.nn.quantize import Packed, matmul
-from e1jax.nn.rope import apply_rope
+from e1jax.nn.cache import KVCache
+from e1jax.nn.heads import Vectors
+from e1jax.nn.paths import Operations, Path
 from e1jax.nn.scores import keep
-from e1jax.sharding.mesh import on_cpu, sharding
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias), with the logical axes of the kernel [in, out]."""
+    """x @ kernel, and perhaps a bias; `axes` are the logical axes of the kernel [in, out]."""
 
     def __init__(
         self,
@@ -37,23 +32,15 @@ class Linear(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T I"], mesh: Mesh | None, apart: bool = False
+        self, x: Float[Array, "B T I"], operations: Operations, apart: bool = False
     ) -> Float[Array, "B T O"]:
-        y = self.product(x, mesh, apart)
-        return y if self.bias is None else y + self.bias[None, None]
-
-    def product(
-        self, x: Float[Array, "... I"], mesh: Mesh | None, apart: bool = False
-    ) -> Float[Array, "... O"]:
-        """Without the bias. With `apart`, the compiler folds nothing that follows into
-        it: for TPUs it would copy the weights of all layers into the layout that a split
-        of the result into heads asks for."""
+        """The product alone: a bias is left to `Path.prepare`. With `apart`, the compiler
+        folds nothing that follows into it: for TPUs it would copy the weights of all
+        layers into the layout that a split of the result into heads asks for."""
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
-        rows, kernel = x.reshape(-1, x.shape[-1]), self.kernel.get_value()
-        plain = not isinstance(kernel, Packed)
-        product = product_on_cpu if plain and on_cpu(mesh) else matmul
-        y = product(rows, kernel)
+        rows = x.reshape(-1, x.shape[-1])
+        y = operations.product(rows, self.kernel.get_value())
         y = jax.lax.optimization_barrier(y) if apart else y
         return y.reshape(*x.shape[:-1], -1)
 
@@ -71,67 +58,48 @@ gradient_apart.defvjp(
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: ModelConfig):
-        self.scale = nnx.Param(
-            jnp.ones((config.hidden_size,), jnp.float32), axes=(None,)
-        )
-        self.eps = config.rms_norm_eps
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=(None,))
+        self.eps = eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], mesh: Mesh | None = None
-    ) -> Float[Array, "B T D"]:
-        normalise = normalise_on_cpu if on_cpu(mesh) else rms_normalise
-        return normalise(x, self.scale.get_value(), self.eps)
+        self, x: Float[Array, "... D"], operations: Operations
+    ) -> Float[Array, "... D"]:
+        return operations.normalise(x, self.scale.get_value(), self.eps)
 
 
 class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, c = config.hidden_size, config.head_dim
+        d, c, table = config.hidden_size, config.head_dim, config.table
         heads, kv_heads = config.num_heads * c, config.num_kv_heads * c
-        self.q = Linear((d, heads), ("embed", "heads"), use_bias=True, rngs=rngs)
-        self.k = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
-        self.v = Linear((d, kv_heads), ("embed", "kv_heads"), use_bias=True, rngs=rngs)
+
+        def linear(size: int, axis: str) -> Linear:
+            use_bias = table.attention_bias
+            return Linear((d, size), ("embed", axis), use_bias=use_bias, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            return RMSNorm(c, config.rms_norm_eps) if table.head_norm else None
+
+        self.q, self.q_norm = linear(heads, "heads"), norm()
+        self.k, self.k_norm = linear(kv_heads, "kv_heads"), norm()
+        self.v = linear(kv_heads, "kv_heads")
         self.o = Linear((heads, d), ("heads", "embed"), rngs=rngs)
-        self.head_dim = c
 
     def __call__(
         self,
-        x,
-        rope,
+        x: Float[Array, "B T D"],
         cache: KVCache | None,
-        layer,
-        write_positions,
-        mesh,
-        attend,
-        shared,
-    ):
-        apart = cache is not None
-        linears = self.q, self.k, self.v
-        if cache is not None and isinstance(rope, Heads):
-            products = [linear.product(x[:, 0], mesh, apart) for linear in linears]
-            q, caches = decode_heads(
-                products, (cache.k, cache.v), layer, write_positions, rope, mesh
-            )
-            k, v, cache = None, None, KVCache(*caches)  # that holds the new k and v
-        else:
-            wide = [linear(x, mesh, apart) for linear in linears]
-            if shared is not None:  # from here on to the result, a pair of each
-                wide = [shared.split(y) for y in wide]
-            q, k, v = (jax.tree.map(self._heads, y) for y in wide)
-            q, k = (jax.tree.map(apply_rope, y, rope) for y in (q, k))
-            q, k, v = jax.tree.map(keep, (q, k, v))
-            if cache is not None:
-                cache = write(cache, layer, k, v, write_positions, mesh)
-        out = jax.tree.map(self._join_heads, attend(q, k, v, cache, layer))
-        out = out if shared is None else shared.join(out)
-        return self.o(out, mesh), cache
-
-    def _join_heads(self, x: Float[Array, "B H T C"]) -> Float[Array, "B T N"]:
-        return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
-
-    def _heads(self, x: Float[Array, "B T N"]) -> Float[Array, "B H T C"]:
-        batch, length, _ = x.shape
-        return x.reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+        layer: Int[Array, ""],
+        path: Path,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        linears, apart = (self.q, self.k, self.v), cache is not None
+        products = [linear(x, path.operations, apart) for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        norms = [norm.scale for norm in (self.q_norm, self.k_norm) if norm is not None]
+        vectors = Vectors(*([x.get_value() for x in xs] for xs in (biases, norms)))
+        q, k, v, cache = path.prepare(products, vectors, cache, layer)
+        attended = path.attend(q, k, v, cache, layer)
+        return self.o(attended, path.operations), cache
 
 
 class MLP(nnx.Module):
@@ -142,45 +110,30 @@ class MLP(nnx.Module):
         self.down = Linear((f, d), ("mlp", "embed"), rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mesh: Mesh | None
+        self, x: Float[Array, "B T D"], operations: Operations
     ) -> Float[Array, "B T D"]:
-        linears = self.gate, self.up
-        gate, up = (gradient_apart(keep(linear(x, mesh))) for linear in linears)
-        return self.down(jax.nn.silu(gate) * up, mesh)
+        products = (linear(x, operations) for linear in (self.gate, self.up))
+        gate, up = (gradient_apart(keep(product)) for product in products)
+        return self.down(jax.nn.silu(gate) * up, operations)
 
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
         self,
-        x,
-        rope,
+        x: Float[Array, "B T D"],
         cache: KVCache | None,
-        layer,
-        write_positions,
-        mesh,
-        attend,
-        shared,
-    ):
-        x = x if cache is None else replicate_rows(x, mesh)
-        normed = self.attention_norm(x, mesh)
-        attended, cache = self.attention(
-            normed, rope, cache, layer, write_positions, mesh, attend, shared
-        )
-        x = keep(x + attended)
-        x = x if cache is None else replicate_rows(x, mesh)
-        return x + self.mlp(self.mlp_norm(x, mesh), mesh), cache
-
-
-def replicate_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
-    """Hidden states that are not divided by rows, as the cache is, but as the weights
-    are: else the compiler gathers weights, which also lie over `data`, at every step."""
-    if mesh is None:
-        return x
-    place = sharding(mesh, (None, None, "embed"), x.shape)
-    return jax.lax.with_sharding_constraint(x, place)
+        layer: Int[Array, ""],
+        path: Path,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        x = path.place(x)
+        normed = self.attention_norm(x, path.operations)
+        attended, cache = self.attention(normed, cache, layer, path)
+        x = path.place(keep(x + attended))
+        normed = self.mlp_norm(x, path.operations)
+        return x + self.mlp(normed, path.operations), cache

@@ -1,4 +1,4 @@
-"""Qwen2 in Flax, with a fixed-shape key/value cache.
+"""A decoder in Flax, with a fixed-shape key/value cache.
 
 Dimensions: B rows, T tokens, R rows of the cache, S positions of one, L layers,
 D hidden ("embed"), F mlp, H query heads, K key/value heads, C head dim, V vocabulary.
@@ -20,17 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
-from e1jax.nn.attention import (
-    SharedPrompts,
-    cached_attention,
-    causal_attention,
-    shared_prompt_attention,
-)
-from e1jax.nn.cache import KVCache, sequence_shards
-from e1jax.nn.cpu import matmul_precision, vectors_apart
-from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
-from e1jax.nn.kernels.decode_heads import prepare_heads, takes_heads
+from e1jax.nn.attention import SharedPrompts
+from e1jax.nn.cache import KVCache
+from e1jax.nn.cpu import matmul_precision
 from e1jax.nn.layers import Block, Linear, RMSNorm
+from e1jax.nn.paths import choose_operations, choose_path
 from e1jax.nn.quantize import (
     Params,
     join,
@@ -41,14 +35,13 @@ from e1jax.nn.quantize import (
     split,
     take_rows,
 )
-from e1jax.nn.rope import rope_angles, rope_frequencies
 from e1jax.nn.scores import KEPT
-from e1jax.sharding.mesh import on_cpu, on_tpu, sharding
+from e1jax.sharding.mesh import sharding
 
 GatherParams = Callable[[Any, str], Any]
 
 
-class Qwen2(nnx.Module):
+class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
@@ -61,7 +54,7 @@ class Qwen2(nnx.Module):
             init(rngs.params(), sizes, jnp.float32), axes=("vocab", None)
         )
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
             None
             if config.tie_word_embeddings
@@ -96,54 +89,35 @@ def forward(
     attention, both products of the mlp), and computes norms, scores and the activation
     function again; with `remat`, only the inputs of the layers are kept.
     """
-    rope: Any = rope_angles(
-        positions, rope_frequencies(config.head_dim, config.rope_theta)
+    embedding = gather_params(params["embedding"], "embedding")
+    x = take_rows(embedding, tokens, compute_dtype(params))
+    path = choose_path(
+        config,
+        params,
+        positions,
+        cache,
+        x.dtype,
+        mesh=mesh,
+        from_start=from_start,
+        shared=shared,
     )
-
-    if shared is not None:
-        cos, sin = (shared.split(x[:, 0]) for x in rope)
-        rope = tuple((c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True))
-    visits, last, write_positions = None, positions, positions
-    if cache is not None:
-        shards, capacity = cache.k.shape[1] // len(tokens), cache.k.shape[3]
-        last, write_positions = sequence_shards(positions, shards, capacity)
-        if tokens.shape[1] == 1 and on_tpu(mesh):
-            visits = live_blocks(last, capacity, mesh, cache.k.dtype)
-            if takes_heads(mesh, cache.k):
-                stacked = params["layers"]["attention"]
-                biases = [stacked[name]["bias"] for name in ("q", "k", "v")]
-                rope = prepare_heads(rope, biases, shards)
-
-    def attend(q, k, v, cache, layer):
-        if shared is not None:
-            return shared_prompt_attention(q, k, v, shared)
-        if cache is None or from_start:
-            return causal_attention(q, k, v, mesh)
-        args = (q, cache.k, cache.v, layer, last)
-        scales = None if cache.k_scale is None else (cache.k_scale, cache.v_scale)
-        if visits is not None:
-            return decode_attention(*args, visits, mesh, scales=scales)
-        return cached_attention(*args, scales=scales)
+    in_slabs = path.operations.in_slabs
 
     def apply(x, cache, layer, weights):
-        block = _module(config, "layers", weights)
-        return block(x, rope, cache, layer, write_positions, mesh, attend, shared)
+        return _module(config, "layers", weights)(x, cache, layer, path)
 
     stacked = isinstance(params["layers"], dict)
     layers, packed = split(params["layers"]) if stacked else ({}, {})
 
     def layer_step(carry, weights):
         x, cache, layer = carry
-        weights = gather_params(weights, "layers")
-        weights = vectors_apart(weights) if on_cpu(mesh) else weights
-        weights = join(weights, packed, layer, mesh)
+        weights = path.operations.take_layer(gather_params(weights, "layers"))
+        weights = join(weights, packed, layer, in_slabs)
         return (*apply(x, cache, layer, weights), layer + 1), None
 
     names = () if remat else (KEPT,)
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     step = jax.checkpoint(layer_step, policy=policy, prevent_cse=False)
-    embedding = gather_params(params["embedding"], "embedding")
-    x = take_rows(embedding, tokens, compute_dtype(params))
     start = (x, cache, jnp.int32(0))
     with matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
@@ -152,10 +126,10 @@ def forward(
             (x, cache, _), _ = jax.lax.scan(step, start, layers)
         else:
             for layer, weights in enumerate(params["layers"]):
-                weights = join(*split(weights), None, mesh)
+                weights = join(*split(weights), None, in_slabs)
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
     norm = _module(config, "norm", gather_params(params["norm"], "norm"))
-    return norm(x, mesh), cache
+    return norm(x, path.operations), cache
 
 
 def unembed(
@@ -165,11 +139,12 @@ def unembed(
     mesh: Mesh | None = None,
 ) -> Float[Array, "... V"]:
     """Logits, float32; of packed parameters, for hidden states [B, D] only."""
+    in_slabs = choose_operations(mesh).in_slabs
     with matmul_precision(hidden.dtype):
         if config.tie_word_embeddings:
-            embedding = pack(params["embedding"], mesh)
+            embedding = pack(params["embedding"], in_slabs)
             return matmul_transposed(hidden, embedding, jnp.float32)
-        kernel = pack(params["lm_head"]["kernel"], mesh)
+        kernel = pack(params["lm_head"]["kernel"], in_slabs)
         return matmul(hidden, kernel, jnp.float32)
 
 
@@ -214,7 +189,7 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
     abstract = abstract_params(config, mesh, dtype)
 
     def build():
-        params = nnx.to_pure_dict(nnx.state(Qwen2(config, rngs=nnx.Rngs(seed))))
+        params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(seed))))
         return jax.tree.map(lambda p: p.astype(dtype), params)
 
     return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
@@ -229,6 +204,6 @@ def _module(config: ModelConfig, name: str, params: Params) -> Any:
 def _structure(config: ModelConfig) -> tuple[dict[str, Any], Any]:
     """Graphs of the parts that are called, and the parameters as shapes with their
     logical axes."""
-    model = nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphs = {name: nnx.graphdef(getattr(model, name)) for name in ("layers", "norm")}
     return graphs, nnx.state(model)

@@ -9,8 +9,8 @@ Two forms, each a dict in the place of a kernel [..., I, O] or the embedding [V,
   of every bfloat16 array that it slices, of the whole cache and the weights of all
   layers, and its bfloat16 products are several times slower than float32 ones.
 
-A product with either widens a slab of the kernel at a time on a CPU, for few rows small
-enough to stay in the processor's cache; elsewhere the compiler widens while it reads.
+A product with either widens the kernel a slab at a time (`in_slabs`, on a CPU), for few
+rows small enough to stay in the processor's cache; else the compiler widens while it reads.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-
-from e1jax.sharding.mesh import on_cpu
 
 # Nested dicts of arrays. Those of "layers" are stacked on a leading dim L, or of a list
 # with a dict per layer, as nn.cpu.unstack gives it.
@@ -87,26 +84,25 @@ def join(
     arrays: dict[str, Any],
     packed: dict[str, Any],
     layer: Int[Array, ""] | None,
-    mesh: Mesh | None,
+    in_slabs: bool,
 ) -> dict[str, Any]:
     """Arrays of one layer, with the kernels of that layer in their places; `layer` is
     None where these are not stacked."""
     joined = dict(arrays)
     for name, part in packed.items():
         if is_packed(part):
-            joined[name] = pack(part, mesh, layer)
+            joined[name] = pack(part, in_slabs, layer)
         else:
-            joined[name] = join(arrays[name], part, layer, mesh)
+            joined[name] = join(arrays[name], part, layer, in_slabs)
     return joined
 
 
 def pack(
-    leaf: Any, mesh: Mesh | None, layer: Int[Array, ""] | None = None
+    leaf: Any, in_slabs: bool, layer: Int[Array, ""] | None = None
 ) -> jax.Array | Packed:
     """A kernel of the parameters, ready for `matmul`; an array is one as it is."""
     if not is_packed(leaf):
         return leaf
-    in_slabs = mesh is not None and mesh.size == 1 and on_cpu(mesh)
     return Packed(leaf["values"], leaf.get("scale"), layer, in_slabs)
 
 

@@ -9,10 +9,14 @@ not fit or gives memory, and a text that `plan.account` adds up. Nothing here wa
 on a TPU:
 
 - memory is the compiler's; what lies there beside a program's own arrays is added;
-- bytes are those of the program's text; of a kernel, which has no text, those of the
-  blocks that it reads;
-- time is the compiler's estimate of cycles, plus kernels at the speed of what limits
-  them. The interconnect is not in it.
+- bytes are those of the program's text; of a kernel, which has no text, those that it
+  states. Attention states them for a full cache, and they are scaled by the blocks that
+  --live fills;
+- time on the chip is the compiler's estimate of cycles, plus kernels at the speed of what
+  limits them;
+- time on the interconnect is a floor (see interconnect.py). What the compiler starts
+  beside other work overlaps with it; for all other collectives the chip waits, and the
+  estimate is the sum of both.
 """
 
 import dataclasses

@@ -12,8 +12,10 @@ loop once, however often it runs.
 - Arrays whose layout names a memory space, S(1) being the on-chip memory of a TPU, cost
   no HBM traffic. Padding of tiles is not counted.
 - A slice costs what it takes, an update in place what it puts, in fusions too.
-- A custom call, a Pallas kernel say, is listed and costs nothing: only its author knows
-  what it reads. A collective that the compiler hides in a fusion is found and listed.
+- A custom call, a Pallas kernel say, costs what its author states (`pl.CostEstimate`),
+  wherever its arrays lie, and nothing if nothing is stated. One whose cost grows with
+  the filled positions of a cache states it for a full cache: see `Op.filled`.
+- A collective that the compiler hides in a fusion is found and listed.
 - The compiler gives no cycles for some operations, collectives and kernels among them.
 """
 
@@ -26,11 +28,15 @@ import numpy as np
 
 from e1jax.plan.hlo import (
     COLLECTIVES,
+    MOVES,
     Computation,
+    Cost,
     Instruction,
     Shape,
+    called,
     parse,
 )
+from e1jax.plan.loops import Frame, TripCounts
 
 # Nothing is moved or computed: names for what is there already, or for its address.
 _FREE = {
@@ -45,10 +51,6 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = ("dynamic-update-slice", "scatter")
 
 
-# Inside a fusion these only say where the elements come from.
-_MOVES = ("bitcast", "copy", "convert", "reshape", "transpose")
-
-
 @dataclasses.dataclass(frozen=True)
 class Op:
     """An instruction that is executed `times` times; other figures are of one time."""
@@ -60,10 +62,30 @@ class Op:
     times: int
     depth: int  # loops that it stands in
     bytes: int  # read from and written to HBM
-    flops: int  # of matrix products, two per multiplication
+    flops: int  # of matrix products, two per multiplication; all that a kernel states
     cycles: int | None  # None: no estimate
     payload: int = 0  # of a collective: bytes of the whole array that it gives or takes
+    groups: tuple[tuple[int, ...], ...] | None = (
+        None  # of a collective: see Instruction
+    )
+    is_beside: bool = False  # a collective that goes on beside other work
     is_copy: bool = False  # it only moves an array, from HBM to HBM
+    states_cost: bool = False  # a kernel with an estimate by its author
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)  # of a kernel
+
+    def filled(self, positions: int) -> "Op":
+        """The same where each row of the cache has so many positions filled: of a kernel
+        that states its cost for all `positions` of its metadata and reads blocks of
+        `block_len`, the share of the blocks that hold some."""
+        if "positions" not in self.metadata:
+            return self
+        full, block_len = (int(self.metadata[k]) for k in ("positions", "block_len"))
+        share = min(1.0, math.ceil(positions / block_len) * block_len / full)
+        scaled = {
+            "bytes": round(share * self.bytes),
+            "flops": round(share * self.flops),
+        }
+        return dataclasses.replace(self, **scaled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +102,9 @@ class Account:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of all matrix products."""
-        return sum(op.times * op.flops for op in self.ops)
+        """Floating-point operations of all matrix products that are not in kernels."""
+        kernels = sum(op.times * op.flops for op in self.custom_calls)
+        return sum(op.times * op.flops for op in self.ops) - kernels
 
     @property
     def cycles(self) -> int:
@@ -101,6 +124,10 @@ class Account:
     def copies(self, at_least: int) -> list[Op]:
         """Moves of arrays within HBM that read and write `at_least` bytes each time."""
         return [op for op in self.ops if op.is_copy and op.bytes >= at_least]
+
+    def filled(self, positions: int) -> "Account":
+        """The same with so many positions of each row of the cache filled."""
+        return Account([op.filled(positions) for op in self.ops], self.unknown_loops)
 
     def in_loop(self, count: int) -> "Account":
         """The same operations in a loop that runs `count` times."""
@@ -125,17 +152,7 @@ def account(
     is not that of a compiled program.
     """
     computations, entry = parse(text)
-    return _Walk(computations, trip_count).account(_Frame(computations[entry]))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-    """A computation where it is executed: its parameters are the caller's arrays."""
-
-    computation: Computation
-    caller: "_Frame | None" = None
-    arguments: tuple[str, ...] = ()
-    body: Computation | None = None  # of the loop, if it is a loop's
+    return _Walk(computations, trip_count).account(Frame(computations[entry]))
 
 
 class _Walk:
@@ -145,8 +162,9 @@ class _Walk:
         trip_count: Callable[[str], int | None],
     ):
         self.computations, self.trip_count = computations, trip_count
+        self.trip_counts = TripCounts(computations)
 
-    def account(self, frame: _Frame) -> Account:
+    def account(self, frame: Frame) -> Account:
         """The account of one execution."""
         total = Account([], [])
         channels: set[str | None] = set()
@@ -159,7 +177,7 @@ class _Walk:
         return total
 
     def _parts(
-        self, frame: _Frame, op: Instruction, channels: set[str | None]
+        self, frame: Frame, op: Instruction, channels: set[str | None]
     ) -> Iterator[Account]:
         if op.opcode == "while":
             yield from self._loop(frame, op)
@@ -167,16 +185,14 @@ class _Walk:
             branches = [self.account(branch) for branch in self._branches(frame, op)]
             yield max(branches, key=lambda a: (a.cycles, a.bytes, a.flops))
         elif op.opcode in ("call", "async-start"):
-            callee = self._called(op, "to_apply", "calls", "called_computation")
-            yield self.account(_Frame(callee, frame, op.operands))
+            callee = called(
+                self.computations, op, "to_apply", "calls", "called_computation"
+            )
+            yield self.account(Frame(callee, frame, op.operands))
         else:
             yield Account(list(self._leaf(frame.computation, op, channels)), [])
 
-    def _called(self, op: Instruction, *attributes: str) -> Computation:
-        names = [op.attribute(name) for name in attributes]
-        return self.computations[next(name for name in names if name)]
-
-    def _branches(self, frame: _Frame, op: Instruction) -> Iterator[_Frame]:
+    def _branches(self, frame: Frame, op: Instruction) -> Iterator[Frame]:
         listed = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
         if listed:
             names = re.findall(r"%([\w.\-]+)", listed[1])
@@ -185,14 +201,13 @@ class _Walk:
                 op.attribute(f"{which}_computation") for which in ("true", "false")
             ]
         for name, argument in zip(names, op.operands[1:], strict=True):
-            yield _Frame(self.computations[str(name)], frame, (argument,))
+            yield Frame(self.computations[str(name)], frame, (argument,))
 
-    # Loops.
-
-    def _loop(self, frame: _Frame, op: Instruction) -> Iterator[Account]:
-        body, condition = self._called(op, "body"), self._called(op, "condition")
-        inside = _Frame(body, frame, op.operands, body)
-        count = self._trip_count(frame, op, body, condition)
+    def _loop(self, frame: Frame, op: Instruction) -> Iterator[Account]:
+        body = called(self.computations, op, "body")
+        condition = called(self.computations, op, "condition")
+        inside = Frame(body, frame, op.operands, body)
+        count = self.trip_counts.of(frame, op)
         if count is None:
             count = self.trip_count(op.op_name)
         unknown = [op.op_name] if count is None else []
@@ -201,126 +216,6 @@ class _Walk:
         test = dataclasses.replace(inside, computation=condition)
         yield self.account(inside).in_loop(count)
         yield self.account(test).in_loop(count)
-
-    def _trip_count(
-        self, frame: _Frame, op: Instruction, body: Computation, condition: Computation
-    ) -> int | None:
-        """The trip count that the text states, else from `index < bound` and `index + step`."""
-        stated = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes)
-        if stated:
-            return int(stated[1])
-        inside = _Frame(condition, frame, op.operands, body)
-        test = condition[condition.root]
-        found = self._binary(inside, test, "compare")
-        if found is None:
-            return None
-        (index, bound), test = found
-        direction = test.attribute("direction")
-        if direction == "GT":
-            index, bound = bound, index
-        elif direction != "LT":
-            return None
-        index = self._element(condition, index)
-        if index is None or not isinstance(bound, int | str):
-            return None
-        limit = self._value(inside, bound)
-        start = self._value_of_element(frame, op.operands[0], index)
-        step = self._step(_Frame(body, frame, op.operands, body), index)
-        if limit is None or start is None or not step or step < 0:
-            return None
-        return max(0, -(-(limit - start) // step))
-
-    def _binary(
-        self, frame: _Frame, op: Instruction, opcode: str
-    ) -> tuple[list[int | str], Instruction] | None:
-        """The two operands of a `compare` or `add`, which a fusion may hold: names in
-        the frame, or numbers that stand in the fusion."""
-        if op.opcode == opcode:
-            return list(op.operands), op
-        if op.opcode != "fusion":
-            return None
-        inner = self._called(op, "calls")
-        root = inner[inner.root]
-        if root.opcode != opcode:
-            return None
-        operands: list[int | str] = []
-        for name in root.operands:
-            if name in inner.parameters:
-                operands.append(op.operands[inner.parameters.index(name)])
-            elif (value := self._value(_Frame(inner), name)) is not None:
-                operands.append(value)
-            else:
-                return None
-        return operands, root
-
-    def _step(self, inside: _Frame, index: int) -> int | None:
-        """The increment of element `index` of a loop's state, per iteration."""
-        body = inside.computation
-        new = self._source(body, body[body.root].operands[index])
-        found = self._binary(inside, body[new], "add")
-        if found is None:
-            return None
-        for one, other in (found[0], found[0][::-1]):
-            if self._element(body, one) == index:
-                return self._value(inside, other)
-        return None
-
-    @staticmethod
-    def _source(computation: Computation, name: str) -> str:
-        """Where an array comes from, whatever it is copied through."""
-        while computation[name].opcode in _MOVES:
-            name = computation[name].operands[0]
-        return name
-
-    def _element(self, computation: Computation, name: int | str) -> int | None:
-        """Which element of the computation's one parameter it is, if it is one."""
-        if isinstance(name, int):
-            return None
-        op = computation[self._source(computation, name)]
-        if op.opcode != "get-tuple-element" or op.operands != computation.parameters:
-            return None
-        return int(str(op.attribute("index")))
-
-    def _value(self, frame: _Frame, name: int | str) -> int | None:
-        """The value of a whole number that does not change while the program runs."""
-        if isinstance(name, int):
-            return name
-        computation = frame.computation
-        op = computation[self._source(computation, name)]
-        if op.opcode == "constant":
-            return int(op.literal) if re.fullmatch(r"-?\d+", op.literal) else None
-        if op.opcode == "get-tuple-element":
-            index = int(str(op.attribute("index")))
-            return self._value_of_element(frame, op.operands[0], index)
-        if op.opcode == "parameter" and frame.caller and not frame.body:
-            position = computation.parameters.index(op.name)
-            return self._value(frame.caller, frame.arguments[position])
-        return None
-
-    def _value_of_element(self, frame: _Frame, name: str, index: int) -> int | None:
-        """`_value` of an element of a tuple; a loop must hand it on as it is."""
-        op = frame.computation[name]
-        if op.opcode == "tuple":
-            return self._value(frame, op.operands[index])
-        if op.opcode == "while":
-            if self._keeps(self._called(op, "body"), index):
-                return self._value_of_element(frame, op.operands[0], index)
-        elif (
-            op.opcode == "parameter"
-            and frame.caller
-            and (frame.body is None or self._keeps(frame.body, index))
-        ):
-            position = frame.computation.parameters.index(name)
-            argument = frame.arguments[position]
-            return self._value_of_element(frame.caller, argument, index)
-        return None
-
-    def _keeps(self, body: Computation, index: int) -> bool:
-        root = body[body.root]
-        return (
-            root.opcode == "tuple"
-            and self._element(body, root.operands[index]) == index
-        )
 
     # Everything else.
 
@@ -338,6 +233,7 @@ class _Walk:
             yield self._collective(computation, op)
             return
         cycles = re.search(r'"estimated_cycles":"(\d+)"', op.attributes)
+        stated = op.stated_cost or Cost(0, 0)
         target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
         yield Op(
             name=op.name,
@@ -346,17 +242,19 @@ class _Walk:
             target=target[1] if target else "",
             times=1,
             depth=0,
-            bytes=self._bytes(computation, op),
-            flops=self._flops(computation, op),
+            bytes=stated.bytes or self._bytes(computation, op),
+            flops=stated.flops or self._flops(computation, op),
             cycles=int(cycles[1]) if cycles else None,
             is_copy=self._is_copy(computation, op),
+            states_cost=op.stated_cost is not None,
+            metadata=op.kernel_metadata,
         )
 
     def _hidden_collectives(
         self, op: Instruction
     ) -> Iterator[tuple[Computation, Instruction]]:
         if op.opcode == "fusion":
-            inner = self._called(op, "calls")
+            inner = called(self.computations, op, "calls")
             for instruction in inner.instructions.values():
                 if instruction.is_collective:
                     yield inner, instruction
@@ -391,6 +289,9 @@ class _Walk:
             flops=0,
             cycles=None,
             payload=max(taken, result),
+            groups=op.groups,
+            is_beside=op.opcode.endswith("-start")
+            or (around is not None and kind != "reduce-scatter"),
         )
 
     def _bytes(self, computation: Computation, op: Instruction) -> int:
@@ -415,7 +316,7 @@ class _Walk:
         return _in_hbm([*given, *op.shapes])
 
     def _fusion_bytes(self, computation: Computation, op: Instruction) -> int:
-        inner = self._called(op, "calls")
+        inner = called(self.computations, op, "calls")
         total = 0
         for operand, parameter in zip(op.operands, inner.parameters, strict=True):
             shapes = computation[operand].shapes
@@ -435,14 +336,14 @@ class _Walk:
         size = inner[name].shapes[0].size
         total = 0
         for user, position in inner.users(name):
-            if user.opcode in _MOVES and user.name != inner.root:
+            if user.opcode in MOVES and user.name != inner.root:
                 total += self._elements_read(inner, user.name)
             elif user.opcode in _SLICES and position == 0:
                 total += user.shapes[0].size
             elif user.opcode == "fusion":
-                callee = self._called(user, "calls")
+                callee = called(self.computations, user, "calls")
                 parameter = callee.parameters[position]
-                if self._source(callee, callee.root) != parameter:
+                if callee.source(callee.root) != parameter:
                     total += self._elements_read(callee, parameter)
                 elif user.name != inner.root:  # a fusion that only moves it
                     total += self._elements_read(inner, user.name)
@@ -468,7 +369,7 @@ class _Walk:
         if op.opcode in _UPDATES:
             return sum(s.bytes for s in _updates(op, _operand_shapes(inner, op))[0])
         if op.opcode == "fusion" and len(op.shapes) == 1:
-            callee = self._called(op, "calls")
+            callee = called(self.computations, op, "calls")
             return self._written(callee, callee.root)
         return sum(shape.bytes for shape in op.shapes)
 
@@ -479,16 +380,16 @@ class _Walk:
         if any(shape.space for shape in shapes if shape.dims):
             return False
         if op.opcode == "fusion":
-            inner = self._called(op, "calls").instructions.values()
+            inner = called(self.computations, op, "calls").instructions.values()
             opcodes = {instruction.opcode for instruction in inner}
-            return opcodes <= {*_MOVES, "parameter", "tuple"} and bool(
+            return opcodes <= {*MOVES, "parameter", "tuple"} and bool(
                 opcodes & {"copy", "transpose"}
             )
         return op.opcode in ("copy", "transpose")
 
     def _flops(self, computation: Computation, op: Instruction) -> int:
         if op.opcode == "fusion":
-            inner = self._called(op, "calls")
+            inner = called(self.computations, op, "calls")
             return sum(self._flops(inner, i) for i in inner.instructions.values())
         if op.opcode == "dot":
             left = computation[op.operands[0]].shapes[0].dims

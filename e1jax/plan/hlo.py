@@ -1,10 +1,13 @@
 """The text of a compiled XLA program, read into computations and instructions."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 COLLECTIVES = (
     "all-gather",
@@ -15,6 +18,9 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+
+# These only say where the elements of an array come from.
+MOVES = ("bitcast", "copy", "convert", "reshape", "transpose")
 
 
 class Shape(NamedTuple):
@@ -41,6 +47,13 @@ class Shape(NamedTuple):
         return math.ceil(self.size * self.item_bytes)
 
 
+class Cost(NamedTuple):
+    """What a kernel's author states of one call (`pl.CostEstimate`)."""
+
+    flops: int
+    bytes: int  # read and written
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
@@ -62,6 +75,41 @@ class Instruction:
         return found[1] if found else ""
 
     @property
+    def stated_cost(self) -> Cost | None:
+        """Of a kernel whose author states one."""
+        stated = re.search(r'"cost_estimate":(\{[^{}]*\})', self.attributes)
+        if not stated:
+            return None
+        numbers = json.loads(stated[1])
+        return Cost(int(numbers["flops"]), int(numbers["bytes_accessed"]))
+
+    @property
+    def kernel_metadata(self) -> dict[str, str]:
+        """What a kernel's author says besides (`metadata` of `pl.pallas_call`)."""
+        found = re.search(r"kernel_metadata=(\{[^{}]*\})", self.attributes)
+        return json.loads(found[1]) if found else {}
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...] | None:
+        """Of a collective: the devices that exchange data, by their place in the program's
+        order, or (from, to) of a permutation; (): all of them. None: not understood."""
+        pairs = re.search(
+            r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", self.attributes
+        )
+        if pairs:
+            return _listed_groups(pairs[1])
+        text = self.attributes.partition("replica_groups=")[2]
+        if listed := re.match(r"\{((?:\{[\d,]+\},?)*)\}", text):
+            return _listed_groups(listed[1])
+        if counted := re.match(
+            r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+        ):
+            return _counted_groups(*counted.groups())
+        if named := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
+            return _named_groups(named[1], named[2])
+        return None
+
+    @property
     def is_collective(self) -> bool:
         """Whether it sends data between devices, or starts to."""
         return self.opcode.removesuffix("-start") in COLLECTIVES
@@ -77,12 +125,57 @@ class Computation:
     def __getitem__(self, name: str) -> Instruction:
         return self.instructions[name]
 
+    def source(self, name: str) -> str:
+        """Where an array comes from, whatever it is copied through."""
+        while self[name].opcode in MOVES:
+            name = self[name].operands[0]
+        return name
+
     def users(self, name: str) -> Iterator[tuple[Instruction, int]]:
         """Each use: the instruction, and which of its operands it is."""
         for instruction in self.instructions.values():
             for position, operand in enumerate(instruction.operands):
                 if operand == name:
                     yield instruction, position
+
+
+def _listed_groups(text: str) -> tuple[tuple[int, ...], ...]:
+    """`{0,1},{2,3}`"""
+    listed = re.findall(r"\{([\d,]+)\}", text)
+    return tuple(tuple(int(n) for n in group.split(",")) for group in listed)
+
+
+def _counted_groups(
+    count: str, size: str, dims: str, order: str | None
+) -> tuple[tuple[int, ...], ...]:
+    """`[count,size]<=[dims]T(order)`: numbers from 0, an array of dims, transposed."""
+    shape = [int(n) for n in dims.split(",")]
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    if order:
+        numbers = numbers.transpose([int(n) for n in order.split(",")])
+    return tuple(map(tuple, numbers.reshape(int(count), int(size)).tolist()))
+
+
+def _named_groups(mesh: str, axes: str) -> tuple[tuple[int, ...], ...] | None:
+    """`mesh['a'=2,'b'=4] {'b'}`: the devices that differ on these axes."""
+    sizes = dict(re.findall(r"('[^']*')=(\d+)", mesh))
+    names = axes.split(",") if axes else []
+    if not set(names) <= set(sizes):  # a part of an axis
+        return None
+    numbers = np.arange(math.prod(map(int, sizes.values())))
+    numbers = numbers.reshape([int(size) for size in sizes.values()])
+    order = [name for name in sizes if name not in names] + names
+    numbers = numbers.transpose([list(sizes).index(name) for name in order])
+    size = math.prod(int(sizes[name]) for name in names)
+    return tuple(map(tuple, numbers.reshape(-1, size).tolist()))
+
+
+def called(
+    computations: dict[str, Computation], op: Instruction, *attributes: str
+) -> Computation:
+    """The computation that the first of the attributes which `op` has names."""
+    names = [op.attribute(name) for name in attributes]
+    return computations[next(name for name in names if name)]
 
 
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\) -> .*\{$")

@@ -13,6 +13,7 @@ from e1jax.cli.flags import aligned
 from e1jax.config.checks import writing
 from e1jax.config.model import ModelConfig
 from e1jax.plan.account import Account
+from e1jax.plan.interconnect import Traffic
 from e1jax.plan.programs import Program
 from e1jax.plan.slices import GIB, Slice
 from e1jax.sharding.mesh import undivided
@@ -41,7 +42,13 @@ class Report:
     max_slots: int | None = None
     bytes_per_step: int | None = None
     floor_bytes: int | None = None
-    estimated_seconds: float | None = None
+    estimated_seconds: float | None = (
+        None  # of the two below, overlapped where possible
+    )
+    chip_seconds: float | None = None  # memory traffic and work of a device
+    interconnect_seconds: float | None = None  # collectives, of which some overlap
+    interconnect_beside_seconds: float | None = None  # those
+    bound_by: str | None = None  # chip or interconnect: the longer one
     compile_seconds: float = 0.0
     warnings: list[str] = dataclasses.field(default_factory=list)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -109,6 +116,27 @@ def all_fit(
     """Whether each does, alone and beside what waits meanwhile."""
     each = all(program.fits for program in programs.values())
     return each and max(phases.values()) <= report.hbm_limit_bytes
+
+
+def add_seconds(report: Report, chip: float, moved: Traffic, times: int = 1) -> None:
+    """Adds the time of a program that a step calls so often."""
+
+    def add(name: str, seconds: float) -> float:
+        total = (getattr(report, name) or 0.0) + times * seconds
+        setattr(report, name, total)
+        return total
+
+    add("estimated_seconds", moved.with_work(chip))
+    add("interconnect_beside_seconds", moved.beside)
+    on_chip, between = (
+        add("chip_seconds", chip),
+        add("interconnect_seconds", moved.seconds),
+    )
+    report.bound_by = "interconnect" if between > on_chip else "chip"
+    if moved.unknown:
+        report.warnings.append(
+            f"collectives that are not in the time: {', '.join(moved.unknown)}"
+        )
 
 
 def collective_bytes(counted: Account) -> dict[str, int]:
@@ -202,23 +230,46 @@ def _settings(report: Report) -> tuple[str, str]:
 
 def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     seconds, share = report.estimated_seconds or 0.0, report.roofline_share or 0.0
-    left_out = f"without {' and '.join(report.not_in_estimate)}"
+    settings = report.settings
     if report.part == "sample":
-        rate = report.settings["slots"] / seconds
+        rate = settings["slots"] / seconds
         note = f"{rate:.0f} tokens a second, {100 * share:.0f} % of the roofline"
-        yield "time a step, at best", f"{1e3 * seconds:.2f} ms", note
-        ratio = report.settings["xla_to_floor"]
-        yield "", f"{ratio:.2f} x floor", "the part that is not in kernels"
-        sampling = 100 * report.settings["sampling_share"]
-        yield "", f"{sampling:.1f} %", "of it outside of layers and matrix products"
+        yield "time a step, at best", _time(seconds), note
+        yield from _both_rows(report)
+        ratio = settings["xla_to_floor"]
+        yield "", f"{ratio:.2f} x floor", "the chip's time that is not in kernels"
+        sampling = f"{100 * settings['sampling_share']:.1f} %"
+        yield "", sampling, "of the chip's time outside of layers and matrix products"
     else:
-        update = report.settings["update_seconds"]
         note = f"{100 * share:.0f} % of the peak in useful products (6ND)"
-        yield "time of an update", f"{update:.2f} s", note
-        yield "without rollouts", f"{seconds:.2f} s", "a step, at best"
+        yield "time of an update", _time(settings["update_seconds"]), note
+        on_chip = _time(settings["update_chip_seconds"])
+        moved = _time(settings["update_interconnect_seconds"])
+        yield "", "", f"{on_chip} on the chip, {moved} on the interconnect"
+        yield "step without rollouts", _time(seconds), "at best"
+        yield from _both_rows(report)
         ratio = report.flops["matrix_to_useful"]
         yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
-    yield "", "", left_out
+    yield "", "", f"without {' and '.join(report.not_in_estimate)}"
+
+
+def _both_rows(report: Report) -> Iterator[tuple[str, str, str]]:
+    """The times that the estimate is made of, and which of them is the bound."""
+    moved = report.interconnect_seconds or 0.0
+    beside = report.interconnect_beside_seconds or 0.0
+    yield "on the chip", _time(report.chip_seconds or 0.0), _bound("chip", report)
+    bound = _bound("interconnect", report)
+    how = f"{_time(beside)} of it beside the chip's work" if beside else ""
+    note = ", ".join(filter(None, (bound, how)))
+    yield "on the interconnect", _time(moved), note
+
+
+def _bound(name: str, report: Report) -> str:
+    return "the bound" if report.bound_by == name else ""
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
 def dump(report: Report, directory: Path) -> None:

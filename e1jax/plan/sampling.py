@@ -12,10 +12,10 @@ from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.rollouts import least_room
 from e1jax.nn.cache import CACHE_AXES, KVCache, cache_sizes, init_cache, whole_slots
-from e1jax.nn.kernels.decode_attention import tpu_block_len
 from e1jax.nn.model import abstract_params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.plan.account import account
+from e1jax.plan.interconnect import Torus, torus_of, traffic
 from e1jax.plan.programs import (
     Program,
     bisect,
@@ -28,6 +28,7 @@ from e1jax.plan.report import (
     LARGE_COPY,
     MOST_SLOTS,
     Report,
+    add_seconds,
     all_fit,
     collective_bytes,
     count_seconds,
@@ -188,7 +189,8 @@ def plan_sampling(
         filled = live * cache * slots // (rows * capacity)
         report.floor_bytes = read_weights(sampler.params) + filled
         if decode.text:
-            _cost_of_decoding(report, decode.text, sampler, slice_.chip, live)
+            torus = torus_of(slice_, mesh)
+            _cost_of_decoding(report, decode.text, sampler, slice_.chip, torus, live)
     rest = report.hbm_bytes_per_chip - sum(report.memory.values())
     report.memory["other" if decode.fits else "temporaries"] = max(0, rest)
     report.max_slots = largest_slots(report, sampler, programs.get("prefill"))
@@ -261,10 +263,15 @@ def largest_slots(report: Report, sampler: Sampler, prefill: Program | None) -> 
 
 
 def _cost_of_decoding(
-    report: Report, text: str, sampler: Sampler, chip: Chip, live: int
+    report: Report,
+    text: str,
+    sampler: Sampler,
+    chip: Chip,
+    torus: Torus,
+    live: int,
 ) -> None:
     """Bytes and time of a step of all slots, each with `live` positions."""
-    rows, capacity = sampler.cache_sizes
+    rows, _ = sampler.cache_sizes
     parts = rows // sampler.slots
     blocks = -(-live // (BLOCK_LEN * parts))  # of a row of the cache
 
@@ -274,28 +281,26 @@ def _cost_of_decoding(
         return 1 if loops == 1 else blocks
 
     whole = account(text, trip_count)
-    step = whole.per_iteration()
-    position = device_bytes(sampler.cache) // capacity
-    kernels = [op for op in step.custom_calls if op.target == "tpu_custom_call"]
-    block = min(tpu_block_len(sampler.cache.k.dtype), capacity)
-    filled = -(-blocks * BLOCK_LEN // block) * block
-    kernel_bytes = filled * position if kernels else 0
-    report.bytes_per_step = step.bytes + kernel_bytes
+    step = whole.per_iteration().filled(blocks * BLOCK_LEN)
+    report.bytes_per_step = step.bytes
     assert report.floor_bytes is not None
-    seconds = step.cycles / chip.hertz + kernel_bytes / chip.bytes_per_second
-    report.estimated_seconds = seconds
+    kernels = [op for op in step.custom_calls if op.states_cost]
+    seconds = step.cycles / chip.hertz + sum(
+        op.times * chip.seconds(op.bytes, op.flops) for op in kernels
+    )
+    add_seconds(report, seconds, traffic(step.collectives, torus))
+    assert report.estimated_seconds is not None
     floor = report.floor_bytes / chip.bytes_per_second
-    report.roofline_share = floor / seconds
+    report.roofline_share = floor / report.estimated_seconds
     report.settings["xla_to_floor"] = step.cycles / chip.hertz / floor
     report.collective_bytes = collective_bytes(step)
     outside = [op for op in step.ops if op.depth == 1 and not op.flops]
     rest = sum((op.cycles or 0) * op.times for op in outside)
     report.settings["sampling_share"] = rest / chip.hertz / seconds
-    report.not_in_estimate = ["collectives", "the cache's writes"]
+    report.not_in_estimate = ["the latency of collectives"]
     if kernels:
         report.not_in_estimate.append(
-            "the work of the kernels: attention (its bytes are in, at full speed), the "
-            "heads before it, top-k and top-p"
+            "what kernels take beyond the bytes and flops that they state, at full speed"
         )
     layer = device_bytes(sampler.cache) // (2 * sampler.sizes.num_layers)
     warn_of_copies(report, whole, min(layer, LARGE_COPY))

@@ -29,16 +29,25 @@ class Chip:
     bytes_per_second: float
     flops_per_second: float  # bfloat16
     hertz: float
+    # Of a link of the interconnect (ICI), each way. A chip's bandwidth, which is both
+    # ways and of all its links, by Google's documentation (docs.cloud.google.com/tpu/docs/
+    # v5e, v6e, v5p: 400, 800 and 1200 GB/s), divided by 2 and by its 4, 4 or 6 links. The JAX scaling book (jax-ml.github.io/scaling-book/tpus) has a tenth less.
+    ici_bytes_per_second: float
     devices: int  # JAX devices to a chip
     slices: tuple[str, ...]  # that the compiler can describe, from small to large
 
+    def seconds(self, num_bytes: float, flops: float) -> float:
+        """That so much takes at least: the traffic or the work, whichever is longer."""
+        return max(num_bytes / self.bytes_per_second, flops / self.flops_per_second)
 
-def _chip(gib, gb, tflops, ghz, slices, devices=1) -> Chip:
+
+def _chip(gib, gb, tflops, ghz, ici_gb, slices, devices=1) -> Chip:
     return Chip(
         hbm_bytes=int(gib * GIB),
         bytes_per_second=gb * 1e9,
         flops_per_second=tflops * 1e12,
         hertz=ghz * 1e9,
+        ici_bytes_per_second=ici_gb * 1e9,
         devices=devices,
         slices=tuple(slices.split()),
     )
@@ -51,11 +60,11 @@ _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8"
 
 
 CHIPS = {
-    "v5e": _chip(15.75, 819, 197, 1.5, _FLAT),
-    "v6e": _chip(31.24, 1640, 918, 1.75, _FLAT),
-    "v5p": _chip(95.73, 2765, 459, 1.75, _CUBES),
-    # Its clock is not needed: the compiler does not print programs for it.
-    "tpu7x": _chip(94.74, 3690, 1153.5, math.nan, _CUBES, devices=2),
+    "v5e": _chip(15.75, 819, 197, 1.5, 50, _FLAT),
+    "v6e": _chip(31.24, 1640, 918, 1.75, 100, _FLAT),
+    "v5p": _chip(95.73, 2765, 459, 1.75, 100, _CUBES),
+    # Its clock and links are not needed: the compiler does not print programs for it.
+    "tpu7x": _chip(94.74, 3690, 1153.5, math.nan, math.nan, _CUBES, devices=2),
 }
 
 
@@ -68,6 +77,16 @@ class Slice(NamedTuple):
     topology: str
     chip: Chip
     devices: Sequence[Any]
+
+    @property
+    def is_ring(self) -> tuple[bool, ...]:
+        """On which axes the last chip is linked to the first one too: in 2D those of 16,
+        in 3D all if the slice is made of cubes of 4x4x4, else none
+        (jax-ml.github.io/scaling-book/tpus, "TPU networking")."""
+        sizes = [int(size) for size in self.topology.partition(":")[2].split("x")]
+        if len(sizes) == 2:
+            return tuple(size == 16 for size in sizes)
+        return (all(size % 4 == 0 for size in sizes),) * 3
 
     @property
     def hosts(self) -> int:

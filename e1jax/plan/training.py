@@ -25,6 +25,7 @@ from e1jax.grpo.rollouts import (
 )
 from e1jax.nn.model import abstract_params
 from e1jax.plan.account import Account, account
+from e1jax.plan.interconnect import torus_of, traffic
 from e1jax.plan.programs import (
     Program,
     compile_for_tpu,
@@ -36,6 +37,7 @@ from e1jax.plan.report import (
     LARGE_COPY,
     LARGE_REDUCE,
     Report,
+    add_seconds,
     all_fit,
     collective_bytes,
     count_seconds,
@@ -51,8 +53,8 @@ from e1jax.plan.sampling import (
     sampling_phases,
     sampling_programs,
 )
-from e1jax.plan.slices import GIB, Chip, Slice, host_slice, larger_slices, slice_mesh
-from e1jax.sharding.hosts import make_copy_to_all
+from e1jax.plan.slices import GIB, Slice, host_slice, larger_slices, slice_mesh
+from e1jax.sharding.hosts import by_process, make_copy_to_all
 
 
 def plan_training(
@@ -81,7 +83,7 @@ def plan_training(
     note(report, programs)
     for name, program in programs.items():
         if program.text:
-            _cost_of_training(report, name, program.text, learner, slice_.chip)
+            _cost_of_training(report, name, program.text, learner, slice_)
     phases = training_phases(learner, programs)
     phases |= rollout_phases(report, learner, slice_)
     report.settings["phases"] = phases
@@ -203,9 +205,12 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
         del beside["parameters"]  # the engine's are these
     else:
-        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(learner.shapes)
+        given = jax.tree.map(_by_process, learner.shapes)
+        traced = make_copy_to_all(loaded.mesh, sampler.params).trace(given)
         copied["copy"] = compile_for_tpu(traced)
         waiting = beside["optimizer"] + beside["reference"]
+        if given != learner.shapes:  # the copy is made of a copy in that order
+            waiting += beside["parameters"]
         phases["copy"] = copied["copy"].total + waiting
         warn_if_undivided(report, sampler.sizes, sampler.params)
     programs = sampling_programs(sampler)
@@ -214,19 +219,25 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     return phases | {"rollouts": sum(beside.values()) + most}
 
 
+def _by_process(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    assert isinstance(x.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_process(x.sharding))
+
+
 def _cost_of_training(
-    report: Report, name: str, text: str, learner: Learner, chip: Chip
+    report: Report, name: str, text: str, learner: Learner, slice_: Slice
 ) -> None:
     """Adds the cost of a program, per training step, to the report."""
-    config = learner.config
+    config, chip = learner.config, slice_.chip
     counted = account(text)
     times = config.updates_per_step if name == "update" else logprob_passes(config)
     kernels = _kernel_flops(counted, learner)
     seconds = counted.cycles / chip.hertz
     seconds += kernels / (_KERNEL_SHARE * chip.flops_per_second)
     report.bytes_per_step = (report.bytes_per_step or 0) + times * counted.bytes
-    report.estimated_seconds = (report.estimated_seconds or 0.0) + times * seconds
-    report.not_in_estimate = ["collectives"]
+    moved = traffic(counted.collectives, torus_of(slice_, learner.loaded.mesh))
+    add_seconds(report, seconds, moved, times)
+    report.not_in_estimate = ["the latency of collectives"]
     if kernels:
         report.not_in_estimate.append(
             "the attention kernel's real speed (half of the peak is assumed)"
@@ -247,8 +258,11 @@ def _cost_of_training(
             "kernels_per_update": float(kernels),
             "matrix_to_useful": counted.flops / useful,
         }
-        report.settings["update_seconds"] = seconds
-        report.roofline_share = useful / chip.flops_per_second / seconds
+        report.settings["update_seconds"] = moved.with_work(seconds)
+        report.settings["update_chip_seconds"] = seconds
+        report.settings["update_interconnect_seconds"] = moved.seconds
+        least = useful / chip.flops_per_second
+        report.roofline_share = least / moved.with_work(seconds)
         report.collective_bytes = collective_bytes(counted)
         large = [
             op
@@ -280,21 +294,26 @@ def update_flops(learner: Learner) -> float:
 
 
 def _kernel_flops(counted: Account, learner: Learner) -> float:
-    """Flops of attention kernels: a product of scores or values over half a square."""
+    """Flops of attention kernels: a product of scores or values over half a square.
+
+    JAX's splash kernels state no cost (0.10.2); those that do are counted as they say.
+    """
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
     tokens = sum(learner.longest)
     rows = learner.config.update.microbatch / mesh.shape["data"]
     heads = sizes.num_heads / mesh.shape["tensor"]
     product = rows * heads * tokens**2 * sizes.head_dim
-    count = 0
+    count, stated = 0, 0
     for op in counted.custom_calls:
-        if op.target == "tpu_custom_call":
+        if op.states_cost:
+            stated += op.times * op.flops
+        elif op.target == "tpu_custom_call":
             # Forward has two products; backward computes the scores again, and those
             # of the weights' gradient, once for queries and once for keys and values.
             passes = {"dkv": 4, "dq": 3}
             products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
             count += op.times * products[0]
-    return count * product
+    return count * product + stated
 
 
 def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:

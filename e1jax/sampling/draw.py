@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from e1jax.nn.kernels.top_p import MAX_GAP, MAX_RANK, as_ranks, last_rank, limits_on_tpu
-from e1jax.sharding.mesh import on_tpu
+from e1jax.nn.kernels.top_p import MAX_GAP, MAX_RANK, as_ranks
+from e1jax.nn.paths import choose_operations
 
 
 class Sampling(NamedTuple):
@@ -88,11 +88,7 @@ def top_k_top_p_mask(
     """
 
     def limits():
-        if on_tpu(mesh):
-            return limits_on_tpu(gaps, top_k, top_p, mesh)
-        return last_rank(gaps[:, None], top_k[:, None, None], top_p[:, None, None])[
-            :, 0
-        ]
+        return choose_operations(mesh).last_ranks(gaps, top_k, top_p)
 
     everything = jnp.full((gaps.shape[0], 1), MAX_RANK)
     filtering = jnp.any((top_k > 0) | (top_p < 1))

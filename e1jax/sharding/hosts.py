@@ -202,6 +202,14 @@ def devices_by_process(mesh: Mesh) -> np.ndarray:
     return np.array(devices).reshape(len({d.process_index for d in devices}), -1)
 
 
+def by_process(x: NamedSharding) -> NamedSharding:
+    """The same layout with the mesh's devices in the order of `devices_by_process`."""
+    assert isinstance(x.mesh, Mesh)
+    devices = devices_by_process(x.mesh).reshape(x.mesh.axis_sizes)
+    ordered = Mesh(devices, x.mesh.axis_names, axis_types=x.mesh.axis_types)
+    return NamedSharding(ordered, x.spec)
+
+
 def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
     """params -> the same on the local mesh, with the dtypes that `local` (abstract) has:
     the same arrays if they are so already, else copies.
@@ -220,14 +228,16 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(local), strict=True)
         if all(x.dtype == y.dtype and x.sharding == y.sharding for x, y in pairs):
             return params
-        return jax.tree.map(own_part, copy(params), local)
+        # One program has one order of devices; what is in that order already stays.
+        orders = jax.tree.map(lambda x: by_process(x.sharding), params)
+        return jax.tree.map(own_part, copy(jax.device_put(params, orders)), local)
 
     return to_local
 
 
 def make_copy_to_all(mesh: Mesh, local: Any):
-    """One jitted program, params -> the same on every host's local mesh, with the dtypes
-    that `local` (abstract) has and divided as it is."""
+    """One jitted program, params laid out `by_process` -> the same on every host's local
+    mesh, with the dtypes that `local` (abstract) has and divided as it is."""
     own: Mesh = jax.tree.leaves(local)[0].sharding.mesh
     # One local mesh after the other: an array that is replicated over `hosts` is, on each,
     # divided as its own mesh says.

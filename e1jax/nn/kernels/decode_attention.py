@@ -131,11 +131,29 @@ def _decode_local(q, caches, layer, positions, count, rows, blocks):
         jax.ShapeDtypeStruct((*folded.shape[:3], 1), jnp.float32),
     )
     kernel = pl.pallas_call(
-        _visit_block, grid_spec=grid, out_shape=shapes, name="decode_attention"
+        _visit_block,
+        grid_spec=grid,
+        out_shape=shapes,
+        name="decode_attention",
+        cost_estimate=_cost_when_full(folded, caches),
+        metadata={"positions": str(capacity), "block_len": str(block_len)},
     )
     scalars = layer, positions, rows, blocks
     out, log_mass = kernel(*scalars, folded, *caches)
     return out.reshape(q.shape), log_mass.reshape(*q.shape[:3], 1)
+
+
+def _cost_when_full(q, caches) -> pl.CostEstimate:
+    """Of rows that have filled the capacity, as which rows have filled how much is known
+    only on the device. A reader scales it by the positions filled, rounded up to blocks:
+    the kernel's metadata give `positions`, for which it holds, and `block_len`."""
+    _, _, _, capacity, _ = caches[0].shape
+    one_layer = sum(x.size * x.dtype.itemsize // len(x) for x in caches)
+    return pl.CostEstimate(
+        flops=4 * q.size * capacity,  # scores, and sums of values
+        bytes_accessed=one_layer + 2 * q.size * q.dtype.itemsize,  # q in, sums out
+        transcendentals=q.size // q.shape[-1] * capacity,
+    )
 
 
 def _visit_block(layer, positions, rows, blocks, *refs):

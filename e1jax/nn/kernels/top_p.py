@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from e1jax.sharding.mesh import sharding
 
@@ -19,12 +20,27 @@ MAX_GAP = float(np.finfo(np.float32).max)
 MAX_RANK = np.int32(np.iinfo(np.int32).max)
 
 
+_HALVINGS = 31  # of the range of ranks, until one is left
+
+
 _LANES = 128  # of a TPU's vector registers
 
 
-def limits_on_tpu(gaps, top_k, top_p, mesh):
-    """[B, 1] of `_limit`: it is 62 passes over little data, so that its time would go
-    into starting operations and collectives if XLA ran it."""
+def last_ranks(
+    gaps: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Int[Array, "B 1"]:
+    """`last_rank` of each row, by XLA."""
+    return last_rank(gaps[:, None], top_k[:, None, None], top_p[:, None, None])[:, 0]
+
+
+def last_ranks_on_tpu(
+    gaps: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    mesh: Mesh,
+) -> Int[Array, "B 1"]:
+    """`last_ranks` as a kernel: it is 62 passes over little data, so that its time would
+    go into starting operations and collectives if XLA ran it."""
     batch, vocab = gaps.shape
     rows, columns = -batch % mesh.size, -vocab % _LANES
     by_vocab = sharding(mesh, (None, "vocab"), gaps.shape)
@@ -46,6 +62,7 @@ def limits_on_tpu(gaps, top_k, top_p, mesh):
             out_specs=number,
             out_shape=jax.ShapeDtypeStruct(top_k.shape, jnp.int32),
             name="top_k_top_p",
+            cost_estimate=_cost(gaps),
         )(gaps, top_k, top_p)
 
     place = PartitionSpec(mesh.axis_names)
@@ -53,6 +70,16 @@ def limits_on_tpu(gaps, top_k, top_p, mesh):
         local, mesh=mesh, in_specs=place, out_specs=place, check_vma=False
     )
     return everywhere(gaps, *options)[:batch, 0]
+
+
+def _cost(gaps: jax.Array) -> pl.CostEstimate:
+    """Of rows [B, M, 128] for which top-k is on: each halving adds up a number per token
+    for top-k, and three for top-p."""
+    return pl.CostEstimate(
+        flops=_HALVINGS * (1 + 3) * gaps.size,
+        bytes_accessed=gaps.size * gaps.dtype.itemsize + 3 * 4 * len(gaps),
+        transcendentals=gaps.size,
+    )
 
 
 def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -126,4 +153,4 @@ def _smallest(
 
     low = jnp.zeros(shape, jnp.int32)
     high = jnp.full(shape, MAX_RANK)
-    return jax.lax.fori_loop(0, 31, halve, (low, high))[1]
+    return jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))[1]
