@@ -4,7 +4,9 @@ import dataclasses
 import random
 import threading
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_engine import make, mixed_requests, params, tokenizer, tokens_of
 
@@ -255,3 +257,140 @@ def test_a_failure_ends_all_requests_and_the_engine_goes_on(make, params, wanted
     assert (engine.running, engine.waiting, engine.step()) == (0, 0, [])
     engine.params = params
     assert tokens_of(engine.generate(*mixed_requests())) == wanted
+
+
+def sample_alone(make, prompt, request):
+    """The completions of a fresh engine."""
+    return tokens_of(make(slots=3).generate([prompt], request))[0]
+
+
+@pytest.mark.parametrize("length", [2, 130, 513, 600, 650])
+def test_a_long_prompt_is_prefilled_between_the_steps_of_others(
+    make, tokenizer, length
+):
+    endless = dataclasses.replace(tokenizer, eos_id=272)
+    engine = make(cache_len=690, slots=3, tokenizer=endless)
+    others = dataclasses.replace(ROUND, thinking_budget=200, n=2)
+    first = engine.add("a", others)
+    steps = [engine.step(seconds=0)]
+    prompt = [5 + i % 90 for i in range(length)]
+    late = dataclasses.replace(ROUND, temperature=1.0, seed=4)
+    second = engine.add(prompt, late)
+    pieces = -(-(length - 1) // 512)
+    for _ in range(pieces):
+        steps.append(engine.step(seconds=60))
+        # The others get their steps, few of them while a piece is still to come.
+        counts = [len(e.token_ids) for e in steps[-1] if e.request_id == first]
+        assert len(counts) == 2
+        if len(steps) <= pieces:
+            assert max(counts) <= 4 and engine.running == 2
+    got = completions(steps + run(engine))
+    fresh = make(cache_len=690, slots=3, tokenizer=endless)
+    want = fresh.generate([prompt], late)
+    assert got[second, 0][0].token_ids == want[0][0].token_ids
+    np.testing.assert_allclose(
+        got[second, 0][0].logprobs, want[0][0].logprobs, atol=1e-4
+    )
+    assert engine.stats.prefills == 2
+
+
+def test_many_short_prompts_do_not_wait_for_one_step_each(make):
+    engine = make(slots=12)
+    engine.add("first", dataclasses.replace(ROUND, solution_budget=100))
+    engine.step(seconds=0)
+    for index in range(11):
+        engine.add([9, index, 7], ROUND)
+    engine.step(seconds=0)
+    assert engine.running == 12
+
+
+def cached(steps, request):
+    return {
+        e.cached_tokens for events in steps for e in events if e.request_id == request
+    }
+
+
+def test_a_conversation_goes_on_from_the_slot_that_holds_it(make):
+    engine = make(cache_len=690, slots=2)
+    request = dataclasses.replace(ROUND, thinking_budget=40, solution_budget=60)
+    prompt = [5 + i % 90 for i in range(70)]
+    first = engine.add(prompt, request)
+    steps = run(engine)
+    [done] = completions(steps)[first, 0]
+    assert cached(steps, first) == {0}
+    assert engine._weights is None  # the engine is idle in between
+    # Everything but the last token is in the cache, in steps of 128 or, here, of 16.
+    whole = [*prompt, *done.token_ids, 7, 8, 9]
+    second = engine.add(whole, request)
+    steps = run(engine)
+    step = 16 if len(whole) - 1 <= 128 else 128
+    kept = (len(whole) - 4) // step * step
+    assert cached(steps, second) == {kept} and kept >= 64
+    got = [c.token_ids for c in completions(steps)[second, 0]]
+    assert got == sample_alone(lambda slots: make(690, slots), whole, request)
+    # A prompt that leaves the conversation early shares its beginning.
+    other = [*prompt[:50], 1, 2, 3]
+    third = engine.add(other, request)
+    steps = run(engine)
+    assert cached(steps, third) == {48}
+    got = [c.token_ids for c in completions(steps)[third, 0]]
+    assert got == sample_alone(lambda slots: make(690, slots), other, request)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, "bfloat16", "int8"])
+def test_a_prefix_is_read_from_a_slot_that_runs(make, kv_dtype, params, tokenizer):
+    def fresh():
+        engine = make(cache_len=690, slots=3)
+        engine.kv_dtype = kv_dtype
+        return engine
+
+    engine = fresh()
+    prompt = [5 + i % 90 for i in range(300)]
+    long = dataclasses.replace(ROUND, thinking_budget=100, solution_budget=100)
+    first = engine.add(prompt, long)
+    steps = [engine.step(seconds=0) for _ in range(3)]
+    second = engine.add([*prompt[:290], 3, 4], dataclasses.replace(ROUND, n=2))
+    steps += run(engine)
+    assert cached(steps, second) == {256}
+    assert engine.stats.prefills == 2
+    got = completions(steps)
+    want = fresh().generate([[*prompt[:290], 3, 4]], dataclasses.replace(ROUND, n=2))
+    assert [got[second, j][0].token_ids for j in (0, 1)] == tokens_of(want)[0]
+    [want] = fresh().generate([prompt], long)
+    assert got[first, 0][0].token_ids == want[0].token_ids
+
+
+def test_the_slot_left_longest_ago_is_taken_first(make):
+    engine = make(slots=3)
+    prompts = [[20 + i, *range(60, 60 + 40)] for i in range(5)]
+    for prompt in prompts[:3]:
+        engine.add(prompt, ROUND)
+        run(engine)
+    again = engine.add(prompts[0], ROUND)  # takes slot 0, and leaves it last
+    steps = run(engine)
+    assert cached(steps, again) == {32}
+    engine.add(prompts[3], ROUND)  # takes the slot of prompt 1
+    run(engine)
+    kept = {}
+    for index in (0, 2, 1):
+        request = engine.add(prompts[index], ROUND)
+        [kept[index]] = cached(run(engine), request)
+    assert kept == {0: 32, 2: 32, 1: 0}
+
+
+def test_nothing_is_reused_after_the_parameters_change(make, params):
+    engine = make(slots=2)
+    prompt = list(range(50, 100))
+    engine.add(prompt, ROUND)
+    run(engine)
+    engine.params = jax.tree.map(lambda p: p * 1.01, params)
+    second = engine.add(prompt, ROUND)
+    steps = run(engine)
+    assert cached(steps, second) == {0}
+    want = make(params=engine.params).generate([prompt], ROUND)
+    assert completions(steps)[second, 0][0].token_ids == want[0][0].token_ids
+    # Nor by a stream: the same call gives the same numbers to the last bit.
+    engine.generate([prompt], ROUND)
+    engine.release_cache()
+    third = engine.add(prompt, ROUND)
+    assert cached(run(engine), third) == {0}

@@ -58,6 +58,14 @@ def prompt_shards(x: jax.Array, shards: int, block: int) -> jax.Array:
     return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, shards, 1, kv_heads, -1, size)
 
 
+def prompt_of_shards(x: jax.Array, block: int) -> jax.Array:
+    """The N shards of a row [L, N, K, P', C] as keys, values or scales of a prompt,
+    [L, 1, K, N * P', C]: undoes `prompt_shards`."""
+    layers, shards, kv_heads, _, size = x.shape
+    x = x.reshape(layers, shards, kv_heads, -1, block, size)
+    return x.transpose(0, 2, 3, 1, 4, 5).reshape(layers, 1, kv_heads, -1, size)
+
+
 def cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
     """The cache with its arrays constrained to where a mesh holds them."""
     assert cache is not None  # forward gives back the cache that it was given

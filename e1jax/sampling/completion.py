@@ -51,6 +51,7 @@ class Event:
     logprobs: list[float]
     forced: list[bool]
     completion: Completion | None  # comes with the sample's last tokens
+    cached_tokens: int  # of the prompt, that were in the cache before
     decode: Callable[[], str] = dataclasses.field(repr=False)
 
     @functools.cached_property
@@ -71,6 +72,7 @@ class Sample:
     forced: list[bool] = dataclasses.field(default_factory=list)
     close: int | None = None  # index of the first `</think>`
     is_stopped: bool = False  # by a stop text
+    cached_tokens: int = 0
 
     def extend(
         self, token_ids: list[int], logprobs: list[float], forced: list[bool]
@@ -158,6 +160,7 @@ class Sample:
                     self.logprobs[first : part.end],
                     self.forced[first : part.end],
                     completion if part.end == len(self.token_ids) else None,
+                    self.cached_tokens,
                     functools.partial(self._new_text, part, first),
                 )
 

@@ -20,6 +20,7 @@ from e1jax.nn.cache import (
     cache_sizes,
     capacity,
     init_cache,
+    prompt_of_shards,
     prompt_shards,
 )
 from e1jax.nn.cpu import as_bits
@@ -54,7 +55,7 @@ from e1jax.sharding.runtime import COMPILER_OPTIONS
 CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 
 
-_PREFILL_LEN = 512  # prompt tokens that go through the model at a time
+PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 
 
 _SHORTEST_BUCKET = 16
@@ -73,6 +74,7 @@ class Rows(NamedTuple):
         jax.Array
     )  # [B] int32: the last token, which the next step puts into the cache
     position: jax.Array  # [B] int32: where it stands, prompt included
+    first_token: jax.Array  # [B] int32: of the prompt
     sampling: Sampling
     budget: Budget
     state: BudgetState
@@ -120,18 +122,83 @@ def prefill(
     empty = init_cache(config, 1, bucket, kv_dtype or dtype)
     cache = cache_on_mesh(mesh, empty)
     at_once = takes_splash(mesh, dtype, config.head_dim)
-    piece = bucket if at_once else math.gcd(bucket, _PREFILL_LEN)
+    piece = bucket if at_once else math.gcd(bucket, PREFILL_LEN)
+    step = _prefill_step(config, mesh, params, tokens, piece, from_start=at_once)
+    return jax.lax.fori_loop(0, -(-length // piece), step, cache)
 
-    def step(i, cache):
+
+@functools.partial(_jit, static_argnums=(0, 1), donate_argnums=6)
+def extend(
+    config: ModelConfig,
+    mesh: Mesh,
+    params: Params,
+    tokens: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    prefix: KVCache,
+) -> KVCache:
+    """`prefix` of P positions, which holds the keys and values of `tokens` [1, P] up to
+    `start`, a multiple of `prefix_step(P)`; with those up to `stop`, too.
+
+    A piece of PREFILL_LEN starts at a multiple of its length. Shorter ones lead to it.
+    """
+    bucket = tokens.shape[1]
+    short, long = prefix_step(bucket), math.gcd(bucket, PREFILL_LEN)
+    step = functools.partial(_prefill_step, config, mesh, params, tokens)
+    aligned = jnp.minimum(stop, -(-start // long) * long)
+    first = start // short
+    prefix = jax.lax.fori_loop(first, -(-aligned // short), step(short), prefix)
+    first = -(-aligned // long)
+    return jax.lax.fori_loop(first, -(-stop // long), step(long), prefix)
+
+
+def _prefill_step(config, mesh, params, tokens, piece, *, from_start=False):
+    """(i, prefix) -> prefix with piece i of `tokens` [1, P]."""
+
+    def step(i, prefix):
         start = i * piece
         positions = start + jnp.arange(piece)[None]
         part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
-        _, cache = forward(
-            config, params, part, positions, cache, mesh=mesh, from_start=at_once
+        _, prefix = forward(
+            config, params, part, positions, prefix, mesh=mesh, from_start=from_start
         )
-        return cache_on_mesh(mesh, cache)
+        return cache_on_mesh(mesh, prefix)
 
-    return jax.lax.fori_loop(0, -(-length // piece), step, cache)
+    return step
+
+
+def prefix_step(bucket: int) -> int:
+    """The prefix of a prompt in a bucket can be extended from multiples of this."""
+    return _SHORTEST_BUCKET if bucket <= BLOCK_LEN else BLOCK_LEN
+
+
+@functools.partial(_jit, static_argnums=(0, 1, 2, 3))
+def empty_prefix(config: ModelConfig, mesh: Mesh, bucket: int, dtype: Any) -> KVCache:
+    """Room for the keys and values of a prompt."""
+    return cache_on_mesh(mesh, init_cache(config, 1, bucket, dtype))
+
+
+@functools.partial(_jit, static_argnums=(0, 1, 2))
+def read_prefix(
+    mesh: Mesh, slots: int, bucket: int, cache: KVCache, slot: jax.Array
+) -> KVCache:
+    """The first `bucket` positions of a slot, out of `slots`, as `prefill` gives them."""
+    shards = cache.k.shape[1] // slots
+
+    def read(buffer, block):
+        by_shard = buffer.reshape(buffer.shape[0], shards, slots, *buffer.shape[2:])
+        row = jax.lax.dynamic_index_in_dim(by_shard, slot, axis=2, keepdims=False)
+        positions = -(-bucket * block // BLOCK_LEN)
+        if shards == 1:
+            return row[:, :, :, :positions]
+        return prompt_of_shards(row, block)[:, :, :, :positions]
+
+    k, v, *scales = jax.tree.leaves(cache)
+    prefix = KVCache(
+        *(read(x, BLOCK_LEN) for x in (k, v)),
+        *(read(x, BLOCK_LEN // LANES) for x in scales),
+    )
+    return cache_on_mesh(mesh, prefix)
 
 
 @functools.partial(_jit, static_argnums=0, donate_argnums=(1, 3))
@@ -205,11 +272,10 @@ def decode(
         cache, rows, chunk = carry
         done = rows.state.phase == DONE
         # A finished row stays at position 0, so that it does not lengthen the others'
-        # attention.
+        # attention, and writes there again what is there: its cache may be read later.
         position = everywhere(jnp.where(done, 0, rows.position))[:, None]
-        hidden, cache = forward(
-            config, params, rows.token[:, None], position, cache, mesh=mesh
-        )
+        token = everywhere(jnp.where(done, rows.first_token, rows.token))[:, None]
+        hidden, cache = forward(config, params, token, position, cache, mesh=mesh)
         logits = unembed(config, params, hidden[:, 0], mesh)
         # Sharded as the weights are: logits sharded by rows would need gathered weights.
         place = sharding(mesh, (None, "vocab"), logits.shape)
@@ -280,6 +346,7 @@ def empty_rows(slots: int, width: int) -> Rows:
     return Rows(
         token=zeros,
         position=zeros,
+        first_token=zeros,
         sampling=Sampling(ones, ones, zeros, seed, zeros),
         budget=Budget(zeros, zeros, zeros, no, forced_ids, zeros, no),
         state=start_state(done),
@@ -302,6 +369,7 @@ def request_rows(
     fresh = Rows(
         token=fill(request.prompt_ids[-1]),
         position=fill(len(request.prompt_ids) - 1),
+        first_token=fill(request.prompt_ids[0]),
         sampling=Sampling(
             temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
             # The most probable token survives any cut: greedy rows need none.

@@ -37,17 +37,22 @@ from e1jax.sampling.budget import DONE, BudgetState, TokenIds
 from e1jax.sampling.completion import Completion, Event, Sample
 from e1jax.sampling.decode import (
     CHUNK_STEPS,
+    PREFILL_LEN,
     SHORTEST_FORCED,
     Chunk,
     Rows,
     admit,
     decode,
+    empty_prefix,
     empty_rows,
+    extend,
     new_cache,
     next_power,
     prefill,
     prefill_len,
+    prefix_step,
     prepare,
+    read_prefix,
     request_rows,
     stop_rows,
     widen_rows,
@@ -70,6 +75,10 @@ _LIVE_SECONDS = 0.1
 
 
 _FIRST_STEPS = 8  # while the time of a step is not known
+
+
+# Decode steps of the running samples for each piece of a prompt that waits.
+_STEPS_BETWEEN_PIECES = 4
 
 
 @dataclasses.dataclass
@@ -117,7 +126,7 @@ class Engine:
         self.cache_len = default if cache_len is None else cache_len
         check_integer("cache_len", self.cache_len, 1, 2**30)
         check_integer("slots", slots, 1, 2**20)
-        self.config, self.params = config, params
+        self.config = config
         self.tokenizer, self.mesh = tokenizer, mesh
         self.slots = whole_slots(mesh, slots)
         if kv_dtype is not None:
@@ -128,6 +137,7 @@ class Engine:
         self._scheduler = Scheduler(self.slots)
         self._unclaimed: list[Event] = []  # a stream met them; the next `step` has them
         self._noted_cut = False
+        self.params = params
         self._cache: KVCache | None = None
         self._rows: Rows | None = None
         # As decoding takes them: of a prompt, and of a step. None while nothing runs.
@@ -209,7 +219,8 @@ class Engine:
         Raises UserError for a request that cannot fit. Its tokens come from `step`, and
         depend neither on the time of the call nor on the other requests.
         """
-        request = self._request(0, prompt, params or SamplingParams(), "prompt")
+        given = params or SamplingParams()
+        request = self._request(0, prompt, given, "prompt", is_live=True)
         if request.budget.was_cut and not self._noted_cut:
             self._noted_cut = True  # said once, however many requests there will be
             self._note_cut([request])
@@ -230,6 +241,16 @@ class Engine:
         """Ends a request: its slots are free from the next step on, and no event of it
         comes any more. Does nothing for a request that has ended."""
         self._scheduler.abort([request_id])
+
+    @property
+    def params(self) -> Params | None:
+        """The model's parameters."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params | None) -> None:
+        self._params = params
+        self._scheduler.forget()  # keys and values of other parameters
 
     @property
     def running(self) -> int:
@@ -273,7 +294,13 @@ class Engine:
         return [self._request(index, *triple) for index, triple in triples]
 
     def _request(
-        self, index: int, prompt: Prompt, params: SamplingParams, where: str
+        self,
+        index: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        where: str,
+        *,
+        is_live: bool = False,
     ) -> Request:
         return make_request(
             next(self._ids),
@@ -281,6 +308,7 @@ class Engine:
             prompt,
             params,
             where,
+            is_live=is_live,
             tokenizer=self.tokenizer,
             vocab_size=self.config.vocab_size,
             cache_len=self.cache_len,
@@ -352,8 +380,8 @@ class Engine:
                 return []
             with enough_memory(sizes, advice):
                 self._start()
-                self._refill()
-                chunk, state = self._decode(seconds)
+                is_behind = self._refill()
+                chunk, state = self._decode(seconds, is_behind)
             events = self._collect(chunk, state)
             self._update()
             return events
@@ -375,6 +403,8 @@ class Engine:
         self._weights = weights, unstack(weights) if alone else weights
         self._cache = self._cache or self._new_cache(kv_dtype)
         rows = empty_rows(self.slots, SHORTEST_FORCED)
+        first_tokens = [held[0] if held else 0 for held in self._scheduler.held]
+        rows = rows._replace(first_token=np.array(first_tokens, np.int32))
         self._rows = jax.device_put(rows, replicated(self.mesh))
         self._step_seconds = None
 
@@ -384,27 +414,36 @@ class Engine:
         the clock: the same requests meet in the same slots whenever they run."""
         return max(1, self.slots // 16)
 
-    def _refill(self) -> None:
-        """Gives the free slots to samples that wait."""
-        queue = self._scheduler.queue
+    def _refill(self) -> bool:
+        """Gives the free slots to samples that wait; whether a live prompt is to be
+        prefilled further, with a free slot, after some steps of the running samples."""
+        queue, room = self._scheduler.queue, PREFILL_LEN
         if len(self._scheduler.free) < self._few:
-            return
+            return False
         while queue and self._scheduler.free:
-            self._admit(queue[0])
-            if not queue[0].samples:
+            waiting = queue[0]
+            in_pieces = waiting.request.is_live and self.running > 0
+            if in_pieces and room <= 0:
+                return True
+            room -= self._prefill(waiting, room if in_pieces else None)
+            if waiting.filled < len(waiting.request.prompt_ids) - 1:
+                return True
+            self._admit(waiting)
+            if not waiting.samples:
                 queue.popleft()
+        return False
 
     def _admit(self, waiting: Waiting) -> None:
         """Starts as many samples of the request as there are free slots."""
-        assert self._weights and self._cache and self._rows
+        assert self._cache and self._rows and waiting.prefix
         request = waiting.request
-        if waiting.prefix is None:
-            waiting.prefix = self._prefill(request.prompt_ids)
-        free = self._scheduler.free[: len(waiting.samples)]
+        free = self._scheduler.free_for(waiting)
         count = len(free)
         samples, waiting.samples = waiting.samples[:count], waiting.samples[count:]
         for slot, number in zip(free, samples, strict=True):
-            self._scheduler.slots[slot] = Sample(request, number, self.tokenizer)
+            sample = Sample(request, number, self.tokenizer)
+            sample.cached_tokens = waiting.cached_tokens
+            self._scheduler.slots[slot] = sample
         slots = np.array(free + [0] * (self.slots - count), np.int32)
         width = next_power(len(request.forced_ids), SHORTEST_FORCED)
         rows = widen_rows(self.mesh, self._rows, width)
@@ -413,26 +452,69 @@ class Engine:
             self.mesh, self._cache, waiting.prefix, rows, slots, count, new
         )
 
-    def _prefill(self, prompt_ids: list[int]) -> KVCache:
+    def _prefill(self, waiting: Waiting, room: int | None) -> int:
+        """Brings a prompt's keys and values into its prefix, all of them, or up to about
+        `room` tokens; returns the number of tokens."""
         assert self._weights and self._cache
+        prompt_ids = waiting.request.prompt_ids
         length = len(prompt_ids) - 1  # the last one starts the decoding
-        tokens = np.zeros((1, prefill_len(length, self.cache_len)), np.int32)
+        bucket = prefill_len(length, self.cache_len)
+        tokens = np.zeros((1, bucket), np.int32)
         tokens[0, :length] = prompt_ids[:-1]
-        self.stats.prefills += 1
-        kv_dtype = self._cache.k.dtype
-        return prefill(
-            self.config, self.mesh, self._weights[0], tokens, length, kv_dtype
+        kv_dtype, model = self._cache.k.dtype, (self.config, self.mesh)
+        if waiting.prefix is None:
+            self.stats.prefills += 1
+            if waiting.request.is_live:
+                self._reuse(waiting, length, bucket)
+            if waiting.filled == 0 and (room is None or length <= room):
+                waiting.filled = length
+                waiting.prefix = prefill(
+                    *model, self._weights[0], tokens, length, kv_dtype
+                )
+                return length
+            if waiting.filled == 0:
+                waiting.prefix = empty_prefix(*model, bucket, kv_dtype)
+        start = waiting.filled
+        stop = length
+        if room is not None:  # to the end of a piece, where the next one can start
+            pieces = start // PREFILL_LEN + max(1, room // PREFILL_LEN)
+            stop = min(length, pieces * PREFILL_LEN)
+        waiting.prefix = extend(
+            *model, self._weights[0], tokens, start, stop, waiting.prefix
         )
+        waiting.filled = stop
+        return stop - start
 
-    def _decode(self, seconds: float) -> tuple[Chunk, BudgetState]:
-        """One chunk of steps, and the state of the rows after it, on the host."""
+    def _reuse(self, waiting: Waiting, length: int, bucket: int) -> None:
+        """Takes the beginning of a prompt from the slot that holds most of it."""
+        assert self._cache
+        slot, common = self._scheduler.longest_prefix(waiting.request.prompt_ids)
+        step = prefix_step(bucket)
+        common = min(common, length) // step * step
+        if common:
+            waiting.prefix = read_prefix(
+                self.mesh, self.slots, bucket, self._cache, slot
+            )
+            waiting.filled = waiting.cached_tokens = common
+            if 2 * common >= len(self._scheduler.held[slot]):
+                waiting.goes_on = slot
+
+    def _decode(self, seconds: float, is_behind: bool) -> tuple[Chunk, BudgetState]:
+        """One chunk of steps, and the state of the rows after it, on the host. `is_behind`:
+        few steps, between two pieces of a prompt."""
         assert self._weights and self._cache and self._rows
         num_steps = _FIRST_STEPS
         if self._step_seconds is not None:
             num_steps = min(CHUNK_STEPS, max(1, int(seconds / self._step_seconds)))
+        if is_behind:
+            num_steps = min(num_steps, _STEPS_BETWEEN_PIECES)
         ends, starts = self.tokenizer.think_end_id, self.tokenizer.think_start_id
         eos_ids = np.array(self.tokenizer.eos_ids, np.int32)
         tags = (-1, -1) if ends is None else (ends, -1 if starts is None else starts)
+        # Rows that are done, free slots among them, at which samples that wait can start.
+        enough = self.slots
+        if self._scheduler.queue:
+            enough = max(self._few, len(self._scheduler.free) + 1)
         start = time.monotonic()
         self._cache, rows, chunk = decode(
             self.config,
@@ -441,7 +523,7 @@ class Engine:
             TokenIds(eos_ids, *tags),
             self._cache,
             self._rows,
-            self._few if self._scheduler.queue else self.slots,
+            enough,
             num_steps,
         )
         self._rows = rows
@@ -463,7 +545,7 @@ class Engine:
             is_done, completion = bool(state.phase[slot] == DONE), None
             stop = sample.stop_end(start, is_done)
             if is_done or stop is not None:
-                self._scheduler.slots[slot] = None
+                self._scheduler.leave(slot)
                 row = jax.tree.map(lambda field, slot=slot: int(field[slot]), state)
                 if stop is not None:
                     stopped.append(slot)

@@ -28,6 +28,9 @@ class Request:
         int
     ]  # end_of_thinking_text and `</think>`, if thinking comes first
     starts_thinking: bool
+    # Came alone: its prompt may take keys and values from a slot, and is prefilled in
+    # pieces between the steps of other requests.
+    is_live: bool
 
     @property
     def most_tokens(self) -> int:
@@ -44,6 +47,7 @@ def make_request(
     params: SamplingParams,
     where: str,
     *,
+    is_live: bool,
     tokenizer: Tokenizer,
     vocab_size: int,
     cache_len: int,
@@ -67,7 +71,7 @@ def make_request(
         starts_thinking=thinks,
     )
     forced_ids = forced_ids if thinks and not budget.stops else []
-    return Request(id, index, prompt_ids, params, budget, forced_ids, thinks)
+    return Request(id, index, prompt_ids, params, budget, forced_ids, thinks, is_live)
 
 
 def encode_prompt(

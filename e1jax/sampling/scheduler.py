@@ -16,7 +16,10 @@ class Waiting:
 
     request: Request
     samples: list[int]
-    prefix: KVCache | None = None  # the prefilled prompt, once a sample has a slot
+    prefix: KVCache | None = None  # keys and values of the prompt, while samples wait
+    filled: int = 0  # tokens of the prompt that are in it
+    cached_tokens: int = 0  # tokens that were taken from a slot
+    goes_on: int | None = None  # the slot that holds little else than these
 
 
 class Scheduler:
@@ -25,6 +28,9 @@ class Scheduler:
 
     def __init__(self, slots: int):
         self.slots: list[Sample | None] = [None] * slots
+        # Tokens whose keys and values are in a slot, and when the slot was left.
+        self.held: list[list[int]] = [[]] * slots
+        self.left_at: list[int] = [0] * slots
         self.queue: deque[Waiting] = deque()
         self._lock = threading.Lock()
         self._added: list[Waiting] = []
@@ -55,8 +61,38 @@ class Scheduler:
             if sample is not None and sample.request.id in aborted
         ]
         for slot in freed:
-            self.slots[slot] = None
+            self.leave(slot)
         return freed
+
+    def leave(self, slot: int) -> None:
+        """Frees a slot. Its keys and values can be read until it is taken again."""
+        sample = self.slots[slot]
+        assert sample is not None
+        # The last token's would have come with the next step.
+        self.held[slot] = sample.request.prompt_ids + sample.token_ids[:-1]
+        self.slots[slot] = None
+        self.left_at[slot] = max(self.left_at) + 1
+
+    def longest_prefix(self, tokens: list[int]) -> tuple[int, int]:
+        """The slot that holds most of the beginning of `tokens`, and how many of them."""
+
+        def length(slot: int) -> int:
+            sample = self.slots[slot]
+            if sample is None:
+                return _common(tokens, self.held[slot])
+            prompt_ids = sample.request.prompt_ids
+            common = _common(tokens, prompt_ids)
+            if common < len(prompt_ids):
+                return common
+            return common + _common(tokens[common:], sample.token_ids[:-1])
+
+        lengths = [length(slot) for slot in range(len(self.slots))]
+        longest = max(lengths)
+        return lengths.index(longest), longest
+
+    def forget(self) -> None:
+        """Marks what free slots hold as unreadable."""
+        self.held = [[]] * len(self.slots)
 
     def clear(self) -> None:
         """Drops every request."""
@@ -64,11 +100,19 @@ class Scheduler:
             self._added, self._aborted = [], set()
         self.queue.clear()
         self.slots = [None] * len(self.slots)
+        self.forget()
+
+    def free_for(self, waiting: Waiting) -> list[int]:
+        """Free slots for the samples that wait, or for some of them. A conversation goes
+        on in its own slot, so that others stay readable."""
+        free = sorted(self.free, key=lambda slot: slot != waiting.goes_on)
+        return free[: len(waiting.samples)]
 
     @property
     def free(self) -> list[int]:
-        """The slots without a sample."""
-        return [slot for slot, sample in enumerate(self.slots) if sample is None]
+        """The slots without a sample, the one left longest ago first."""
+        free = [slot for slot, sample in enumerate(self.slots) if sample is None]
+        return sorted(free, key=self.left_at.__getitem__)
 
     @property
     def num_waiting(self) -> int:
@@ -80,3 +124,14 @@ class Scheduler:
     def is_idle(self) -> bool:
         """Whether no sample runs or waits, as of the last `update`."""
         return not self.queue and not any(self.slots)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices are compared faster than tokens one by one
+        middle = (low + high + 1) // 2
+        low, high = (
+            (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+        )
+    return low
