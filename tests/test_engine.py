@@ -525,6 +525,23 @@ def test_broken_weights_are_reported_and_leave_nothing_behind(make, params):
     assert tokens_of(engine.generate(request[:1], request[1])) == want
 
 
+def live_tokens(engine):
+    """Tokens of a prompt that takes 96 of its tokens from the slot of another."""
+    engine.add(
+        list(range(10, 130)), SamplingParams(thinking_budget=5, solution_budget=5)
+    )
+    events = []
+    while engine.running or engine.waiting:
+        events += engine.step()
+    engine.add(
+        [*range(10, 110), 3], SamplingParams(thinking_budget=9, solution_budget=9)
+    )
+    events = []
+    while engine.running or engine.waiting:
+        events += engine.step()
+    return events[-1].completion.token_ids, events[-1].cached_tokens
+
+
 MESH_SCRIPT = """
 import sys, jax, pytest
 sys.path.insert(0, {tests!r})
@@ -542,7 +559,7 @@ tokenizer = Tokenizer.from_dir(Path({tmp!r}))
 one = make_mesh("data=1,tensor=1", t.CONFIG, jax.devices()[:1])
 made = model.init_params(t.CONFIG, one, "float32", 0)
 made = jax.tree.map(lambda p: p * 5 if p.ndim > 1 else p, made)
-want = None
+want, first_live = None, None
 for text, devices, slots in [("data=1,tensor=1", 1, 3), ("data=8,tensor=1", 8, 3), ("data=4,tensor=2", 8, 5)]:
     mesh = make_mesh(text, t.CONFIG, jax.devices()[:devices])
     place = jax.tree.map(lambda s: s.sharding, model.abstract_params(t.CONFIG, mesh, "float32"))
@@ -554,6 +571,9 @@ for text, devices, slots in [("data=1,tensor=1", 1, 3), ("data=8,tensor=1", 8, 3
     prompts, params = t.mixed_requests()
     assert t.tokens_of(engine.generate(prompts[4:], params[4:])) == want[4:] and seen == [], (text, seen)
     assert engine._cache.k.sharding.num_devices == devices
+    live = t.live_tokens(engine)
+    first_live = first_live or live
+    assert live == first_live and live[1] == 96, text
     # Of three slots, each device of eight has a part of every one: 19 blocks, 3 at most.
     if devices == 8 and slots == 3:
         part = engine._cache.k.addressable_shards[5].data
