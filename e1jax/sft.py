@@ -25,7 +25,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from e1jax.checkpoint.metrics import MetricsLog
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.cli.command import run_command
 from e1jax.config.checks import UserError
@@ -98,9 +97,14 @@ def train(config: SFTConfig, run_dir: Path) -> None:
         lambda: init_params(config.model, mesh, jnp.float32, config.seed),
         batches,
     )
-    log = MetricsLog(run_dir, step, config.steps, ["loss", "token_accuracy"])
-    command = "python -m e1jax.sample"
-    with running(run_dir, config, checkpoints, log, step, command) as run:
+    with running(
+        run_dir,
+        config,
+        checkpoints,
+        step,
+        headline=["loss", "token_accuracy"],
+        next_command="python -m e1jax.sample",
+    ) as run:
         while run.goes_on():
             with enough_memory("an update", ADVICE):
                 batch = place(next(batches), mesh)

@@ -27,7 +27,7 @@ import numpy as np
 
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import LoadedModel, load_model
-from e1jax.checkpoint.metrics import MetricsLog, NoLog, check_finite, import_wandb
+from e1jax.checkpoint.metrics import check_finite, import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command
 from e1jax.cli.files import read_json
@@ -61,7 +61,6 @@ from e1jax.training import Run, running, write_model_files
 if TYPE_CHECKING:
     import grain
 
-HEADLINE = ["reward", "thinking_tokens", "forced_share", "kl"]
 ADVICE = (
     "lower update.microbatch, set update.remat or use more devices; on TPUs, "
     "python -m e1jax.plan says what fits"
@@ -118,15 +117,17 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
     learner = Learner(config, loaded, longest)
     step = learner.restore(checkpoints, batches)
-    log = (
-        MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
-        if is_first()
-        else NoLog()
-    )
-    command = "python -m e1jax.evaluate"
     with (
         Grader() as grader,
-        running(run_dir, config, checkpoints, log, step, command) as run,
+        running(
+            run_dir,
+            config,
+            checkpoints,
+            step,
+            headline=["reward", "thinking_tokens", "forced_share", "kl"],
+            next_command="python -m e1jax.evaluate",
+            wandb=config.wandb,
+        ) as run,
     ):
         take_steps(config, run, learner, engine, batches, grader, function, validate)
 

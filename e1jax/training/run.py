@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,23 +122,27 @@ def running(
     run_dir: Path,
     config: SFTConfig | GRPOConfig,
     checkpoints: RunCheckpoints,
-    log: MetricsLog | NoLog,
     step: int,
+    *,
+    headline: Sequence[str],
     next_command: str,
+    wandb: str | None = None,
 ) -> Iterator[Run]:
     """The run from `step` on, for a loop over `goes_on` and `add`.
 
-    Afterwards all checkpoints are on disk, and the first process prints how the run has
-    ended, with the command for its model. Raises KeyboardInterrupt then if Ctrl-C came.
+    The first process logs; see MetricsLog for `headline` and `wandb`. Afterwards all
+    checkpoints are on disk, and the first process prints how the run has ended, with the
+    command for its model. Raises KeyboardInterrupt then if Ctrl-C came.
     """
+    log: MetricsLog | NoLog = NoLog()
+    if is_first():
+        log = MetricsLog(run_dir, step, config.steps, headline, wandb)
     with closing(checkpoints), closing(log), stop_signals() as signals:
         run = Run(config, checkpoints, log, signals, step, saved=step)
         yield run
-    done = (
-        f"after step {run.step}, saved"
-        if run.step
-        else "before the first step was done"
-    )
+    done = f"after step {run.step}, saved"
+    if run.step == 0:
+        done = "before the first step was done"
     if is_first():
         stop = f"stopped {done}; repeat the command to go on"
         end = f"{run_dir} is trained; {next_command} --model {run_dir}"
