@@ -130,7 +130,7 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
-    """Writes what makes the run directory a model: settings, sizes and tokenizer."""
+    """Makes the run directory a model: writes settings, sizes and tokenizer."""
     if config.model.vocab_size < NUM_IDS:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is too small; "
@@ -177,7 +177,7 @@ def make_update(
 ):
     """One jitted step: (params, state, batch) -> (params, state, metrics).
 
-    The first two arguments are donated, and lie where `shardings` says. It is compiled
+    The first two arguments are donated, and sharded as `shardings` says. It is compiled
     once for each shape of a batch.
     """
 
@@ -214,9 +214,9 @@ def style_batches(
 def style_accuracy(
     config: ModelConfig, params: Params, styles: dict[str, Batch]
 ) -> dict[str, float]:
-    """Share of the problems whose whole pass the model gets right, by style.
+    """Share of the problems of which the model gets every token right, by style.
 
-    A pass is right if each of its tokens is the most probable one after those before it.
+    A pass is right if each of its tokens is the most probable one after the tokens before it.
     Reinforcement learning can only raise a style that is accurate to begin with.
     """
     return {

@@ -5,7 +5,7 @@
 In order:
 1. the configuration, the model and the problems, checked, and the run directory, which
    is a model: `config.yaml` and `config.json` beside the tokenizer files;
-2. parameters and optimizer state, those of the model or of the latest checkpoint;
+2. parameters and optimizer state, from the model or the latest checkpoint;
 3. each step: prompts from the host (Grain), responses from the engine, which samples
    from the parameters being trained, rewards from worker processes while sampling goes
    on; then a few jitted updates with donated state, and a line of `metrics.jsonl`;
@@ -84,7 +84,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     """Trains to the last step, from where the run directory left off.
 
     Of several processes, each samples and grades its share of the prompts; the first one
-    writes what is not a checkpoint, and prints.
+    writes everything but checkpoints, and prints.
 
     Raises UserError if sizes or problems do not fit together, if the directory was begun
     with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
@@ -156,7 +156,7 @@ def take_steps(
         )
         if rollouts is None:
             continue  # to where it ends
-        engine.params = None  # the update may write where they lie
+        engine.params = None  # the update may reuse their memory
         engine.release_cache()
         with enough_memory("an update", ADVICE):
             metrics = learner.learn(rollouts)
@@ -217,7 +217,7 @@ def prepare(
     """Makes the run directory a model: settings, sizes and tokenizer.
 
     The first process writes, and the others wait for it. Raises UserError in a process
-    that does not see what the first one wrote.
+    that does not see the first one's files.
     """
     if is_first():
         write_run(config, loaded, instruction, run_dir)

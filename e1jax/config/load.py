@@ -25,8 +25,8 @@ def load_config(
 ) -> tuple[ConfigT, Path]:
     """The configuration (a dataclass) and run directory that a training command names.
 
-    `--config FILE.yaml` is read first, then flags `--section.key value` set what they
-    name in it: YAML keys, flags and dataclass fields are the same names. The run
+    `--config FILE.yaml` is read first, then flags `--section.key value` change values
+    in it: YAML keys, flags and dataclass fields are the same names. The run
     directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
     or flag, a value of the wrong type, and whatever the dataclasses refuse.
     """
@@ -75,7 +75,7 @@ def load_config_and_flags(
 def record_config(config: Any, run_dir: Path) -> None:
     """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
 
-    Raises UserError naming the settings that differ from those the run began with, and
+    Raises UserError naming the settings that differ from the run's first ones, and
     for a directory with other content.
     """
     now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
@@ -90,7 +90,7 @@ def record_config(config: Any, run_dir: Path) -> None:
                 )
             text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True)
             new.write_text(text, encoding="utf-8")
-            new.replace(path)  # whole, wherever the run is killed
+            new.replace(path)  # atomic, wherever the run is killed
             return
     then, now = dict(flatten(read_yaml(path))), dict(flatten(now))
     changes = [
@@ -173,7 +173,7 @@ def _config_path(argv: Sequence[str]) -> str | None:
 def _sentence(
     error: argparse.ArgumentError, kinds: Sequence[Any], argv: Sequence[str]
 ) -> str:
-    """What is wrong with a value, from what jsonargparse says over several lines:
+    """The fault of a value in a few words, from jsonargparse's several lines:
     'Parser key "steps": Expected a <class 'int'>. Got value: five'."""
     text = " ".join(str(error).split()).removeprefix("Parser key ")
     found = re.match(r'"([\w.]+)": .*?(?:Got|Given) value: ?(.*)', text)

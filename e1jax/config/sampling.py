@@ -44,7 +44,7 @@ class SamplingParams:
                 f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
             )
         check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
-        # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
+        # NumPy's numbers become Python's: sums of NumPy's 8 or 32 bits would overflow.
         for name, value in list(vars(self).items()):
             if isinstance(value, numbers.Integral):
                 object.__setattr__(self, name, int(value))

@@ -33,7 +33,7 @@ def write_model_files(
     instruction: str,
     write_tokenizer: Callable[[Path], Any],
 ) -> None:
-    """Writes what makes a run directory a model: `config.json` and the tokenizer files.
+    """Makes a run directory a model: writes `config.json` and the tokenizer files.
 
     `config` is in the format of Hugging Face. The instruction that prompts end with is
     recorded with the tokenizer, beside the chat template, so that it goes wherever the
@@ -49,7 +49,7 @@ def write_model_files(
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
             new = run_dir / f"{name}.new"
             new.write_text(text, encoding="utf-8")
-            new.replace(run_dir / name)  # whole, wherever the run is killed
+            new.replace(run_dir / name)  # atomic, wherever the run is killed
 
 
 def restore_or_init(
@@ -96,7 +96,7 @@ class Run:
         return not self.stopped and self.step < self.config.steps
 
     def is_due(self, every: int) -> bool:
-        """Whether the step is one for what comes every so many steps and at the end."""
+        """Whether work that is done every so many steps, and at the end, is due."""
         return self.step % every == 0 or self.step == self.config.steps
 
     def add(self, metrics: Mapping[str, Any]) -> None:
