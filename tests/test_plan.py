@@ -136,6 +136,7 @@ def test_a_compiler_that_cannot_start_is_one_sentence(monkeypatch, message, expe
         ("Salesforce/E1-Math-7B", 7_615_616_512),
         ("agentica-org/DeepScaleR-1.5B-Preview", 1_777_088_000),
         ("nvidia/AceReason-Nemotron-14B", 14_770_033_664),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
     ],
 )
 def test_sizes_of_shipped_models_need_no_network(name, parameters):
