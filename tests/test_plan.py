@@ -748,7 +748,10 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path):
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path, architecture):
+    sizes = dataclasses.replace(SIZES, architecture=architecture).to_hf("bfloat16")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     argv = ["--topology", "v5e:2x2", "--part", "sample", "--json", "--slots", "1020"]
     argv += ["--dump-hlo", str(tmp_path / "hlo"), "--live", "64"]
     done = subprocess.run(
