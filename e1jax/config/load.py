@@ -92,7 +92,9 @@ def record_config(config: Any, run_dir: Path) -> None:
             new.write_text(text, encoding="utf-8")
             new.replace(path)  # atomic, wherever the run is killed
             return
-    then, now = dict(flatten(read_yaml(path))), dict(flatten(now))
+    then = read_yaml(path)
+    _add_defaults(then, config)
+    then, now = dict(flatten(then)), dict(flatten(now))
     changes = [
         f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
         for key in {**then, **now}
@@ -103,6 +105,18 @@ def record_config(config: Any, run_dir: Path) -> None:
             f"{run_dir} was begun with other settings: {', '.join(changes)}; "
             "repeat those, or take another --run-dir"
         )
+
+
+def _add_defaults(values: dict[str, Any], config: Any) -> None:
+    """Adds the settings that `values` lack, each with its default: they came into
+    `config`'s class after the file was written."""
+    for field in dataclasses.fields(config):
+        section, value = getattr(config, field.name), values.get(field.name)
+        if dataclasses.is_dataclass(section) and isinstance(value, dict):
+            _add_defaults(value, section)
+        elif field.default is not dataclasses.MISSING:
+            default = json.dumps(field.default, default=dataclasses.asdict)
+            values.setdefault(field.name, json.loads(default))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
