@@ -178,9 +178,18 @@ def test_a_far_permutation_is_divided_among_the_links_it_crosses():
     assert seconds == pytest.approx(links.seconds()) == 40 / SPEED
 
 
+def test_what_leaves_a_run_of_planes_in_the_middle_of_a_ring():
+    pairs = [(6, 2), (7, 3), (8, 12), (9, 13)]
+    links = Links((16,), (True,))
+    for start, end in pairs:
+        links.send(start, end, 10.0)
+    seconds = torus((16,), [True]).seconds(op("collective-permute", 10, pairs))
+    assert seconds == pytest.approx(links.seconds()) == 20 / SPEED
+
+
 def test_sums_that_all_devices_get():
-    """Along a line: inwards to the middle, and outwards again. Around a ring: scattered
-    and gathered."""
+    """Along a line: inwards to the middle, and outwards again. Around two rings beside
+    each other: scattered and gathered."""
     links = Links((8,), (False,))
     for i in range(4):
         for there, middle in ((i, i + 1), (7 - i, 6 - i)):
@@ -189,10 +198,11 @@ def test_sums_that_all_devices_get():
                 links.send(middle, there, 8.0)
     line = torus((8,)).seconds(op("all-reduce", 8, lines(1, 8)))
     assert line == pytest.approx(links.seconds()) == 8 / SPEED
-    links = Links((16,), (True,))
-    for _ in ("scatter", "gather"):
-        links.pass_on(list(range(16)), 1.0)
-    ring = torus((16,), [True]).seconds(op("all-reduce", 16, lines(1, 16)))
+    rings = (False, True)
+    links = Links((2, 16), rings)
+    for group in lines(2, 16).tolist() * 2:
+        links.pass_on(group, 1.0)
+    ring = torus((2, 16), rings).seconds(op("all-reduce", 16, lines(2, 16)))
     assert ring == pytest.approx(links.seconds()) == 15 / SPEED
 
 
