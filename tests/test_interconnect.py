@@ -206,6 +206,25 @@ def test_sums_that_all_devices_get():
     assert ring == pytest.approx(links.seconds()) == 15 / SPEED
 
 
+@pytest.mark.parametrize(("sizes", "ring"), [((4, 4), False), ((2, 16), True)])
+def test_scattered_groups_go_around_rings(sizes, ring):
+    """Devices in blocks of 2 x 2, and groups of every fourth, a chip of each block: half
+    of an array each way around the group."""
+    rows, columns = sizes
+    blocks = np.arange(rows * columns).reshape(rows // 2, 2, columns // 2, 2)
+    groups = blocks.transpose(1, 3, 0, 2).reshape(4, -1)
+    rings = (False, ring)
+    links, n = Links(sizes, rings), groups.shape[1]
+    for group in groups.tolist():
+        for start, end in zip(group, group[1:] + group[:1], strict=True):
+            links.send(start, end, (n - 1) / 2)
+            links.send(end, start, (n - 1) / 2)
+    scattered = torus(sizes, rings)
+    for kind, times in (("all-gather", 1), ("reduce-scatter", 1), ("all-reduce", 2)):
+        seconds = scattered.seconds(op(kind, n, groups))
+        assert seconds == pytest.approx(times * links.seconds())
+
+
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_no_way_of_sending_is_faster(data):
@@ -227,7 +246,12 @@ def test_no_way_of_sending_is_faster(data):
         for i in range(size):
             for k in range(size - 1):
                 along.send(group[(i + k) % size], group[(i + k + 1) % size], 1.0)
-    assert 0 < seconds <= min(directly.seconds(), along.seconds()) + 1e-9
+    # Around the ring in one direction no link carries more than in both together.
+    assert 0 < seconds <= 2 * along.seconds() + 1e-9
+    scattered = torus(sizes, rings)
+    scattered._around = lambda *_: 0.0
+    least = scattered.seconds(op("all-gather", size, groups))
+    assert 0 < least <= min(seconds, directly.seconds(), along.seconds()) + 1e-9
 
 
 def test_collectives_beside_other_work_overlap_with_it():
