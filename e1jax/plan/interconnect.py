@@ -10,18 +10,18 @@ known, but some bytes have to go anyway:
   runs of planes across an axis.
 - Over one link or more from each device that adds something to another: an array that
   n devices gather is sent n - 1 times in all, a sum that all of them get 2 (n - 1) times
-  (Patarasuk and Yuan 2009, section 3). They are divided by the links along all axes on
-  which the devices of a group differ.
+  (Patarasuk and Yuan 2009). They are divided by the links along all axes on which the
+  devices of a group differ.
 
-- A group that does not fill a line or a box of chips passes its data around a ring in the
-  order of the group, half of it in each direction, by the shortest ways and one axis
-  after the other: which is how compilers do it, and not a bound. What goes over
-  the busiest link counts.
+The larger of both is the collective's time. Rings in both directions reach it on lines and
+square grids of chips; an all-reduce over several axes, and a shift around a ring, take up
+to twice as long. Latency is not in it. The times of collectives are added up: one comes
+after the other.
 
-The largest of these is the collective's time. Rings in both directions reach it on lines
-and square grids of chips; an all-reduce over several axes, and a shift around a ring,
-take up to twice as long. Latency is not in it. The times of collectives are added up:
-one comes after the other.
+By these bounds alone, devices scattered over the torus could use all of its links at once,
+which no compiler does. A group that fills no line or box of chips is taken to pass its data
+around a ring in the group's order, half of it in each direction, each hop by the shortest
+way, one axis after the other; its time is that of the busiest link, if that is more.
 """
 
 import collections
