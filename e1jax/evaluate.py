@@ -1,4 +1,4 @@
-"""`python -m e1jax.evaluate`: accuracy at thinking budgets, and what it costs in tokens.
+"""`python -m e1jax.evaluate`: accuracy at thinking budgets, and its cost in tokens.
 
 Three forms, told apart by the first argument:
 - `evaluate --model M --dataset D` samples every problem at every budget and grades it;
@@ -10,8 +10,8 @@ slots stay full, and grading overlaps with sampling. Samples are paired: a probl
 the same seed at every budget, and draws the same tokens until its thinking is cut.
 
 Every figure is an average over problems of the average over a problem's samples. The
-standard error is that of the average over problems: their standard deviation (ddof 1)
-over the square root of their number. So it is clustered: samples of one problem are not
+standard error is the standard deviation over problems (ddof 1), divided by the square
+root of their number. So it is clustered: samples of one problem are not
 taken for independent ones. With a single problem it is not known, and null.
 """
 
@@ -97,7 +97,7 @@ class EvaluateFlags(EngineFlags):
     Columns: accuracy with its standard error (over problems, so that samples of one
     problem do not count as independent); pass@N, the share of problems with a right
     answer among their N samples; mean tokens of a response, forced ones included, and
-    those sampled as thinking and as solution; the share of responses in which </think>
+    sampled tokens of thinking and of the solution; the share of responses in which </think>
     was forced. The seed of a problem is made from --seed and its index. Compiled programs
     are kept between runs in $JAX_COMPILATION_CACHE_DIR, by default ~/.cache/e1jax/xla.
     """
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Samples every problem at every budget; goes on from what DIR holds already."""
+    """Samples every problem at every budget; goes on from the completions in DIR."""
     args = read_flags(EvaluateFlags, argv, PROG)
     params = args.sampling
     check_backslashes(args.instruction, "--instruction")
@@ -312,7 +312,7 @@ def _output(directory: Path | None, problems: Sequence[Problem]) -> JsonlOutput 
 def _settings(
     args: EvaluateFlags, instruction: str, loaded: LoadedModel, engine: Engine
 ) -> dict[str, Any]:
-    """What changes the completions, under the names of the flags.
+    """The settings that change completions, under the names of the flags.
 
     Not thinking budgets, n and limit: more may be added later.
     """

@@ -1,6 +1,6 @@
 """`python -m e1jax.sample`: budgeted sampling from the command line.
 
-Steps: parse flags, read and check every request, look at what an earlier run left in
+Steps: parse flags, read and check every request, read the records of an earlier run in
 the output file, sample, and hand out each completion as it finishes.
 """
 
@@ -31,7 +31,7 @@ from e1jax.tokenizer import Tokenizer
 
 _PARAMS = [field.name for field in dataclasses.fields(SamplingParams)]
 _BUDGETS = ("thinking_budget", "solution_budget")
-# What a line may hold as its prompt: the rule, and a test of it.
+# The forms of a line's prompt: the rule, and a test of it.
 _PROMPTS = {
     "prompt": ("a text", lambda value: isinstance(value, str)),
     "messages": (
@@ -161,8 +161,8 @@ def main() -> None:
 class Printer:
     """Shows completions on stdout: JSON as they finish, text in the prompts' order.
 
-    With an output file and without --json, nothing is shown. What still waits for its
-    turn when the context is left, by Ctrl-C say, is shown then.
+    With an output file and without --json, nothing is shown. A text that still waits for
+    its turn when the context is left, by Ctrl-C say, is shown then.
     """
 
     def __init__(self, args: SampleFlags, engine: Engine, items: list[Item], bar: tqdm):
@@ -321,7 +321,7 @@ def _settings(
     engine: Engine,
     defaults: SamplingParams,
 ) -> dict[str, Any]:
-    """What changes the completions, under the names of the flags."""
+    """The settings that change completions, under the names of the flags."""
     local = Path(loaded.files.name).is_dir()
     params = defaults.record()
     del params["n"]

@@ -25,7 +25,6 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from e1jax.checkpoint.metrics import MetricsLog
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.cli.command import run_command
 from e1jax.config.checks import UserError
@@ -98,9 +97,14 @@ def train(config: SFTConfig, run_dir: Path) -> None:
         lambda: init_params(config.model, mesh, jnp.float32, config.seed),
         batches,
     )
-    log = MetricsLog(run_dir, step, config.steps, ["loss", "token_accuracy"])
-    command = "python -m e1jax.sample"
-    with running(run_dir, config, checkpoints, log, step, command) as run:
+    with running(
+        run_dir,
+        config,
+        checkpoints,
+        step,
+        headline=["loss", "token_accuracy"],
+        next_command="python -m e1jax.sample",
+    ) as run:
         while run.goes_on():
             with enough_memory("an update", ADVICE):
                 batch = place(next(batches), mesh)
@@ -126,7 +130,7 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
-    """Writes what makes the run directory a model: settings, sizes and tokenizer."""
+    """Makes the run directory a model: writes settings, sizes and tokenizer."""
     if config.model.vocab_size < NUM_IDS:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is too small; "
@@ -173,7 +177,7 @@ def make_update(
 ):
     """One jitted step: (params, state, batch) -> (params, state, metrics).
 
-    The first two arguments are donated, and lie where `shardings` says. It is compiled
+    The first two arguments are donated, and sharded as `shardings` says. It is compiled
     once for each shape of a batch.
     """
 
@@ -210,9 +214,9 @@ def style_batches(
 def style_accuracy(
     config: ModelConfig, params: Params, styles: dict[str, Batch]
 ) -> dict[str, float]:
-    """Share of the problems whose whole pass the model gets right, by style.
+    """Share of the problems of which the model gets every token right, by style.
 
-    A pass is right if each of its tokens is the most probable one after those before it.
+    A pass is right if each of its tokens is the most probable one after the tokens before it.
     Reinforcement learning can only raise a style that is accurate to begin with.
     """
     return {

@@ -5,7 +5,7 @@
 In order:
 1. the configuration, the model and the problems, checked, and the run directory, which
    is a model: `config.yaml` and `config.json` beside the tokenizer files;
-2. parameters and optimizer state, those of the model or of the latest checkpoint;
+2. parameters and optimizer state, from the model or the latest checkpoint;
 3. each step: prompts from the host (Grain), responses from the engine, which samples
    from the parameters being trained, rewards from worker processes while sampling goes
    on; then a few jitted updates with donated state, and a line of `metrics.jsonl`;
@@ -27,7 +27,7 @@ import numpy as np
 
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import LoadedModel, load_model
-from e1jax.checkpoint.metrics import MetricsLog, NoLog, check_finite, import_wandb
+from e1jax.checkpoint.metrics import check_finite, import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command
 from e1jax.cli.files import read_json
@@ -61,7 +61,6 @@ from e1jax.training import Run, running, write_model_files
 if TYPE_CHECKING:
     import grain
 
-HEADLINE = ["reward", "thinking_tokens", "forced_share", "kl"]
 ADVICE = (
     "lower update.microbatch, set update.remat or use more devices; on TPUs, "
     "python -m e1jax.plan says what fits"
@@ -85,7 +84,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     """Trains to the last step, from where the run directory left off.
 
     Of several processes, each samples and grades its share of the prompts; the first one
-    writes what is not a checkpoint, and prints.
+    writes everything but checkpoints, and prints.
 
     Raises UserError if sizes or problems do not fit together, if the directory was begun
     with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
@@ -118,15 +117,17 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
     learner = Learner(config, loaded, longest)
     step = learner.restore(checkpoints, batches)
-    log = (
-        MetricsLog(run_dir, step, config.steps, HEADLINE, config.wandb)
-        if is_first()
-        else NoLog()
-    )
-    command = "python -m e1jax.evaluate"
     with (
         Grader() as grader,
-        running(run_dir, config, checkpoints, log, step, command) as run,
+        running(
+            run_dir,
+            config,
+            checkpoints,
+            step,
+            headline=["reward", "thinking_tokens", "forced_share", "kl"],
+            next_command="python -m e1jax.evaluate",
+            wandb=config.wandb,
+        ) as run,
     ):
         take_steps(config, run, learner, engine, batches, grader, function, validate)
 
@@ -155,7 +156,7 @@ def take_steps(
         )
         if rollouts is None:
             continue  # to where it ends
-        engine.params = None  # the update may write where they lie
+        engine.params = None  # the update may reuse their memory
         engine.release_cache()
         with enough_memory("an update", ADVICE):
             metrics = learner.learn(rollouts)
@@ -216,7 +217,7 @@ def prepare(
     """Makes the run directory a model: settings, sizes and tokenizer.
 
     The first process writes, and the others wait for it. Raises UserError in a process
-    that does not see what the first one wrote.
+    that does not see the first one's files.
     """
     if is_first():
         write_run(config, loaded, instruction, run_dir)

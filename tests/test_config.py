@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from e1jax.config.checks import UserError
 from e1jax.config.load import (
@@ -25,6 +26,7 @@ from e1jax.config.training import (
     LossConfig,
     RewardConfig,
     RolloutConfig,
+    SFTConfig,
     UpdateConfig,
     ValidationConfig,
 )
@@ -109,6 +111,23 @@ def test_what_is_off_in_a_config_json():
     off = {"use_sliding_window": None, "use_mrope": False, "layer_types": None}
     assert ModelConfig.from_hf(HF | off) == plain
     assert plain.rope_theta == 10000 and plain.tie_word_embeddings is False
+
+
+def test_settings_that_came_after_a_run_began_have_their_defaults_there(tmp_path):
+    """In a section, and a whole section; another value than the default is a change."""
+    sizes = ModelConfig.from_hf(HF)
+    config = SFTConfig(sizes, steps=3)
+    record_config(config, tmp_path / "run")
+    path = tmp_path / "run" / "config.yaml"
+    then = yaml.safe_load(path.read_text())
+    del then["model"]["architecture"], then["checkpoint"], then["optimizer"]["warmup"]
+    path.write_text(yaml.safe_dump(then))
+    record_config(config, tmp_path / "run")
+    qwen3 = dataclasses.replace(sizes, architecture="qwen3")
+    with pytest.raises(
+        UserError, match=r"model\.architecture \('qwen2' there, 'qwen3' now\)"
+    ):
+        record_config(dataclasses.replace(config, model=qwen3), tmp_path / "run")
 
 
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path):

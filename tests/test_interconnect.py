@@ -178,9 +178,18 @@ def test_a_far_permutation_is_divided_among_the_links_it_crosses():
     assert seconds == pytest.approx(links.seconds()) == 40 / SPEED
 
 
+def test_what_leaves_a_run_of_planes_in_the_middle_of_a_ring():
+    pairs = [(6, 2), (7, 3), (8, 12), (9, 13)]
+    links = Links((16,), (True,))
+    for start, end in pairs:
+        links.send(start, end, 10.0)
+    seconds = torus((16,), [True]).seconds(op("collective-permute", 10, pairs))
+    assert seconds == pytest.approx(links.seconds()) == 20 / SPEED
+
+
 def test_sums_that_all_devices_get():
-    """Along a line: inwards to the middle, and outwards again. Around a ring: scattered
-    and gathered."""
+    """Along a line: inwards to the middle, and outwards again. Around two rings beside
+    each other: scattered and gathered."""
     links = Links((8,), (False,))
     for i in range(4):
         for there, middle in ((i, i + 1), (7 - i, 6 - i)):
@@ -189,11 +198,31 @@ def test_sums_that_all_devices_get():
                 links.send(middle, there, 8.0)
     line = torus((8,)).seconds(op("all-reduce", 8, lines(1, 8)))
     assert line == pytest.approx(links.seconds()) == 8 / SPEED
-    links = Links((16,), (True,))
-    for _ in ("scatter", "gather"):
-        links.pass_on(list(range(16)), 1.0)
-    ring = torus((16,), [True]).seconds(op("all-reduce", 16, lines(1, 16)))
+    rings = (False, True)
+    links = Links((2, 16), rings)
+    for group in lines(2, 16).tolist() * 2:
+        links.pass_on(group, 1.0)
+    ring = torus((2, 16), rings).seconds(op("all-reduce", 16, lines(2, 16)))
     assert ring == pytest.approx(links.seconds()) == 15 / SPEED
+
+
+@pytest.mark.parametrize(("sizes", "ring"), [((4, 4), False), ((2, 16), True)])
+def test_scattered_groups_go_around_rings(sizes, ring):
+    """Devices in blocks of 2 x 2, and groups of every fourth, a chip of each block: half
+    of an array each way around the group."""
+    rows, columns = sizes
+    blocks = np.arange(rows * columns).reshape(rows // 2, 2, columns // 2, 2)
+    groups = blocks.transpose(1, 3, 0, 2).reshape(4, -1)
+    rings = (False, ring)
+    links, n = Links(sizes, rings), groups.shape[1]
+    for group in groups.tolist():
+        for start, end in zip(group, group[1:] + group[:1], strict=True):
+            links.send(start, end, (n - 1) / 2)
+            links.send(end, start, (n - 1) / 2)
+    scattered = torus(sizes, rings)
+    for kind, times in (("all-gather", 1), ("reduce-scatter", 1), ("all-reduce", 2)):
+        seconds = scattered.seconds(op(kind, n, groups))
+        assert seconds == pytest.approx(times * links.seconds())
 
 
 @given(st.data())
@@ -217,7 +246,12 @@ def test_no_way_of_sending_is_faster(data):
         for i in range(size):
             for k in range(size - 1):
                 along.send(group[(i + k) % size], group[(i + k + 1) % size], 1.0)
-    assert 0 < seconds <= min(directly.seconds(), along.seconds()) + 1e-9
+    # Around the ring in one direction no link carries more than in both together.
+    assert 0 < seconds <= 2 * along.seconds() + 1e-9
+    scattered = torus(sizes, rings)
+    scattered._around = lambda *_: 0.0
+    least = scattered.seconds(op("all-gather", size, groups))
+    assert 0 < least <= min(seconds, directly.seconds(), along.seconds()) + 1e-9
 
 
 def test_collectives_beside_other_work_overlap_with_it():

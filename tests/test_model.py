@@ -55,6 +55,17 @@ SHAPES = {
         "num_kv_heads": 3,
         "tied": True,
     },
+    "qwen3, odd sizes, 1 kv head": {
+        "architecture": "qwen3",
+        "hidden_size": 40,
+        "intermediate_size": 36,
+        "num_layers": 3,
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "head_dim": 22,
+        "rope_theta": 1e6,
+    },
+    "qwen3, tied": {"architecture": "qwen3", "num_heads": 6, "tied": True},
 }
 
 
@@ -126,8 +137,11 @@ def test_old_and_new_spelling_of_rope(tiny_hf, tmp_path):
         read_config(old)
 
 
-def test_our_config_is_read_back_by_us_and_by_transformers(tiny_hf, tmp_path):
-    source = tiny_hf(rope_theta=1e6, head_dim=32)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_our_config_is_read_back_by_us_and_by_transformers(
+    tiny_hf, tmp_path, architecture
+):
+    source = tiny_hf(architecture=architecture, rope_theta=1e6, head_dim=32)
     config = read_config(source)
     assert ModelConfig.from_hf(config.to_hf("float32")) == config
     ours = shutil.copytree(source, tmp_path / "ours")

@@ -143,6 +143,7 @@ def test_a_compiler_that_cannot_start_is_one_sentence(monkeypatch, message, expe
         ("Salesforce/E1-Math-7B", 7_615_616_512),
         ("agentica-org/DeepScaleR-1.5B-Preview", 1_777_088_000),
         ("nvidia/AceReason-Nemotron-14B", 14_770_033_664),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
     ],
 )
 def test_sizes_of_shipped_models_need_no_network(name, parameters):
@@ -798,7 +799,10 @@ needs_libtpu = pytest.mark.skipif(
 
 
 @needs_libtpu
-def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path):
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path, architecture):
+    sizes = dataclasses.replace(SIZES, architecture=architecture).to_hf("bfloat16")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     argv = ["--topology", "v5e:2x2", "--part", "sample", "--json", "--slots", "1020"]
     argv += ["--dump-hlo", str(tmp_path / "hlo"), "--live", "64"]
     done = subprocess.run(

@@ -66,7 +66,7 @@ class StoredTensor:
     offset: int  # in the file, in bytes
 
     def map(self) -> np.ndarray:
-        """The tensor where it lies in the file, without a copy.
+        """The tensor as mapped from the file, without a copy.
 
         Mapped anew each time, because pages that stay mapped would count as memory of
         this process until the end.
@@ -205,7 +205,7 @@ def _equal(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def hf_names(config: ModelConfig, name: str) -> list[str]:
-    """The Hugging Face names of what one of our parameters holds, one per layer."""
+    """The Hugging Face names of the tensors in one of our parameters, one per layer."""
     return config.table.tensors[name].names(config.num_layers)
 
 
@@ -262,7 +262,7 @@ def _read_part(
         if all(span.start == 0 for span in inner):
             seen(source)
         array = source.map()[inner[::-1] if turned else inner]
-        # A copy in any case: what stays mapped counts as memory of this process.
+        # A copy in any case: mapped pages count as memory of this process.
         array = array.astype(dtype, copy=not turned)
         arrays.append(turn(array) if turned else array)
     if not stacked:
@@ -345,7 +345,7 @@ def _write_tensors(
     places: Mapping[str, tuple[Path, int]],
     written: Callable[[str, str], None],
 ) -> None:
-    """Writes what our parameter `name` holds, each tensor into its file at its offset."""
+    """Writes the tensors of our parameter `name`, each into its file at its offset."""
     tensor = config.table.tensors[name]
     array = _by_layer(tensor, array)
 

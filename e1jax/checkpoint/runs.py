@@ -73,8 +73,8 @@ def _best_step(run_dir: Path) -> int:
 class RunCheckpoints:
     """Checkpoints of a training run: RUN_DIR/checkpoints/STEP/{params,optimizer,record}.
 
-    Writing goes on in the background while training does. A step exists once it is whole:
-    one that was being written when the run was killed is ignored, and removed.
+    Writing goes on in the background while training does. A step exists once it is complete:
+    a step that a kill interrupted is ignored, and removed.
     With `best`, the name of a metric, the step with its highest value is kept besides the
     latest ones, and named in `best.json`.
     """
@@ -122,7 +122,7 @@ class RunCheckpoints:
     ) -> tuple[int, Params, Any, dict[str, Any]] | None:
         """Step, parameters, optimizer state and record of the latest step; None if none.
 
-        The arguments are abstract: shapes, dtypes and where each array shall lie.
+        The arguments are abstract: the shape, dtype and sharding of each array.
         """
         step = self.manager.latest_step()
         if step is None:
@@ -156,7 +156,7 @@ class RunCheckpoints:
         return explain_orbax(f"{self.directory} cannot be written, {left}")
 
     def _name_best(self, metric: str) -> None:
-        """Only a step that is whole can be the best one; of equals it is the latest."""
+        """Only a complete step can be the best one; of equals it is the latest."""
         measured = [
             (metrics[metric], step)
             for step in self.manager.all_steps()
@@ -172,7 +172,7 @@ class RunCheckpoints:
 def abstract_state(
     optimizer: optax.GradientTransformation, params: Params, mesh: Mesh
 ) -> Any:
-    """The optimizer's state as shapes: moments lie where their parameters do."""
+    """The optimizer's state as shapes: moments are sharded as their parameters are."""
 
     def like(array, param):
         if isinstance(array, optax.MaskedNode):  # in the state of the other optimizer

@@ -1,4 +1,4 @@
-"""What all commands share: how they run, stop and print, their flags and their files."""
+"""The commands' shared parts: how they run, stop and print, their flags and their files."""
 
 from e1jax.cli.command import Parser, check_command, run_command, stop_signals
 from e1jax.cli.files import read_json, read_text

@@ -1,4 +1,4 @@
-"""What every command does: run, report a user's mistake in one sentence, stop at a signal."""
+"""The frame of every command: run, report a user's mistake in one sentence, stop at a signal."""
 
 import argparse
 import contextlib
@@ -66,7 +66,7 @@ def check_command(
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and Ctrl-C, so that a loop can stop where its state is whole.
+    """Collects SIGTERM and Ctrl-C, so that a loop can stop where its state is complete.
 
     A second one has its usual effect, at once.
     """

@@ -1,4 +1,4 @@
-"""Small files that are read whole, and looking paths up."""
+"""Reading small files, and looking paths up."""
 
 import contextlib
 import reprlib

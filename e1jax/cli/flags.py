@@ -30,7 +30,7 @@ def flag(metavar: str, default: Any = dataclasses.MISSING, **settings: Any) -> A
 
 
 def sampling_flags(*left_out: str, **defaults: Any) -> Any:
-    """A field of SamplingParams: each of its fields, except those left out, is a flag."""
+    """A field of SamplingParams: each of its fields is a flag, except the ones left out."""
     default = SamplingParams(**defaults)
     return dataclasses.field(default=default, metadata={"left_out": left_out})
 
@@ -160,7 +160,7 @@ def _add_flag(
 
 
 def _instance(cls: Any, values: dict[str, Any]) -> Any:
-    """The dataclass, and those that it holds, of the flags' values."""
+    """The dataclass of the flags' values, with the dataclasses in it."""
     given = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):

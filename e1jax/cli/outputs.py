@@ -91,13 +91,13 @@ class JsonlOutput:
     """A file of completions, one JSON object a line: appended to as they finish, and read
     when the command is run again.
 
-    Beside it lies FILE.settings.json, which says how it was made, so that a run with
+    Beside it, FILE.settings.json says how it was made, so that a run with
     other settings is refused and not mixed in. Nothing is written before the context is
     entered.
 
     `requests` holds a digest of each request by its id. `entry` gives the key and the
-    value under which `done` keeps a record; it raises KeyError or TypeError for what is
-    none. Raises UserError for a file that cannot be written, or that is not ours.
+    value under which `done` keeps a record; it raises KeyError or TypeError for
+    anything else. Raises UserError for a file that cannot be written, or that is not ours.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class JsonlOutput:
         self.file: TextIO | None = None
 
     def compare(self, settings: dict[str, Any]) -> None:
-        """Refuses settings or requests that differ from those of the earlier run."""
+        """Refuses settings or requests that differ from the earlier run's."""
         self.made_how = {"settings": settings, "requests": self.requests}
         if not self.size:
             return
@@ -201,7 +201,7 @@ class JsonlOutput:
     def _whole_lines(
         self, content: bytes, entry: Callable[[dict[str, Any]], tuple[Any, Any]]
     ) -> tuple[dict[Any, Any], int]:
-        """What is there, and the bytes up to the end of the last whole line."""
+        """The file's records, and its bytes up to the end of the last complete line."""
         done, size = {}, content.rfind(b"\n") + 1
         for number, line in enumerate(content[:size].splitlines(), 1):
             try:

@@ -28,7 +28,7 @@ class Tensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What sets one family of models apart; see ARCHITECTURES."""
+    """The properties that set a family of models apart; see ARCHITECTURES."""
 
     hf_class: str  # in transformers
     tensors: Mapping[str, Tensor]  # by the name of our parameter

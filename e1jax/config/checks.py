@@ -13,7 +13,7 @@ UNLIMITED = 2**31 - 1
 
 
 class UserError(ValueError):
-    """A user's mistake; its message is one sentence: what, where, and the way out."""
+    """A user's mistake; its message is one sentence: the fault, its place, and the way out."""
 
 
 def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -58,7 +58,7 @@ def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) 
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number beyond every float
+    except OverflowError:  # an integer beyond every float
         return False
 
 

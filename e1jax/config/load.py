@@ -25,8 +25,8 @@ def load_config(
 ) -> tuple[ConfigT, Path]:
     """The configuration (a dataclass) and run directory that a training command names.
 
-    `--config FILE.yaml` is read first, then flags `--section.key value` set what they
-    name in it: YAML keys, flags and dataclass fields are the same names. The run
+    `--config FILE.yaml` is read first, then flags `--section.key value` change values
+    in it: YAML keys, flags and dataclass fields are the same names. The run
     directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
     or flag, a value of the wrong type, and whatever the dataclasses refuse.
     """
@@ -75,7 +75,7 @@ def load_config_and_flags(
 def record_config(config: Any, run_dir: Path) -> None:
     """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
 
-    Raises UserError naming the settings that differ from those the run began with, and
+    Raises UserError naming the settings that differ from the run's first ones, and
     for a directory with other content.
     """
     now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
@@ -90,9 +90,11 @@ def record_config(config: Any, run_dir: Path) -> None:
                 )
             text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True)
             new.write_text(text, encoding="utf-8")
-            new.replace(path)  # whole, wherever the run is killed
+            new.replace(path)  # atomic, wherever the run is killed
             return
-    then, now = dict(flatten(read_yaml(path))), dict(flatten(now))
+    then = read_yaml(path)
+    _add_defaults(then, config)
+    then, now = dict(flatten(then)), dict(flatten(now))
     changes = [
         f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
         for key in {**then, **now}
@@ -103,6 +105,18 @@ def record_config(config: Any, run_dir: Path) -> None:
             f"{run_dir} was begun with other settings: {', '.join(changes)}; "
             "repeat those, or take another --run-dir"
         )
+
+
+def _add_defaults(values: dict[str, Any], config: Any) -> None:
+    """Adds the settings that `values` lack, each with its default: they came into
+    `config`'s class after the file was written."""
+    for field in dataclasses.fields(config):
+        section, value = getattr(config, field.name), values.get(field.name)
+        if dataclasses.is_dataclass(section) and isinstance(value, dict):
+            _add_defaults(value, section)
+        elif field.default is not dataclasses.MISSING:
+            default = json.dumps(field.default, default=dataclasses.asdict)
+            values.setdefault(field.name, json.loads(default))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -173,7 +187,7 @@ def _config_path(argv: Sequence[str]) -> str | None:
 def _sentence(
     error: argparse.ArgumentError, kinds: Sequence[Any], argv: Sequence[str]
 ) -> str:
-    """What is wrong with a value, from what jsonargparse says over several lines:
+    """The fault of a value in a few words, from jsonargparse's several lines:
     'Parser key "steps": Expected a <class 'int'>. Got value: five'."""
     text = " ".join(str(error).split()).removeprefix("Parser key ")
     found = re.match(r'"([\w.]+)": .*?(?:Got|Given) value: ?(.*)', text)

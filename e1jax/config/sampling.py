@@ -62,7 +62,7 @@ class SamplingParams:
             "on_thinking_budget", self.on_thinking_budget, get_args(OnThinkingBudget)
         )
         object.__setattr__(self, "stop", _stop_texts(self.stop))
-        # NumPy's numbers become Python's: sums of those of 8 or 32 bits would overflow.
+        # NumPy's numbers become Python's: sums of NumPy's 8 or 32 bits would overflow.
         for name, value in list(vars(self).items()):
             if isinstance(value, numbers.Integral):
                 object.__setattr__(self, name, int(value))

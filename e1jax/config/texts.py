@@ -41,7 +41,7 @@ _COMMANDS_IN_MATH = "ne neg nexists ni(?![).]) nless nmid nparallel nsim nu"
 
 
 def _remains(control: str, commands: str) -> str:
-    """A pattern of the control character and what follows it of one of the commands."""
+    """A pattern of the control character, followed by the rest of one of the commands."""
     rests = "|".join(command[1:] for command in commands.split())
     return rf"{control}(?:{rests})(?![A-Za-z])"
 
@@ -103,7 +103,7 @@ def parse_json(
 ) -> Any:
     """The value of a JSON text that begins at a line of a file.
 
-    Raises UserError naming the line, and ending in `form`, which says what is expected.
+    Raises UserError naming the line, and ending in `form`, a description of the expected text.
     """
     try:
         return json.loads(text)

@@ -270,7 +270,7 @@ class ValidationConfig:
         if not self.budgets:
             raise UserError("validation.budgets is empty; give pairs, like [[32, 28]]")
         for thinking, solution in self.budgets:
-            # The rules for these are those of a request.
+            # The rules of a request hold for these too.
             SamplingParams(
                 thinking, solution, temperature=self.temperature, top_p=self.top_p
             )

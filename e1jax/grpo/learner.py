@@ -44,7 +44,7 @@ from e1jax.training import (
 
 def default_mesh(devices: int) -> str:
     """All on `data`: an update gathers the weights layer by layer, and each device takes
-    whole sequences."""
+    complete sequences."""
     return f"data={devices},tensor=1"
 
 
@@ -52,7 +52,7 @@ class Learner:
     """The policy in training: its parameters, the optimizer's state, the reference.
 
     The engine samples from `sampling_params()`, which are the parameters themselves
-    where they have the dtype of the computation and lie as sampling has them.
+    where they have the dtype of the computation and the sharding of sampling.
     """
 
     def __init__(
@@ -128,9 +128,8 @@ class Learner:
         }
 
     def _minibatches(self, rollouts: Rollouts, temperature: jax.Array) -> list[Batch]:
-        """Of each update in turn. The old log-probabilities are the sampler's; if they
-        are to be recomputed, those after the first update are, by the parameters as they
-        are now."""
+        """Of each update in turn. The old log-probabilities are the sampler's. If they
+        are to be recomputed, the current parameters do so for every update but the first."""
         loss, epochs = self.config.loss, self.config.update.epochs
         whole = make_batch(self.config, rollouts, *self.longest)
         num_micro = len(whole.tokens) * epochs // self.config.updates_per_step
@@ -181,9 +180,9 @@ def make_update(
 
     (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
     `on_policy` (bool), the batch was sampled from these parameters: the old
-    log-probabilities are then the update's own, and those of the batch are only
-    compared with them, for `sampler_gap`. The first two arguments are donated, and lie
-    where `shardings` says. Each place on the mesh axis `data` goes through its own rows
+    log-probabilities are then the update's own, and the batch's are only compared with
+    them, for `sampler_gap`. The first two arguments are donated, and sharded as
+    `shardings` says. Each place on the mesh axis `data` goes through its own rows
     with the parameters gathered layer by layer, in `dtype`; gradients are summed up in
     float32.
     """

@@ -130,8 +130,8 @@ def chunked_logprobs(
     def step(carry, chunk):
         hidden, targets = chunk
         logits = unembed(config, params, hidden) / temperature
-        # Not a gather, for which the logits of a vocabulary that lies over several
-        # devices would be sent around.
+        # Not a gather: it would send the logits of a vocabulary that is sharded over
+        # several devices around.
         is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
         chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
         log_mass = jax.nn.logsumexp(logits, axis=-1)

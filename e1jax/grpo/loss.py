@@ -84,8 +84,8 @@ def policy_loss(
 
     (PPO, arXiv 1707.06347, equation 7; no dual clip), or -A * ratio for clip="none".
     With `max_ratio`, a larger ratio counts, and is differentiated, as that multiple of
-    the policy gradient: truncated importance sampling, for `old_logprobs` that are those
-    of a sampler which computes a little otherwise. The divergence is k3,
+    the policy gradient: truncated importance sampling, for `old_logprobs` of a
+    sampler that computes a little otherwise. The divergence is k3,
     exp(ref - logprobs) - (ref - logprobs) - 1, not clamped
     (http://joschu.net/blog/kl-approx.html).
 
@@ -179,7 +179,7 @@ def token_weights(mask: Shaped[Array, "B R"], aggregate: str) -> Float[Array, "B
     """
     check_choice("aggregate", aggregate, tuple(AGGREGATES))
     weights = AGGREGATES[aggregate]((mask > 0).astype(jnp.float32))
-    # A sum of whole rows is their number, up to rounding; below 1 there is none.
+    # The weights of a complete row sum to 1, up to rounding; below 1 there is no row.
     return weights / jnp.maximum(weights.sum(), 1)
 
 

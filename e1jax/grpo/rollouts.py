@@ -32,7 +32,7 @@ TILE = 128  # positions
 
 
 class Batch(NamedTuple):
-    """Responses of a step or a mini-batch: M micro-batches of B rows, which lie over
+    """Responses of a step or a mini-batch: M micro-batches of B rows, sharded over
     `data`."""
 
     tokens: Any  # [M, B, T] int32: prompt, response, padding
@@ -183,7 +183,7 @@ def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
         config.rollout.solution_budget,
         n=config.rollout.samples,
         temperature=config.rollout.temperature,
-        top_p=1.0,  # a ratio of probabilities is of the whole distribution
+        top_p=1.0,  # a ratio of probabilities needs the full distribution
         seed=request_seed(config.seed, position),
     )
 
@@ -227,7 +227,7 @@ def make_batch(
     """Rollouts as arrays, of few different shapes, in the order of the prompts' stream;
     of several processes, each gets the rows of all.
 
-    Masks follow from lengths and from what was forced, never from token ids.
+    Masks follow from lengths and from `forced`, never from token ids.
     """
     completions = rollouts.completions
     lengths = [(len(c.prompt_ids), len(c.token_ids)) for c in completions]
@@ -251,10 +251,10 @@ def make_batch(
 
 def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int, int]:
     """T and R of a step's arrays, where `longest` are the tokens of the longest prompt and
-    response that can come, and `of_step` those of the step.
+    response that can come, and `of_step` of the longest ones in the step.
 
     Prompts of a tile and less are all padded to the longest. The model sees T - 1 tokens,
-    as the last one predicts nothing; where these are many, they are whole tiles of a TPU.
+    as the last one predicts nothing; where these are many, they fill tiles of a TPU.
     """
 
     def padded(length: int, longest: int, unit: int) -> int:

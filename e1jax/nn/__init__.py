@@ -1,6 +1,6 @@
 """The model: layers, attention and the key/value cache, and the kernels below them.
 
-`model.forward` and `model.unembed` are what others call.
+The other floors call `model.forward` and `model.unembed`.
 """
 
 from e1jax.nn.cache import KVCache, init_cache

@@ -76,9 +76,9 @@ def causal_attention(
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. With `prompt_len`, the queries are those of the last T keys, and of
-    the S - T keys before them a row sees so many. Up to MAX_PARTS parts of the queries
-    are gone through in turn, each against the keys up to its end: that spares up to 7/16
+    needs no mask. With `prompt_len`, the T queries belong to the last T keys; of the
+    S - T keys before them, row b attends only to the first prompt_len[b]. Up to
+    MAX_PARTS parts of the queries are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
     """
@@ -172,8 +172,8 @@ def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def _visible_scores(q: jax.Array, k: jax.Array, key_mask) -> jax.Array:
-    """Scores of the last queries, folded; MASKED where the key comes later, or is one of
-    those that are not seen."""
+    """Scores of the last queries, folded; MASKED where the key comes later, or where
+    `key_mask` is false."""
     length, num_keys = q.shape[2], k.shape[2]
     index = jnp.arange(num_keys)
     visible = index[num_keys - length :, None] >= index[None, :]
@@ -202,7 +202,7 @@ def cached_attention(
     compiled program), and merged by online softmax in float32. A block beyond a row's
     length adds exactly zero to it, so a row's result does not depend on how far the
     others are. S is a multiple of BLOCK_LEN, or smaller than it. R is B, or a multiple
-    of it: see `sequence_shards`. `scales` are those of an int8 cache. A cache may also
+    of it: see `sequence_shards`. An int8 cache comes with `scales`. A cache may also
     hold bits of bfloat16: see quantize.quantize_kv.
     """
     _, rows, kv_heads, capacity, head_dim = k_cache.shape

@@ -18,10 +18,10 @@ from e1jax.sharding.mesh import sharding
 class KVCache(NamedTuple):
     """Keys and values of all layers.
 
-    Rows are left-aligned: position p of a row lies at index p of dim S. Where a mesh has
+    Rows are left-aligned: position p of a row is at index p of dim S. Where a mesh has
     more places for rows than there are rows, one is several here, R = N * B, and else
-    R = B: see `sequence_shards`. As int8, each vector has a scale; as uint16, the
-    bits are those of bfloat16: see quantize.
+    R = B: see `sequence_shards`. As int8, each vector has a scale; uint16
+    holds the bits of bfloat16: see quantize.
     """
 
     k: jax.Array  # [L, R, K, S, C]
@@ -41,7 +41,7 @@ def whole_slots(mesh: Mesh, slots: int) -> int:
 
 
 def cache_sizes(mesh: Mesh, slots: int, cache_len: int) -> tuple[int, int]:
-    """Rows of the cache, and the positions of each: those of a slot, but where there
+    """Rows of the cache, and positions of each: slots and their positions, unless there
     are fewer slots than places on `data`. See `sequence_shards`."""
     shards = mesh.shape["data"] if slots < mesh.shape["data"] else 1
     return slots * shards, capacity(-(-cache_len // shards))
@@ -74,7 +74,7 @@ def cache_on_mesh(mesh: Mesh, cache: KVCache | None) -> KVCache:
 
 
 def capacity(cache_len: int) -> int:
-    """Positions that a slot really holds: whole blocks."""
+    """Positions that a slot really holds: a multiple of BLOCK_LEN."""
     return -(-cache_len // BLOCK_LEN) * BLOCK_LEN
 
 
@@ -92,7 +92,7 @@ def write(
     which are consecutive in a row. On a mesh, each device writes its own rows and heads.
 
     With `by_head`, one token a row is written by a scatter of all heads, and else row
-    after row: XLA on a CPU copies the whole cache for a scatter.
+    after row: XLA on a CPU copies the cache for a scatter.
     """
     shards = cache.k.shape[1] // k.shape[0]
     k, v = (jnp.tile(x, (shards, 1, 1, 1)) for x in (k, v))
@@ -115,7 +115,7 @@ def write(
     def write_one(buffer, layer, new, write_positions):
         if new.shape[2] == 1 and by_head:
             # Head by head: for windows of several heads, XLA for TPUs would turn the
-            # whole cache into a layout in which these are neighbours, and back.
+            # cache into a layout in which these are neighbours, and back.
             heads = new.reshape(-1, new.shape[3])
             flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
             at = jnp.repeat(write_positions[:, 0], new.shape[1])
@@ -171,8 +171,8 @@ def sequence_shards(
     the tokens at `positions` are in it.
 
     Both are `positions`, but where a mesh has more places on `data` than there are rows:
-    there a row lies in N `shards` of `capacity` positions each, which are rows of the
-    cache, R = N * B: shard n of row b is row n * B + b. Blocks of BLOCK_LEN positions go
+    there a row consists of N `shards` of `capacity` positions each, which are rows of
+    the cache, R = N * B: shard n of row b is row n * B + b. Blocks of BLOCK_LEN positions go
     to the shards in turn, so that all are about equally filled, however long a row is. A
     shard that holds nothing yet ends at -1. A shard that does not own the new token
     writes at `capacity`, which is dropped. T is 1 then.
@@ -190,7 +190,7 @@ def sequence_shards(
 
 def merge_shards(out: jax.Array, log_mass: jax.Array, shards: int) -> jax.Array:
     """[R, H, T, C] -> [B, H, T, C], where `log_mass` has, for each result, the logarithm
-    of what its softmax was divided by."""
+    of the divisor of its softmax."""
     if shards == 1:
         return out
     log_mass = log_mass.reshape(shards, -1, *out.shape[1:3], 1)

@@ -1,4 +1,4 @@
-"""What only XLA on CPUs needs: forms of products and sums that it runs fast, and bfloat16 as
+"""Workarounds for XLA on CPUs: forms of products and sums that it runs fast, and bfloat16 as
 bits.
 """
 
@@ -77,8 +77,8 @@ normalise_on_cpu.defvjp(
 
 
 def vectors_apart(weights: Params) -> Params:
-    """Of a layer: its biases and scales as arrays of their own. XLA on a CPU looks them
-    up among those of all layers for every element that they are added to."""
+    """Of a layer: its biases and scales as arrays of their own. XLA on a CPU would look
+    them up in the stack of all layers for every element that they are added to."""
 
     def apart(x: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(x) if x.ndim == 1 else x
@@ -112,8 +112,8 @@ def as_bits(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters on a single CPU with a list of layers in the place of stacked ones, where
-    they lie: a view of the stack, but for arrays of odd sizes, which are small."""
+    """Parameters on a single CPU with a list of layers in place of the stack: views of
+    it, but for arrays of odd sizes, which are small."""
     stacks, structure = jax.tree.flatten(params["layers"])
     stacks = [np.asarray(stack.addressable_data(0)) for stack in stacks]
     device = next(iter(params["norm"]["scale"].devices()))

@@ -51,11 +51,11 @@ def make_heads(
     rope: tuple[Array, Array],
     normalise: Callable[[jax.Array, jax.Array, float], jax.Array],
 ) -> list[Float[Array, "B _H T C"]]:
-    """Queries, keys and values: split into heads, those of queries and keys normalised if
-    the architecture does so, and turned by RoPE.
+    """Queries, keys and values, split into heads. Heads of queries and keys are normalised,
+    if the architecture does so, and turned by RoPE.
 
     `rope` is for the same tokens, see `rope_angles`, and `normalise` as `rms_normalise`.
-    What is computed again in the backward pass starts from the heads kept here.
+    The backward pass computes again from the heads kept here.
     """
     q, k, v = (split_heads(x, config.head_dim) for x in biased)
     if not vectors.norms:

@@ -78,15 +78,15 @@ def forward(
     """Final hidden states, and the cache with the keys and values written.
 
     With a cache, row b's tokens are written at `positions[b]` (consecutive) and see
-    every position up to their own (one token each, where rows lie in shards); without
+    every position up to their own (one token each, where rows are sharded); without
     one, tokens see the earlier ones of the same call, which `from_start` (`positions`
-    begin at 0) asks for with a cache too. `mesh` is where the arrays lie: on TPUs,
-    attention then takes their kernels. `gather_params` gathers parameters that lie in
-    shards just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
+    begin at 0) asks for with a cache too. `mesh` holds the arrays: on TPUs,
+    attention then takes their kernels. `gather_params` all-gathers sharded parameters
+    just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
     is 1 and `tokens` holds several prompts and their responses (no cache, not on TPUs).
 
-    For the backward pass a layer keeps what is expensive (the heads, the result of
-    attention, both products of the mlp), and computes norms, scores and the activation
+    For the backward pass a layer keeps expensive results (the heads, attention's,
+    both products of the mlp), and computes norms, scores and the activation
     function again; with `remat`, only the inputs of the layers are kept.
     """
     embedding = gather_params(params["embedding"], "embedding")
@@ -185,7 +185,7 @@ def abstract_params(
 
 
 def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
-    """Random parameters, made where they will lie."""
+    """Random parameters, each made in its sharding."""
     abstract = abstract_params(config, mesh, dtype)
 
     def build():

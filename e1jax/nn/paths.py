@@ -2,7 +2,7 @@
 
 `choose_operations` chooses the forms of single operations, from the mesh alone, and
 `choose_path` how a pass attends, from the mesh, the dtype, the sizes and the cache. The
-model calls what it is given. A new kernel is a file in `kernels/` and one entry here.
+model calls the functions it is given. A new kernel is a file in `kernels/` and one entry here.
 """
 
 import functools
@@ -32,7 +32,7 @@ from e1jax.nn.quantize import Params, matmul
 from e1jax.nn.rope import rope_angles, rope_frequencies
 from e1jax.sharding.mesh import on_cpu, on_tpu, sharding
 
-# What `Path.prepare` gives: queries [B, H, T, C], keys and values with K heads, and the
+# Results of `Path.prepare`: queries [B, H, T, C], keys and values with K heads, and the
 # cache with these written. Keys and values are None where attention needs the cache
 # alone, and with shared prompts each is a pair; see SharedPrompts.split.
 Prepared = tuple[Any, Any, Any, KVCache | None]
@@ -51,7 +51,7 @@ class Operations(NamedTuple):
 
 
 class Path(NamedTuple):
-    """How a pass goes through the layers: what is the same in all of them."""
+    """How a pass goes through the layers, the same way in all of them."""
 
     operations: Operations
     # Hidden states [B, T, D] where the layers want them on the mesh.
@@ -63,7 +63,7 @@ class Path(NamedTuple):
 
 
 def choose_operations(mesh: Mesh | None) -> Operations:
-    """Operations for arrays on `mesh`; for callers without a mesh, those that run
+    """Operations for arrays on `mesh`; for callers without a mesh, the forms that run
     everywhere."""
     operations = Operations(
         product=matmul,
@@ -218,7 +218,7 @@ def _as_it_is(x: Any) -> Any:
 
 def _replicate_rows(x: Float[Array, "B T D"], mesh: Mesh | None) -> jax.Array:
     """Hidden states that are not divided by rows, as the cache is, but as the weights
-    are: else the compiler gathers weights, which also lie over `data`, at every step."""
+    are: else the compiler gathers weights, which are sharded over `data` too, every step."""
     if mesh is None:
         return x
     place = sharding(mesh, (None, None, "embed"), x.shape)

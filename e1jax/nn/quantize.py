@@ -6,8 +6,8 @@ Two forms, each a dict in the place of a kernel [..., I, O] or the embedding [V,
   [..., O], or of its row of the embedding, [V]. Symmetric, by the channel's largest
   absolute value, as in LLM.int8() without outliers (arXiv 2208.07339, section 2.1).
 - {"values": uint16}: the bits of bfloat16, on a CPU only. XLA there makes a float32 copy
-  of every bfloat16 array that it slices, of the whole cache and the weights of all
-  layers, and its bfloat16 products are several times slower than float32 ones.
+  of every bfloat16 array that it slices, of the cache and the weights of all layers,
+  and its bfloat16 products are several times slower than float32 ones.
 
 A product with either widens the kernel a slab at a time (`in_slabs`, on a CPU), for few
 rows small enough to stay in the processor's cache; else the compiler widens while it reads.
@@ -21,16 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Nested dicts of arrays. Those of "layers" are stacked on a leading dim L, or of a list
-# with a dict per layer, as nn.cpu.unstack gives it.
+# Nested dicts of arrays. Under "layers", arrays are stacked on a leading dim L, or there
+# is a list with a dict per layer, as nn.cpu.unstack gives it.
 Params = dict[str, Any]
 
 
 LARGEST = 127  # of int8; -128 is not used, so that signs are alike
 
 
-# Scales of a cache's vectors lie in rows of so many positions: those of a TPU's registers,
-# so that one of them is written as a keys' vector is.
+# Scales of a cache's vectors are stored in rows of so many positions, the width of a TPU's
+# registers, so that a scale is written as a key's vector is.
 LANES = 128
 
 
@@ -66,7 +66,7 @@ def is_packed(leaf: Any) -> bool:
 def split(layers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Nested dicts of stacked parameters, as (arrays, packed kernels), to `join` again.
 
-    The latter stay whole while a scan goes over the layers: sliced by it, they would be
+    The latter stay stacked while a scan goes over the layers: sliced by it, they would be
     copied on a CPU before they are read.
     """
     arrays, packed = {}, {}
@@ -109,7 +109,7 @@ def pack(
 def matmul(
     x: Float[Array, "... I"], kernel: jax.Array | Packed, dtype: Any = None
 ) -> Float[Array, "... O"]:
-    """x @ kernel, in `dtype` (None: that of x); sums are float32 where it is packed."""
+    """x @ kernel, in `dtype` (None: x's); sums are float32 where it is packed."""
     if not isinstance(kernel, Packed):
         return jnp.matmul(x, kernel, preferred_element_type=dtype)
     stack, layer = kernel.stack
@@ -208,7 +208,7 @@ def map_kernels(
     function: Callable[[Any, int], Any], params: dict[str, Any]
 ) -> dict[str, Any]:
     """Parameters with `function(array, axis)` of each kernel, and of the embedding; `axis`
-    is the dim that products sum over. What is packed already stays."""
+    is the dim that products sum over. Packed ones stay."""
     mapped = {}
     for name, part in params.items():
         if name in KERNELS and not is_packed(part):

@@ -1,5 +1,5 @@
-"""What all forms of attention share: blocks of positions, folded heads, scores, and what a
-backward pass keeps.
+"""Shared parts of all forms of attention: blocks of positions, folded heads, scores, and the
+activations that a backward pass keeps.
 """
 
 import jax
@@ -32,8 +32,8 @@ def fold(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def wide_einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Sums in float32, and the products of float32 in full: stated here because what is
-    set around the forward pass does not reach a backward pass of our own."""
+    """Sums in float32, and the products of float32 in full: stated here because a
+    setting around the forward pass does not reach a backward pass of our own."""
     precision = "highest" if b.dtype == jnp.float32 else "default"
     return jnp.einsum(
         subscripts, a, b, precision=precision, preferred_element_type=jnp.float32

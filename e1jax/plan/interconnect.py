@@ -10,17 +10,23 @@ known, but some bytes have to go anyway:
   runs of planes across an axis.
 - Over one link or more from each device that adds something to another: an array that
   n devices gather is sent n - 1 times in all, a sum that all of them get 2 (n - 1) times
-  (Patarasuk and Yuan 2009, section 3). They are divided by the links along all axes on
-  which the devices of a group differ.
+  (Patarasuk and Yuan 2009). They are divided by the links along all axes on which the
+  devices of a group differ.
 
-The largest of these is the collective's time. Rings in both directions reach it on lines
-and square grids of chips; an all-reduce over several axes, and a shift around a ring,
-take up to twice as long. Latency is not in it. The times of collectives are added up:
-one comes after the other.
+The larger of both is the collective's time. Rings in both directions reach it on lines and
+square grids of chips; an all-reduce over several axes, and a shift around a ring, take up
+to twice as long. Latency is not in it. The times of collectives are added up: one comes
+after the other.
+
+By these bounds alone, devices scattered over the torus could use all of its links at once,
+which no compiler does. A group that fills no line or box of chips is taken to pass its data
+around a ring in the group's order, half of it in each direction, each hop by the shortest
+way, one axis after the other; its time is that of the busiest link, if that is more.
 """
 
+import collections
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +48,10 @@ class Torus:
         """`coords` [N, A] take in all places of a grid; `is_ring` [A] says on which axes
         the last chip is linked to the first one too."""
         self.coords = np.asarray(coords)
+        self._is_ring = is_ring
+        self._numbers = {
+            tuple(place): i for i, place in enumerate(self.coords.tolist())
+        }
         self.link_bytes_per_second = link_bytes_per_second
         starts, ends, self._axes = self._links(is_ring)
         self._regions = np.concatenate([self._slabs(), np.eye(len(coords), dtype=bool)])
@@ -50,7 +60,7 @@ class Torus:
 
     def _links(self, is_ring: Sequence[bool]) -> np.ndarray:
         """[3, M]: where a link in one direction starts and ends, and its axis."""
-        numbers = {tuple(place): i for i, place in enumerate(self.coords)}
+        numbers = self._numbers
         sizes = self.coords.max(axis=0) + 1
         links = []
         for place, start in numbers.items():
@@ -85,7 +95,8 @@ class Torus:
         spread = np.ptp(self.coords[groups], axis=1).any(axis=0)  # [A]
         links = spread[self._axes].sum()
         sent = _sent(op.opcode, groups) / links if links else 0.0
-        bytes_a_link = op.payload * max(through.max(initial=0.0), sent)
+        around = self._around(op.opcode, groups)
+        bytes_a_link = op.payload * max(through.max(initial=0.0), sent, around)
         return float(bytes_a_link) / self.link_bytes_per_second
 
     def _crossing(self, kind: str, groups: np.ndarray) -> np.ndarray:
@@ -104,6 +115,36 @@ class Torus:
         else:  # an all-gather; a reduce-scatter is one in reverse
             parts = np.stack([outside, inside]) / size
         return np.where((inside > 0) & (outside > 0), parts, 0).sum(axis=-1)
+
+    def _around(self, kind: str, groups: np.ndarray) -> float:
+        """What the busiest link carries, of the payload, if scattered groups go around
+        rings; 0 for other groups."""
+        boxes = np.ptp(self.coords[groups], axis=1) + 1  # [G, A]
+        parts = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
+        if kind not in parts or (boxes.prod(axis=1) == groups.shape[1]).all():
+            return 0.0
+        rings = np.stack([groups, np.roll(groups, -1, axis=1)], axis=-1).reshape(-1, 2)
+        hops = [*rings.tolist(), *rings[:, ::-1].tolist()]
+        carried = collections.Counter(
+            link for start, end in hops for link in self._way(start, end)
+        )
+        size = groups.shape[1]
+        return max(carried.values()) * parts[kind] * (size - 1) / size / 2
+
+    def _way(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The links from one chip to another."""
+        at, sizes = self.coords[start].copy(), self.coords.max(axis=0) + 1
+        for axis, size in enumerate(sizes):
+            step = np.sign(self.coords[end][axis] - at[axis])
+            if (
+                self._is_ring[axis]
+                and abs(self.coords[end][axis] - at[axis]) > size / 2
+            ):
+                step = -step
+            while at[axis] != self.coords[end][axis]:
+                here = self._numbers[tuple(at.tolist())]
+                at[axis] = (at[axis] + step) % size
+                yield here, self._numbers[tuple(at.tolist())]
 
 
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")

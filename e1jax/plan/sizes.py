@@ -1,5 +1,6 @@
 """Sizes of the models that can be planned without their files."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -37,6 +38,13 @@ _1_5B = _qwen2(1536, 8960, 28, 12, 2, 151936)
 _14B = _qwen2(5120, 13824, 48, 40, 8, 152064, 1e6)
 
 
+_QWEN3_8B = dataclasses.replace(
+    _qwen2(4096, 12288, 36, 32, 8, 151936, 1e6),
+    max_position_embeddings=40960,
+    architecture="qwen3",
+)
+
+
 SIZES = {
     "Salesforce/E1-Math-1.5B": _1_5B,
     "Salesforce/E1-Math-7B": _7B,
@@ -48,6 +56,7 @@ SIZES = {
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _7B,
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": _14B,
     "nvidia/AceReason-Nemotron-14B": _14B,
+    "Qwen/Qwen3-8B": _QWEN3_8B,
     "Skywork/Skywork-OR1-Math-7B": _7B,
 }
 

@@ -228,7 +228,7 @@ def make_local_copy(mesh: Mesh, local: Any) -> Callable[[Any], Any]:
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(local), strict=True)
         if all(x.dtype == y.dtype and x.sharding == y.sharding for x, y in pairs):
             return params
-        # One program has one order of devices; what is in that order already stays.
+        # One program has one order of devices; arrays in that order stay.
         orders = jax.tree.map(lambda x: by_process(x.sharding), params)
         return jax.tree.map(own_part, copy(jax.device_put(params, orders)), local)
 

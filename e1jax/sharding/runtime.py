@@ -24,7 +24,7 @@ def backward_options(mesh: Mesh) -> dict[str, Any]:
     """COMPILER_OPTIONS of a program with a backward pass.
 
     On a CPU, XLA removes optimization barriers before it fuses operations. Here they
-    stay: a transpose fused with what it transposes takes ten times as long.
+    stay: a transpose fused with its operand takes ten times as long.
     """
     if not on_cpu(mesh):
         return COMPILER_OPTIONS
@@ -55,7 +55,7 @@ def use_compilation_cache() -> None:
 
 @contextlib.contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
-    """Where the devices have no room for `what`, that and `advice` is one sentence."""
+    """Turns an error of devices without room for `what` into one sentence, with `advice`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -110,7 +110,7 @@ def apply_gradients(
     """New parameters and optimizer state, and the norm of the gradients, unclipped.
 
     Gradients may have another dtype than the parameters; the optimizer gets them in
-    that of the parameters.
+    the parameters' dtype.
     """
     norm = optax.tree.norm(grads)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

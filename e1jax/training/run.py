@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ def write_model_files(
     instruction: str,
     write_tokenizer: Callable[[Path], Any],
 ) -> None:
-    """Writes what makes a run directory a model: `config.json` and the tokenizer files.
+    """Makes a run directory a model: writes `config.json` and the tokenizer files.
 
     `config` is in the format of Hugging Face. The instruction that prompts end with is
     recorded with the tokenizer, beside the chat template, so that it goes wherever the
@@ -49,7 +49,7 @@ def write_model_files(
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
             new = run_dir / f"{name}.new"
             new.write_text(text, encoding="utf-8")
-            new.replace(run_dir / name)  # whole, wherever the run is killed
+            new.replace(run_dir / name)  # atomic, wherever the run is killed
 
 
 def restore_or_init(
@@ -96,7 +96,7 @@ class Run:
         return not self.stopped and self.step < self.config.steps
 
     def is_due(self, every: int) -> bool:
-        """Whether the step is one for what comes every so many steps and at the end."""
+        """Whether work that is done every so many steps, and at the end, is due."""
         return self.step % every == 0 or self.step == self.config.steps
 
     def add(self, metrics: Mapping[str, Any]) -> None:
@@ -122,23 +122,27 @@ def running(
     run_dir: Path,
     config: SFTConfig | GRPOConfig,
     checkpoints: RunCheckpoints,
-    log: MetricsLog | NoLog,
     step: int,
+    *,
+    headline: Sequence[str],
     next_command: str,
+    wandb: str | None = None,
 ) -> Iterator[Run]:
     """The run from `step` on, for a loop over `goes_on` and `add`.
 
-    Afterwards all checkpoints are on disk, and the first process prints how the run has
-    ended, with the command for its model. Raises KeyboardInterrupt then if Ctrl-C came.
+    The first process logs; see MetricsLog for `headline` and `wandb`. Afterwards all
+    checkpoints are on disk, and the first process prints how the run has ended, with the
+    command for its model. Raises KeyboardInterrupt then if Ctrl-C came.
     """
+    log: MetricsLog | NoLog = NoLog()
+    if is_first():
+        log = MetricsLog(run_dir, step, config.steps, headline, wandb)
     with closing(checkpoints), closing(log), stop_signals() as signals:
         run = Run(config, checkpoints, log, signals, step, saved=step)
         yield run
-    done = (
-        f"after step {run.step}, saved"
-        if run.step
-        else "before the first step was done"
-    )
+    done = f"after step {run.step}, saved"
+    if run.step == 0:
+        done = "before the first step was done"
     if is_first():
         stop = f"stopped {done}; repeat the command to go on"
         end = f"{run_dir} is trained; {next_command} --model {run_dir}"

@@ -39,7 +39,7 @@ def live_blocks(
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> Visits:
-    """What `decode_attention` visits of a cache of `dtype` and of `capacity` positions a
+    """The visits of `decode_attention` to a cache of `dtype` and of `capacity` positions a
     row."""
     block_len = min(tpu_block_len(dtype), capacity)
 
@@ -181,7 +181,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
     new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_peak)
     shrink = jnp.exp(peak[...] - new_peak)
-    # What lies beyond the row's end may be anything, and 0 times NaN is NaN.
+    # Values beyond the row's end are arbitrary, and 0 times NaN is NaN.
     v = jnp.where(is_live(v_ref.shape, 1), v, jnp.zeros((), v.dtype))
     peak[...] = new_peak
     total[...] = total[...] * shrink + weights.sum(axis=-1, keepdims=True)

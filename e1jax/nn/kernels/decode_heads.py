@@ -19,7 +19,7 @@ SUBLANES = 8  # rows of a TPU's registers, and of the tiles of its memory
 
 
 class Heads(NamedTuple):
-    """What `decode_heads` needs besides the products, the same in all layers."""
+    """Inputs of `decode_heads` besides the products, the same in all layers."""
 
     turns: jax.Array  # [R, 2 * C] float32: cos, cos, -sin, sin of a row's angles
     numbers: jax.Array  # [R] int32: of the row of the products
@@ -29,8 +29,8 @@ class Heads(NamedTuple):
 
 
 def takes_heads(mesh: Mesh | None, k_cache: Any) -> bool:
-    """Whether a decode step takes `decode_heads`, which is for heads of whole registers
-    and a cache [L, B, K, S, C] of whole tiles, not of int8."""
+    """Whether a decode step takes `decode_heads`, which needs heads that fill registers
+    and a cache [L, B, K, S, C] that fills tiles, not of int8."""
     capacity, head_dim = k_cache.shape[3:]
     whole = head_dim % BLOCK_LEN == 0 and capacity % SUBLANES == 0
     return on_tpu(mesh) and whole and k_cache.dtype != jnp.int8
@@ -40,13 +40,13 @@ def prepare_heads(
     rope: tuple[Array, Array], vectors: Vectors, shards: int = 1
 ) -> Heads:
     """Inputs of `decode_heads`; `rope` has one position a row (see `rope_angles`),
-    `vectors` are those of all layers, and `shards` is the number of shards of a row (see
+    `vectors` are stacked over all layers, and `shards` is the number of shards of a row (see
     `sequence_shards`)."""
     cos, sin = (x[:, 0, 0] for x in rope)
     turns = jnp.concatenate([cos, cos, -sin, sin], axis=1)
     numbers = jnp.tile(jnp.arange(len(turns), dtype=jnp.int32), shards)
     turns = jnp.tile(turns, (shards, 1))
-    # Without the barrier, the compiler computes what is cheap again in every layer.
+    # Without the barrier, the compiler computes cheap operations again in every layer.
     biases, norms = ([x[:, None] for x in xs] for xs in vectors)
     return jax.lax.optimization_barrier(Heads(turns, numbers, biases, norms))
 
@@ -156,7 +156,7 @@ def _cost(caches, turns, products, vectors, q) -> pl.CostEstimate:
 def _make_heads(
     layer, write_positions, numbers, _, __, turns, products, biases, norms, *refs, eps
 ):
-    """Gives q [R, K, G, C] and writes k and v. HBM is written in whole tiles, so the tiles
+    """Gives q [R, K, G, C] and writes k and v. HBM is written tile by tile, so the tiles
     that hold `write_positions`, [2, R, K, SUBLANES, C], are fetched, changed and sent
     back. For a position beyond the cache, the last tile is fetched and stays as it was.
     """

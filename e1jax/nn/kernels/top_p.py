@@ -44,7 +44,9 @@ def last_ranks_on_tpu(
     batch, vocab = gaps.shape
     rows, columns = -batch % mesh.size, -vocab % _LANES
     by_vocab = sharding(mesh, (None, "vocab"), gaps.shape)
-    gaps = jax.lax.with_sharding_constraint(gaps, by_vocab)  # as what else uses them
+    gaps = jax.lax.with_sharding_constraint(
+        gaps, by_vocab
+    )  # as their other users have them
     gaps = jnp.pad(gaps, ((0, rows), (0, columns)), constant_values=MAX_GAP)
     options = [jnp.pad(x, (0, rows))[:, None, None] for x in (top_k, top_p)]
 
