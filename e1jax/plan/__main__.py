@@ -1,4 +1,4 @@
-"""Command: what a configuration needs on a TPU slice, found out without one.
+"""Command: the needs of a configuration on a TPU slice, found out without one.
 
     python -m e1jax.plan --config configs/e1_math_7b.yaml --topology v5e:2x4
     python -m e1jax.plan topologies
@@ -8,14 +8,14 @@ The compiler for TPUs (libtpu) runs on any machine. It is given the programs tha
 not fit or gives memory, and a text that `plan.account` adds up. Nothing here was timed
 on a TPU:
 
-- memory is the compiler's; what lies there beside a program's own arrays is added;
-- bytes are those of the program's text; of a kernel, which has no text, those that it
-  states. Attention states them for a full cache, and they are scaled by the blocks that
+- memory is the compiler's, plus the arrays that wait there beside a program's own;
+- bytes are counted in the program's text; a kernel, which has no text, states its own.
+  Attention states them for a full cache, and they are scaled by the blocks that
   --live fills;
-- time on the chip is the compiler's estimate of cycles, plus kernels at the speed of what
-  limits them;
-- time on the interconnect is a floor (see interconnect.py). What the compiler starts
-  beside other work overlaps with it; for all other collectives the chip waits, and the
+- time on the chip is the compiler's estimate of cycles, plus kernels at the speed of
+  their limit;
+- time on the interconnect is a floor (see interconnect.py). Collectives
+  that the compiler starts beside other work overlap with it; for all others the chip waits, and the
   estimate is the sum of both.
 """
 
@@ -41,7 +41,7 @@ _PROG = "python -m e1jax.plan"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFlags(QuantizeFlags):
     """Compiles the programs of sampling and training for a TPU slice, without a TPU, and
-    says what fits and how fast it can be.
+    says whether they fit and how fast they can be.
 
     'plan topologies' lists the known slices. Settings of the configuration can be changed
     as for train: --section.key value. Exit code 3: it does not fit.
@@ -75,7 +75,7 @@ class PlanFlags(QuantizeFlags):
 
 
 def main() -> None:
-    """`python -m e1jax.plan`: what fits a TPU slice, without a TPU."""
+    """`python -m e1jax.plan`: does a configuration fit a TPU slice? Without a TPU."""
     if check_command(sys.argv[1:], ["topologies"], _PROG):
         print(topology_table())
         return

@@ -2,8 +2,8 @@
 
 `account(compiled.as_text())` goes through the text of an XLA program as it is executed
 and adds up, for one device: bytes read from and written to its main memory (HBM), flops
-of matrix products, the compiler's own estimate of cycles, and what goes over the
-interconnect. `compiled.cost_analysis()` cannot be used for that: it counts the body of a
+of matrix products, the compiler's own estimate of cycles, and the traffic of
+the interconnect. `compiled.cost_analysis()` cannot be used for that: it counts the body of a
 loop once, however often it runs.
 
 - A loop counts as often as it runs: as the text says, or as its condition and start
@@ -11,9 +11,9 @@ loop once, however often it runs.
 - Of a conditional, the costliest branch counts.
 - Arrays whose layout names a memory space, S(1) being the on-chip memory of a TPU, cost
   no HBM traffic. Padding of tiles is not counted.
-- A slice costs what it takes, an update in place what it puts, in fusions too.
-- A custom call, a Pallas kernel say, costs what its author states (`pl.CostEstimate`),
-  wherever its arrays lie, and nothing if nothing is stated. One whose cost grows with
+- A slice costs its result, an update in place its operand, in fusions too.
+- A custom call, a Pallas kernel say, has the cost that its author states (`pl.CostEstimate`),
+  wherever its arrays are, and nothing if nothing is stated. One whose cost grows with
   the filled positions of a cache states it for a full cache: see `Op.filled`.
 - A collective that the compiler hides in a fusion is found and listed.
 - The compiler gives no cycles for some operations, collectives and kernels among them.
@@ -38,7 +38,7 @@ from e1jax.plan.hlo import (
 )
 from e1jax.plan.loops import Frame, TripCounts
 
-# Nothing is moved or computed: names for what is there already, or for its address.
+# Nothing is moved or computed: names for existing arrays, or for their addresses.
 _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
     *("partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"),
@@ -64,7 +64,7 @@ class Op:
     bytes: int  # read from and written to HBM
     flops: int  # of matrix products, two per multiplication; all that a kernel states
     cycles: int | None  # None: no estimate
-    payload: int = 0  # of a collective: bytes of the whole array that it gives or takes
+    payload: int = 0  # of a collective: bytes of the full array that it gives or takes
     groups: tuple[tuple[int, ...], ...] | None = (
         None  # of a collective: see Instruction
     )
@@ -149,7 +149,7 @@ def account(
 
     `trip_count` is asked, by its op_name ("jit(step)/while/body/while"), for a loop
     whose count the text does not tell; None: not known. Raises ValueError for text that
-    is not that of a compiled program.
+    is not of a compiled program.
     """
     computations, entry = parse(text)
     return _Walk(computations, trip_count).account(Frame(computations[entry]))
@@ -271,7 +271,7 @@ class _Walk:
         if around and computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         given, results = _operand_shapes(computation, op), op.shapes
-        if around:  # where its result really lies is said outside of the fusion
+        if around:  # the place of its result is said outside of the fusion
             places = {(shape.dtype, shape.dims): shape for shape in around.shapes}
             results = [places.get((s.dtype, s.dims), s) for s in results]
         taken = sum(shape.bytes for shape in given)
@@ -351,7 +351,7 @@ class _Walk:
                     return size
             elif not (
                 (user.opcode in _UPDATES and position == 0)
-                # What a collective takes is counted with it, and only passes through
+                # A collective's operand is counted with it, and only passes through
                 # the fusions that run beside it.
                 or user.opcode in ("tuple", "custom-call")
                 or user.is_collective

@@ -24,7 +24,7 @@ MOVES = ("bitcast", "copy", "convert", "reshape", "transpose")
 
 
 class Shape(NamedTuple):
-    """An array; those of a tuple are listed one after the other."""
+    """An array; a tuple's arrays are listed one after the other."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a kernel's author states of one call (`pl.CostEstimate`)."""
+    """The cost of one call that a kernel's author states (`pl.CostEstimate`)."""
 
     flops: int
     bytes: int  # read and written
@@ -60,8 +60,8 @@ class Instruction:
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
-    literal: str  # what stands in the parentheses
-    attributes: str  # what stands after them
+    literal: str  # the text in the parentheses
+    attributes: str  # the text after them
 
     def attribute(self, name: str) -> str | None:
         """A computation, or a word, that an attribute names."""
@@ -85,7 +85,7 @@ class Instruction:
 
     @property
     def kernel_metadata(self) -> dict[str, str]:
-        """What a kernel's author says besides (`metadata` of `pl.pallas_call`)."""
+        """Further notes of a kernel's author (`metadata` of `pl.pallas_call`)."""
         found = re.search(r"kernel_metadata=(\{[^{}]*\})", self.attributes)
         return json.loads(found[1]) if found else {}
 

@@ -21,7 +21,7 @@ after the other.
 By these bounds alone, devices scattered over the torus could use all of its links at once,
 which no compiler does. A group that fills no line or box of chips is taken to pass its data
 around a ring in the group's order, half of it in each direction, each hop by the shortest
-way, one axis after the other; its time is that of the busiest link, if that is more.
+way, one axis after the other; its time is the busiest link's, if that is more.
 """
 
 import collections
@@ -74,7 +74,7 @@ class Torus:
         return np.array(links, int).reshape(-1, 3).T
 
     def _slabs(self) -> np.ndarray:
-        """[R, N]: runs of planes. Those across the seam of a ring are what others leave."""
+        """[R, N]: runs of planes. Runs across the seam of a ring are the complements of others."""
         slabs = [
             (low <= at) & (at < high)
             for at in self.coords.T
@@ -100,7 +100,7 @@ class Torus:
         return float(bytes_a_link) / self.link_bytes_per_second
 
     def _crossing(self, kind: str, groups: np.ndarray) -> np.ndarray:
-        """[2, R]: what goes into a region and out of it, of each group's payload."""
+        """[2, R]: the parts of each group's payload that enter and leave a region."""
         is_inside = self._regions[:, groups]  # [R, G, n]
         if kind == "collective-permute":
             start, end = is_inside[..., 0], is_inside[..., 1]
@@ -117,7 +117,7 @@ class Torus:
         return np.where((inside > 0) & (outside > 0), parts, 0).sum(axis=-1)
 
     def _around(self, kind: str, groups: np.ndarray) -> float:
-        """What the busiest link carries, of the payload, if scattered groups go around
+        """The part of the payload on the busiest link, if scattered groups go around
         rings; 0 for other groups."""
         boxes = np.ptp(self.coords[groups], axis=1) + 1  # [G, A]
         parts = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}
@@ -163,7 +163,7 @@ class Traffic(NamedTuple):
     """The time of a program's collectives."""
 
     seconds: float  # of all of them
-    beside: float  # of those that go on beside other work
+    beside: float  # of collectives that go on beside other work
     unknown: list[str]  # kinds of collectives that are not in it
 
     def with_work(self, seconds: float) -> float:
@@ -173,7 +173,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(collectives: Iterable[Op], torus: Torus) -> Traffic:
-    """What the collectives of a program take together."""
+    """The time of a program's collectives together."""
     total = beside = 0.0
     unknown = set()
     for op in collectives:

@@ -96,7 +96,7 @@ class TripCounts:
         return int(str(op.attribute("index")))
 
     def _value(self, frame: Frame, name: int | str) -> int | None:
-        """The value of a whole number that does not change while the program runs."""
+        """The value of an integer that does not change while the program runs."""
         if isinstance(name, int):
             return name
         computation = frame.computation

@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 
 def compile_for_tpu(traced: Any) -> Program:
-    """Compiles what `jax.jit(...).trace` gave."""
+    """Compiles the result of `jax.jit(...).trace`."""
     start = time.perf_counter()
     lowered = traced.lower(lowering_platforms=("tpu",))
     try:
@@ -79,7 +79,7 @@ def used_when_too_large(message: str) -> int | None:
 
 
 def on_mesh(mesh: Mesh, tree: Any) -> Any:
-    """Shapes of arrays that are whole on every device."""
+    """Shapes of arrays that are replicated on every device."""
     place = replicated(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place), tree
@@ -87,7 +87,7 @@ def on_mesh(mesh: Mesh, tree: Any) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """What shapes take on one device."""
+    """The bytes of shapes on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -96,7 +96,7 @@ def device_bytes(tree: Any) -> int:
 
 def bisect(fits: Callable[[int], bool], guess: int) -> int:
     """The largest number that fits, or 0, asking as little as possible near `guess`."""
-    low, high = 0, None  # what fits, and what does not
+    low, high = 0, None  # the largest that fits, the smallest that does not
     at, step = max(1, guess), 1
     while high is None or high - low > 1:
         if fits(at):

@@ -29,7 +29,7 @@ LARGE_REDUCE = 16 * 2**20
 
 @dataclasses.dataclass
 class Report:
-    """What is printed of a part; bytes are of one device, a JAX one."""
+    """The printed values of a part; bytes are per JAX device."""
 
     part: str
     topology: str
@@ -47,7 +47,7 @@ class Report:
     )
     chip_seconds: float | None = None  # memory traffic and work of a device
     interconnect_seconds: float | None = None  # collectives, of which some overlap
-    interconnect_beside_seconds: float | None = None  # those
+    interconnect_beside_seconds: float | None = None  # the overlapping ones
     bound_by: str | None = None  # chip or interconnect: the longer one
     compile_seconds: float = 0.0
     warnings: list[str] = dataclasses.field(default_factory=list)
@@ -57,7 +57,7 @@ class Report:
     collective_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     flops: dict[str, float] = dataclasses.field(default_factory=dict)
     not_in_estimate: list[str] = dataclasses.field(default_factory=list)
-    fitting: str | None = None  # if it does not fit: what would
+    fitting: str | None = None  # if it does not fit: settings that would
     programs: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
 
@@ -113,7 +113,7 @@ def set_most(report: Report, phases: dict[str, int]) -> None:
 def all_fit(
     report: Report, programs: dict[str, Program], phases: dict[str, int]
 ) -> bool:
-    """Whether each does, alone and beside what waits meanwhile."""
+    """Whether each does, alone and beside the arrays that wait meanwhile."""
     each = all(program.fits for program in programs.values())
     return each and max(phases.values()) <= report.hbm_limit_bytes
 
@@ -166,7 +166,7 @@ def report_json(report: Report) -> str:
 
 
 def report_table(report: Report) -> str:
-    """Aligned text: what, how much, and of what."""
+    """Aligned text: names, figures and their parts."""
     limit = report.hbm_limit_bytes
     kinds = ", ".join(
         f"{name} {size / GIB:.2f}" for name, size in report.memory.items() if size

@@ -1,4 +1,4 @@
-"""Sampling on a slice: what fits, and how fast a step can be."""
+"""Sampling on a slice: does it fit, and how fast can a step be?"""
 
 import argparse
 from typing import Any, NamedTuple
@@ -211,8 +211,8 @@ def rollout_sampler(config: GRPOConfig, sizes: ModelConfig, mesh: Mesh) -> Sampl
 def sampling_programs(
     sampler: Sampler, prefill: Program | None = None
 ) -> dict[str, Program]:
-    """`decode`, and if it fits what brings a prompt into slots; a `prefill` that was
-    compiled serves for any number of slots."""
+    """`decode`, and if it fits the programs that bring a prompt into slots; a `prefill`
+    that was compiled serves for any number of slots."""
     programs = {"decode": sampler.decode()}
     if programs["decode"].fits:
         programs["prefill"] = prefill or sampler.prefill()
@@ -221,7 +221,7 @@ def sampling_programs(
 
 
 def sampling_phases(sampler: Sampler, programs: dict[str, Program]) -> dict[str, int]:
-    """Bytes on a device while each runs; what it is not given waits beside it."""
+    """Bytes on a device while each runs, with the arrays that wait beside it."""
     weights, cache = device_bytes(sampler.params), device_bytes(sampler.cache)
     waiting = {"decode": 0, "prefill": cache, "admit": weights}
     return {name: program.total + waiting[name] for name, program in programs.items()}
@@ -332,7 +332,7 @@ def _check_cache(report: Report, decode: Program, cache: int) -> None:
 
 
 def _fitting_sampler(report: Report, sampler: Sampler, slice_: Slice) -> str:
-    """What would fit: fewer slots, else the next larger slice of one host, as sampling
+    """Settings that would fit: fewer slots, else the next larger slice of one host, as sampling
     uses no more; found by compiling."""
     if report.max_slots:
         return f"--slots {report.max_slots} fits"

@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device of a kind of TPU can do; a tpu7x chip is two of them."""
+    """The abilities of one JAX device of a kind of TPU; a tpu7x chip is two of them."""
 
     hbm_bytes: int  # that the compiler lets a program use
     bytes_per_second: float
@@ -80,7 +80,7 @@ class Slice(NamedTuple):
 
     @property
     def is_ring(self) -> tuple[bool, ...]:
-        """On which axes the last chip is linked to the first one too: in 2D those of 16,
+        """On which axes the last chip is linked to the first one too: in 2D axes of 16,
         in 3D all if the slice is made of cubes of 4x4x4, else none
         (jax-ml.github.io/scaling-book/tpus, "TPU networking")."""
         sizes = [int(size) for size in self.topology.partition(":")[2].split("x")]

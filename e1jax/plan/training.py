@@ -1,4 +1,4 @@
-"""Training on a slice: what fits, and how long a step takes."""
+"""Training on a slice: does it fit, and how long does a step take?"""
 
 import argparse
 import dataclasses
@@ -60,7 +60,7 @@ from e1jax.sharding.hosts import by_process, make_copy_to_all
 def plan_training(
     config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
 ) -> Report:
-    """The update, what goes before it, and all that lies in memory meanwhile."""
+    """The update, the passes before it, and everything in memory meanwhile."""
     named = args.mesh or config.mesh
     config = dataclasses.replace(config, mesh=named, dtype=computed_dtype(config).name)
     mesh = slice_mesh(slice_, named or default_mesh(len(slice_.devices)), sizes)
@@ -154,7 +154,7 @@ def resident(learner: Learner) -> dict[str, int]:
 
 
 def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
-    """The update, which needs most, and if it fits what may go before it."""
+    """The update, which needs most, and if it fits the passes that may go before it."""
     temperature = on_mesh(learner.loaded.mesh, np.float32(1))
     given = (learner.shapes, learner.state_shapes, batch, False, temperature)
     programs = {"update": compile_for_tpu(learner.update.trace(*given))}
@@ -167,7 +167,7 @@ def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
 
 def logprob_passes(config: GRPOConfig) -> int:
     """How often a step computes the log-probabilities of a mini-batch: the reference's,
-    and the old ones of those that an update after the first one sees."""
+    and the old ones of mini-batches after a step's first update."""
     updates, epochs = config.updates_per_step, config.update.epochs
     minibatches = updates // epochs
     passes = minibatches if config.loss.kl_coef else 0
@@ -177,7 +177,7 @@ def logprob_passes(config: GRPOConfig) -> int:
 
 
 def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str, int]:
-    """Bytes on a device while each runs; what it is not given waits beside it."""
+    """Bytes on a device while each runs, with the arrays that wait beside it."""
     held = resident(learner)
     waiting = {"update": 0, "logprobs": held["optimizer"]}
     return {
@@ -194,8 +194,8 @@ def host_sampler(learner: Learner, slice_: Slice) -> Sampler:
 
 
 def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str, int]:
-    """Bytes on a device while the parameters are copied to where the engine samples, if
-    they do not lie there, and while it does. The copy is made once after each update;
+    """Bytes on a device while the parameters are copied to the engine's devices, if
+    they are not there, and while it samples. The copy is made once after each update;
     it and the cache are released before the next."""
     if slice_.hosts > 1:
         report.settings["rollouts_on"] = host_slice(slice_).topology
@@ -296,7 +296,7 @@ def update_flops(learner: Learner) -> float:
 def _kernel_flops(counted: Account, learner: Learner) -> float:
     """Flops of attention kernels: a product of scores or values over half a square.
 
-    JAX's splash kernels state no cost (0.10.2); those that do are counted as they say.
+    JAX's splash kernels state no cost (0.10.2); kernels that do are counted as they say.
     """
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
     tokens = sum(learner.longest)
@@ -308,8 +308,8 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
         if op.states_cost:
             stated += op.times * op.flops
         elif op.target == "tpu_custom_call":
-            # Forward has two products; backward computes the scores again, and those
-            # of the weights' gradient, once for queries and once for keys and values.
+            # Forward has two products; backward computes the scores again, and the
+            # weights' gradient, once for queries and once for keys and values.
             passes = {"dkv": 4, "dq": 3}
             products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
             count += op.times * products[0]
@@ -317,7 +317,7 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
 
 
 def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
-    """What would fit: a smaller micro-batch or fewer slots, else a larger slice."""
+    """Settings that would fit: a smaller micro-batch or fewer slots, else a larger slice."""
     limit, held = report.hbm_limit_bytes, resident(learner)
     state, phases = sum(held.values()), dict(report.settings["phases"])
     rollouts, copied = phases.pop("rollouts"), phases.pop("copy", 0)
@@ -337,8 +337,7 @@ def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
 
 
 def smaller_microbatch(report: Report, learner: Learner) -> int | None:
-    """The largest that fits of those with half the rows a device or less; found by
-    compiling."""
+    """The largest that fits, with at most half the rows a device; found by compiling."""
     config, loaded = learner.config, learner.loaded
     data = loaded.mesh.shape["data"]
     rows = config.update.microbatch // data
@@ -359,8 +358,8 @@ def _larger_learner(
     learner: Learner, slice_: Slice, temporaries: int, copied: int
 ) -> str:
     """The next larger slice by an estimate: state is divided among the devices,
-    temporaries of the update go with the rows of a micro-batch on each, what the copy
-    to sample from takes stays, and all of that comes in turn."""
+    temporaries of the update go with the rows of a micro-batch on each, the copy to
+    sample from keeps its size, and all of that comes in turn."""
     config, loaded = learner.config, learner.loaded
     data, tensor = loaded.mesh.shape["data"], loaded.mesh.shape["tensor"]
     for larger in larger_slices(slice_):
