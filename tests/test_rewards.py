@@ -16,6 +16,7 @@ import math_verify
 import numpy as np
 import pytest
 
+from e1jax import processes
 from e1jax.config.checks import UserError
 from e1jax.rewards import Grader, accepted_texts, grade, score
 from e1jax.rewards import grader as rewards
@@ -296,17 +297,17 @@ def test_the_limit_ends_a_comparison_whatever_the_worker_inherited():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
         signal.signal(signal.SIGPROF, usual)
     request = rb'["9^{9^{9^{9}}}", ["3.5"]]' + b"\n"
-    assert rewards._ask(process, b"", 60) == b"ready\n"
+    assert processes.ask(process, b"", 60) == b"ready\n"
     # By the signal itself: a Python handler would have to wait for C code.
-    assert rewards._ask(process, request, 60) == b"timeout\n"
-    assert rewards._ask(process, b'["0.5", ["1/2"]]\n', 60) == b"1\n"
+    assert processes.ask(process, request, 60) == b"timeout\n"
+    assert processes.ask(process, b'["0.5", ["1/2"]]\n', 60) == b"1\n"
     grader.close()
 
 
 def test_a_worker_ends_when_nobody_writes_to_it_any_more():
     grader = Grader(workers=1)
     process = grader._spawn()
-    assert rewards._ask(process, b'["0.5", ["1/2"]]\n', 60) == b"ready\n"
+    assert processes.ask(process, b'["0.5", ["1/2"]]\n', 60) == b"ready\n"
     process.stdin.close()
     assert (process.stdout.read(), process.wait(60)) == (b"1\n", 0)
     process.stdout.close()
@@ -316,7 +317,7 @@ def test_a_worker_ends_when_nobody_writes_to_it_any_more():
 def test_a_stopped_worker_is_killed(monkeypatch):
     with Grader(workers=1) as grader:
         os.kill(only_worker(grader), signal.SIGSTOP)
-        monkeypatch.setattr(rewards, "_PATIENCE", 1)
+        monkeypatch.setattr(processes, "PATIENCE", 1)
         assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 0
         assert grader.failures == {"timeout": 1, "crash": 0}
         monkeypatch.undo()
@@ -331,7 +332,7 @@ def test_a_worker_killed_from_outside_costs_nothing():
 
 
 def test_a_comparison_that_crashes_twice_is_wrong(monkeypatch):
-    ask = rewards._ask
+    ask = processes.ask
 
     def crash(process, request, seconds):
         if request:  # the worker has started, and waits for it
@@ -339,7 +340,7 @@ def test_a_comparison_that_crashes_twice_is_wrong(monkeypatch):
         return ask(process, request, seconds)
 
     with Grader(workers=1, limit=60) as grader:
-        monkeypatch.setattr(rewards, "_ask", crash)
+        monkeypatch.setattr(processes, "ask", crash)
         assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 0
         assert grader.failures == {"timeout": 0, "crash": 2}
         monkeypatch.undo()

@@ -7,7 +7,6 @@ JSON line per comparison and answer with a line.
 
 import atexit
 import collections
-import contextlib
 import functools
 import hashlib
 import json
@@ -17,33 +16,26 @@ import os
 import queue
 import re
 import reprlib
-import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
+from e1jax import processes
 from e1jax.config.checks import UserError, check_integer, check_number
 from e1jax.config.texts import check_backslashes
+from e1jax.processes import Process
 from e1jax.tokenizer import THINK_END, extract_boxed
 
 Accepted = str | float | Sequence[str | float]
 
 _MAX_WORKERS = 8
 _MAX_LENGTH = 2000  # characters; a longer answer is only right if it is the same text
-_START_SECONDS = 60.0
 _START_ATTEMPTS = 3
-# A worker is killed after that many seconds of wall clock for each of the processor time
-# that a comparison may take: on a machine with so many busy processes, or if it was stopped.
-_PATIENCE = 100
 _MOST_KNOWN = 50_000  # comparisons that are remembered
-# The lines that a worker writes: the first one, then one for each comparison.
-READY = b"ready\n"
+# The lines with which a worker answers.
 EQUAL, DIFFERENT, TIMEOUT, CRASH = b"1\n", b"0\n", b"timeout\n", b"crash\n"
-_KILLED = b"killed"  # what no worker writes: it had to be killed
 _AROUND = " \t\r\n$"  # stripped from both ends of an answer
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 
@@ -164,7 +156,7 @@ class Grader:
         self._queue: queue.SimpleQueue[tuple[Future[float], bytes] | None]
         self._queue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._processes: set[Process] = set()
         self._known: dict[bytes, bytes] = {}  # digest of a request: its reply
         self._lock = threading.Lock()
         self._closed = False
@@ -199,7 +191,7 @@ class Grader:
         with self._lock:
             self._closed = True
             for process in self._processes:
-                _kill(process)
+                processes.kill(process)
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -231,8 +223,8 @@ class Grader:
             self._end(process)
 
     def _compare(
-        self, process: subprocess.Popen[bytes] | None, request: bytes
-    ) -> tuple[subprocess.Popen[bytes] | None, float]:
+        self, process: Process | None, request: bytes
+    ) -> tuple[Process | None, float]:
         """The reward, and the process if it can go on.
 
         After a crash, which may have had nothing to do with this comparison, it is
@@ -244,7 +236,7 @@ class Grader:
             reply = self._known.get(digest)
             if reply is None:
                 process = process or self._start()
-                reply = _ask(process, request, self.limit * _PATIENCE)
+                reply = processes.ask(process, request, self.limit * processes.PATIENCE)
                 if reply in (EQUAL, DIFFERENT, TIMEOUT):
                     self._remember(digest, reply)
                 elif reply != CRASH:
@@ -254,7 +246,7 @@ class Grader:
                 return process, float(reply)
             if self._closed:
                 raise RuntimeError("this Grader was closed")
-            timed_out = reply in (TIMEOUT, _KILLED)
+            timed_out = reply in (TIMEOUT, processes.KILLED)
             with self._lock:
                 self.failures["timeout" if timed_out else "crash"] += 1
             if timed_out:
@@ -267,7 +259,7 @@ class Grader:
                 self._known.pop(next(iter(self._known)))
             self._known[digest] = reply
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> Process:
         """A worker that has imported all it needs, so that this costs no one's limit.
 
         Raises RuntimeError if it cannot start: then nothing could ever be compared.
@@ -275,8 +267,8 @@ class Grader:
         reason = b""
         for _ in range(_START_ATTEMPTS):
             process = self._spawn()
-            reply = _ask(process, b"", _START_SECONDS)
-            if reply == READY:
+            reply = processes.ask(process, b"", processes.START_SECONDS)
+            if reply == processes.READY:
                 return process
             self._end(process)
             reason = reply.strip() or b"exit code %d" % process.returncode
@@ -284,66 +276,19 @@ class Grader:
             f"a worker process that compares answers did not start: {reason.decode()}"
         )
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        path = [os.path.abspath(entry) for entry in sys.path]  # "" is where we are
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONHASHSEED": "0",  # SymPy's order of terms, and so its results
-        }
+    def _spawn(self) -> Process:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this Grader was closed")
-            # Not forked, because JAX's threads hold locks, nor made by multiprocessing,
-            # which runs the user's script again. Ctrl-C does not reach its session.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "e1jax.rewards.worker", str(self.limit)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-            )
+            process = processes.spawn("e1jax.rewards.worker", str(self.limit))
             self._processes.add(process)
         return process
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        _kill(process)
+    def _end(self, process: Process) -> None:
+        processes.kill(process)
         with self._lock:
             self._processes.discard(process)
         process.communicate()  # waits, and closes the pipes
-
-
-def _ask(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
-    """The line that answers; b"" if the process ends, _KILLED if it had to be killed after
-    `seconds` of wall clock."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    killed = threading.Event()
-
-    def kill() -> None:
-        killed.set()
-        _kill(process)
-
-    # Also where writing blocks, because the process is stopped.
-    timer = threading.Timer(seconds, kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        process.stdin.write(request)
-        process.stdin.flush()
-        reply = process.stdout.readline()
-    except OSError:  # nobody reads
-        reply = b""
-    finally:
-        timer.cancel()
-    return _KILLED if killed.is_set() else reply
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a worker and its child, which are a process group of their own."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # both have ended
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 @functools.cache

@@ -4,21 +4,18 @@ A fresh interpreter that knows nothing of JAX. It forks for every comparison, an
 the child to a limit of processor time and memory: a model can write a comparison that
 would compute for ever, fill the memory or crash (`9^{9^{9^{9}}}`). After that the worker
 is as warm as before, and because every child begins in the same state, a reward depends
-on no earlier comparison. A limit of wall clock would depend on what else the machine does.
+on no earlier comparison.
 """
 
-import contextlib
-import ctypes
 import gc
 import json
-import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
 
-from e1jax.rewards.grader import CRASH, DIFFERENT, EQUAL, READY, TIMEOUT
+from e1jax.processes import READY, die_with_parent, limit_itself
+from e1jax.rewards.grader import CRASH, DIFFERENT, EQUAL, TIMEOUT
 
 _MEMORY = 2 << 30  # bytes of address space of a comparison
 _ROOM = 1 << 28  # bytes that it must have left; not touched, so they cost nothing
@@ -33,17 +30,8 @@ def main(limit: float) -> None:
 
     It ends when stdin does, and with its parent.
     """
-    replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print
-    _die_with_parent()
-    # Without a handler, which would wait for C code to return.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
-    for kind, most in ((resource.RLIMIT_AS, _MEMORY), (resource.RLIMIT_CORE, 0)):
-        # Some systems have no such limit, or a lower one already.
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(kind, (most, most))
-    logging.disable()
+    replies = limit_itself(_MEMORY)
+    die_with_parent()
     try:
         # Here, because only workers may load SymPy, under their limits.
         from e1jax.rewards.equivalence import equivalent
@@ -71,7 +59,7 @@ def _compare(
     if child == 0:
         code = 1
         try:
-            _die_with_parent()
+            die_with_parent()
             signal.setitimer(signal.ITIMER_PROF, limit)
             equal = any(equivalent(answer, text) for text in accepted)
             if not equal:
@@ -81,12 +69,6 @@ def _compare(
             os._exit(code)
     _, status = os.waitpid(child, 0)
     return _CODES.get(os.waitstatus_to_exitcode(status), CRASH)
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 if __name__ == "__main__":
