@@ -10,11 +10,12 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
-import threading
-from typing import BinaryIO
+import time
+from typing import IO, BinaryIO
 
 READY = b"ready\n"  # the first line of a process
 KILLED = b"killed"  # not a line: no process writes this
@@ -41,6 +42,7 @@ def spawn(module: str, *arguments: str) -> Process:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        bufsize=0,
         env=environment,
         start_new_session=True,
     )
@@ -48,28 +50,36 @@ def spawn(module: str, *arguments: str) -> Process:
 
 def ask(process: Process, request: bytes, seconds: float) -> bytes:
     """The line that answers; b"" if the process ends, KILLED if it had to be killed after
-    `seconds` of wall clock."""
+    `seconds` of wall clock, be it stopped before it has read all."""
     assert process.stdin is not None
     assert process.stdout is not None
-    killed = threading.Event()
-
-    def kill_late() -> None:
-        killed.set()
-        kill(process)
-
-    # Also where writing blocks, because the process is stopped.
-    timer = threading.Timer(seconds, kill_late)
-    timer.daemon = True
-    timer.start()
+    deadline = time.monotonic() + seconds
+    rest, reply = memoryview(request), bytearray()
     try:
-        process.stdin.write(request)
-        process.stdin.flush()
-        reply = process.stdout.readline()
+        while rest:
+            _wait(process.stdin, select.POLLOUT, deadline)
+            # So many bytes never block.
+            rest = rest[os.write(process.stdin.fileno(), rest[: select.PIPE_BUF]) :]
+        while not reply.endswith(b"\n"):
+            _wait(process.stdout, select.POLLIN, deadline)
+            piece = os.read(process.stdout.fileno(), 1 << 16)
+            if not piece:
+                return b""
+            reply += piece
+    except TimeoutError:
+        kill(process)
+        return KILLED
     except OSError:  # nobody reads
-        reply = b""
-    finally:
-        timer.cancel()
-    return KILLED if killed.is_set() else reply
+        return b""
+    return bytes(reply)
+
+
+def _wait(pipe: IO[bytes], event: int, deadline: float) -> None:
+    """Until a pipe can be read or written, or its other end is closed."""
+    poll = select.poll()
+    poll.register(pipe, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
 
 
 def kill(process: Process) -> None:

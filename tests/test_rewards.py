@@ -307,7 +307,8 @@ def test_the_limit_ends_a_comparison_whatever_the_worker_inherited():
 def test_a_worker_ends_when_nobody_writes_to_it_any_more():
     grader = Grader(workers=1)
     process = grader._spawn()
-    assert processes.ask(process, b'["0.5", ["1/2"]]\n', 60) == b"ready\n"
+    assert processes.ask(process, b"", 60) == b"ready\n"
+    process.stdin.write(b'["0.5", ["1/2"]]\n')
     process.stdin.close()
     assert (process.stdout.read(), process.wait(60)) == (b"1\n", 0)
     process.stdout.close()

@@ -44,7 +44,8 @@ def main(limit: float) -> None:
     gc.freeze()  # a collection in a child would copy every page
     replies.write(READY)
     for line in sys.stdin.buffer:
-        replies.write(_compare(equivalent, *json.loads(line), limit))
+        answer, accepted = json.loads(line)
+        replies.write(_compare(equivalent, answer, accepted, limit))
 
 
 def _compare(
