@@ -337,7 +337,7 @@ def test_prompts_without_tokens_name_their_place(path):
     nested: list = []
     for _ in range(2000):
         nested = [nested]
-    with pytest.raises(UserError, match="^prompt 7: these messages cannot be written"):
+    with pytest.raises(UserError, match=r"^prompt 7: these messages cannot be written"):
         encode_prompt([{"content": nested}], "prompt 7", tokenizer, 264)
     with pytest.raises(UserError, match=r"^prompt 7 holds a form feed where \\frac"):
         encode_prompt("\frac", "prompt 7", tokenizer, 264)
