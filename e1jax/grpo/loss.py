@@ -11,12 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.training import LossConfig
 
 Metrics = dict[str, Array]
+
+
+_LARGEST = np.finfo(np.float32).max
 
 
 def group_advantages(
@@ -134,15 +138,24 @@ def configured_loss(
     if config.old_logprobs == "sampler":  # the value is cut off, the gradient is not
         largest = jnp.log(config.max_ratio)
         gap += jax.lax.stop_gradient(jnp.minimum(gap, largest) - gap)
-    ratio = jnp.exp(gap)
+    ratio = _exp(gap)
     losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None])
-    loss = mean(losses)
+    # Without an advantage there is no term, not even where the ratio is infinite.
+    loss = mean(jnp.where(advantages[:, None] == 0, 0.0, losses))
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
         loss += config.kl_coef * kl
+    ratio = jnp.minimum(ratio, _LARGEST)  # a metric must be finite
     return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
+
+
+def _exp(gap: Float[Array, "B R"]) -> Float[Array, "B R"]:
+    """exp(gap), whose gradient is 0 where it is infinite: a term that the clip or an
+    advantage of 0 cuts off would have the gradient 0 * infinity, which is NaN."""
+    overflows = jnp.exp(gap) == jnp.inf
+    return jnp.where(overflows, jnp.inf, jnp.exp(jnp.where(overflows, 0.0, gap)))
 
 
 Surrogate = Callable[

@@ -78,11 +78,12 @@ def encode_prompt(
     if not len(prompt):
         raise UserError(f"{where} is empty; a response needs a token to start from")
     if all(isinstance(item, dict) for item in prompt):
-        check_backslashes(prompt, where)
         try:
-            prompt = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+            ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        check_backslashes(prompt, where)  # after that, neither endless nor too deep
+        prompt = ids
     last = vocab_size - 1
     for token in prompt:
         is_integer = isinstance(token, int | np.integer)
