@@ -220,7 +220,7 @@ def test_an_infinite_ratio_without_an_advantage_is_no_term(arrays, clip, gap):
     np.testing.assert_array_equal(loss, expected)
     np.testing.assert_array_equal(grads, expected_grads)
     assert np.isfinite(list(metrics.values())).all()
-    assert metrics["ratio"] > 1e30
+    assert clip == "gspo" or metrics["ratio"] > 1e30
 
 
 def test_an_infinite_ratio_that_is_clipped_has_no_gradient():
@@ -498,7 +498,7 @@ KEEP = optax.GradientTransformation(
 def update_of(config: GRPOConfig, model: ModelConfig, mesh: Mesh, dtype: str):
     shapes = abstract_params(model, mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, (shapes, shapes))
-    return make_update(config, model, KEEP, dtype, shardings)
+    return make_update(config, model, KEEP, dtype, shardings, longest_response=9)
 
 
 def gradients(config, loaded, batch, dtype="float32", on_policy=False):
@@ -669,7 +669,9 @@ def test_an_update_on_a_cpu_has_no_product_that_sums_over_rows(loaded, completio
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(
+        config, loaded.config, optimizer, "float32", shardings, longest_response=9
+    )
     batch = batch_of(config, completions)
     text = update.lower(*shapes, batch, False, jnp.float32(1)).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
@@ -692,7 +694,9 @@ def test_updates_are_those_of_adamw(loaded, completions):
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(
+        config, loaded.config, optimizer, "float32", shardings, longest_response=9
+    )
 
     params = jax.tree.map(jnp.copy, loaded.read_params())
     state = optimizer.init(params)
@@ -869,7 +873,9 @@ def update_on_meshes() -> None:
         shapes = abstract_params(MESHED, mesh, jnp.float32)
         shapes = (shapes, abstract_state(optimizer, shapes, mesh))
         shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        update = make_update(config, MESHED, optimizer, jnp.float32, shardings)
+        update = make_update(
+            config, MESHED, optimizer, jnp.float32, shardings, longest_response=9
+        )
         params = init_params(MESHED, mesh, jnp.float32, 0)
         params = jax.tree.map(lambda p: 5 * p, params)
         state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
