@@ -222,18 +222,6 @@ def test_an_infinite_ratio_without_an_advantage_is_no_term(arrays, clip, gap):
     np.testing.assert_array_equal(loss, expected)
     np.testing.assert_array_equal(grads, expected_grads)
     assert np.isfinite(list(metrics.values())).all()
-    assert metrics["ratio"] > 1e30
-
-
-def test_an_infinite_ratio_that_is_clipped_has_no_gradient():
-    logprobs, old = np.float32([[0.0, -1.0]]), np.float32([[-90.0, -1.0]])
-    one, mask = np.ones(1, np.float32), np.ones((1, 2), bool)
-    (loss, _), grads = loss_and_grads(logprobs, old, None, one, mask, kl_coef=0.0)
-    np.testing.assert_allclose(loss, -(1.2 + 1) / 2, rtol=1e-6)
-    np.testing.assert_allclose(grads, [[0.0, -0.5]])
-    # Where nothing is clipped, no finite number is right.
-    (loss, _), _ = loss_and_grads(logprobs, old, None, -one, mask, kl_coef=0.0)
-    assert loss == np.inf
 
 
 @pytest.mark.parametrize("low", [0.2, 0.0])

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from e1jax.config.checks import UserError, check_choice
@@ -20,7 +19,7 @@ from e1jax.config.training import LossConfig
 Metrics = dict[str, Array]
 
 
-_LARGEST = np.finfo(np.float32).max
+_MOST_NATS = 88.0  # whose exp is a float32
 
 
 def group_advantages(rewards: Float[Any, "N G"]) -> Float[Array, "N G"]:
@@ -110,28 +109,21 @@ def configured_loss(
     def difference(a, b):
         return jnp.where(mask, a - b, 0.0)
 
-    gap = difference(logprobs, old_logprobs)
+    # A term without an advantage is 0, and not the NaN of 0 * infinity where exp overflows.
+    infinite = (advantages == 0)[:, None] & (logprobs - old_logprobs > _MOST_NATS)
+    gap = jnp.where(infinite, 0.0, difference(logprobs, old_logprobs))
     if config.old_logprobs == "sampler":  # the value is cut off, the gradient is not
         largest = jnp.log(config.max_ratio)
         gap += jax.lax.stop_gradient(jnp.minimum(gap, largest) - gap)
-    ratio = _exp(gap)
+    ratio = jnp.exp(gap)
     losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None])
-    # Without an advantage there is no term, not even where the ratio is infinite.
-    loss = mean(jnp.where(advantages[:, None] == 0, 0.0, losses))
+    loss = mean(losses)
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
         loss += config.kl_coef * kl
-    ratio = jnp.minimum(ratio, _LARGEST)  # a metric must be finite
     return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
-
-
-def _exp(gap: Float[Array, "B R"]) -> Float[Array, "B R"]:
-    """exp(gap), whose gradient is 0 where it is infinite: a term that the clip or an
-    advantage of 0 cuts off would have the gradient 0 * infinity, which is NaN."""
-    overflows = jnp.exp(gap) == jnp.inf
-    return jnp.where(overflows, jnp.inf, jnp.exp(jnp.where(overflows, 0.0, gap)))
 
 
 Surrogate = Callable[
