@@ -72,7 +72,13 @@ class _Renderer:
             if self._process is None or self._process.poll() is not None:
                 self._end()
                 self._process = self._start()
-            reply = processes.ask(self._process, request, _SECONDS * processes.PATIENCE)
+            try:
+                reply = processes.ask(
+                    self._process, request, _SECONDS * processes.PATIENCE
+                )
+            except BaseException:  # Ctrl-C: the next request must not get this reply
+                self._end()
+                raise
             if reply.endswith(b"\n"):
                 return json.loads(reply)
             code = self._end()
@@ -114,13 +120,11 @@ def main() -> None:
         replies.write(f"{error!r}\n".encode())
         return
     replies.write(processes.READY)
-    replies.flush()
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, _SECONDS)
         reply = json.dumps(_render(render_jinja_template, *json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         replies.write(reply.encode() + b"\n")
-        replies.flush()
 
 
 def _render(

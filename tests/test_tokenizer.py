@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import tokenizers
 from conftest import edit_json
 from transformers import AutoTokenizer
 
-from e1jax import chat_template
+from e1jax import chat_template, processes
 from e1jax.chat_template import MOST_CHARACTERS
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError
@@ -295,6 +296,16 @@ def test_templates_are_rendered_after_their_process_was_killed(path):
     process = chat_template._renderer(os.getpid())._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
+    assert tokenizer.encode_chat(USER) == ids
+
+
+def test_an_interrupted_request_leaves_no_reply_behind(path, monkeypatch):
+    tokenizer = Tokenizer.from_dir(path)
+    ids = tokenizer.encode_chat(USER)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.os, "read", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode_chat([{"role": "user", "content": "another"}])
     assert tokenizer.encode_chat(USER) == ids
 
 

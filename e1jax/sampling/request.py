@@ -82,7 +82,8 @@ def encode_prompt(
             ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        check_backslashes(prompt, where)  # after that, neither endless nor too deep
+        # Not before: it goes into any depth, and through any length.
+        check_backslashes(prompt, where)
         prompt = ids
     last = vocab_size - 1
     for token in prompt:
