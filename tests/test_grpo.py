@@ -478,7 +478,7 @@ REWARDS = np.float32([[1, 0, 0], [0, 1, 1], [0.5, 1, 0.7], [3, 0, -1]])
 
 def batch_of(config: GRPOConfig, completions) -> Batch:
     """As of a step, with another policy for a reference."""
-    rollouts = Rollouts(completions, REWARDS, {})
+    rollouts = Rollouts(completions, REWARDS, {}, np.zeros((1, 5)))
     batch = make_batch(config, rollouts, *LONGEST)
     if config.loss.kl_coef:
         noise = np.random.default_rng(4).normal(0, 0.5, (12, 20)).astype(np.float32)
@@ -758,7 +758,7 @@ def test_batches_are_of_few_lengths():
     for length in range(1, 19):
         longest = completion([5], [7] * length, [0.0] * length, [False] * length)
         shortest = completion([5], [7], [0.0], [False])
-        rollouts = Rollouts([longest, *[shortest] * 11], REWARDS, {})
+        rollouts = Rollouts([longest, *[shortest] * 11], REWARDS, {}, np.zeros((1, 5)))
         batch = make_batch(settings(), rollouts, 3, 18)
         response_lens.append(batch.loss_mask.shape[-1])
         assert batch.tokens.shape[-1] == 3 + response_lens[-1]
@@ -770,7 +770,7 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
     for length, padded in ((1, 150), (150, 150), (151, 300), (580, 600)):
         prompts = [[5] * length, *[[5]] * 11]
         rows = [completion(p, [7] * 3, [0.0] * 3, [False] * 3) for p in prompts]
-        rollouts = Rollouts(rows, REWARDS, {})
+        rollouts = Rollouts(rows, REWARDS, {}, np.zeros((1, 5)))
         batch = make_batch(settings(), rollouts, 600, 3)
         seen = padded + 2
         assert batch.tokens.shape[-1] == 1 + (640 if padded == 600 else seen)
@@ -783,7 +783,7 @@ def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
     monkeypatch.setattr(
         grpo_rollouts, "process_allgather", lambda own: np.array([own, [160, 5]], float)
     )
-    rollouts = Rollouts(completions, REWARDS, {})
+    rollouts = Rollouts(completions, REWARDS, {}, np.zeros((1, 5)))
     batch = make_batch(settings(), rollouts, 600, 40)
     longest = max(len(c.token_ids) for c in completions)
     response_len = next(n for n in (11, 21, 31, 40) if n >= longest)
