@@ -255,7 +255,9 @@ def e1jax_side(prompt: int, remat: bool):
         lambda s: s.sharding, (params, abstract_state(optimizer, params, mesh))
     )
     state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)
-    update = make_update(config, sizes, optimizer, jnp.dtype("float32"), shardings)
+    update = make_update(
+        config, sizes, optimizer, jnp.dtype("float32"), shardings, longest_response=9
+    )
     batch = Batch(
         tokens=data["tokens"],
         prompt_len=np.full(ROWS, prompt, np.int32),

@@ -88,9 +88,12 @@ class Item:
 
     def encoded(self, tokenizer: Tokenizer) -> Prompt:
         """The prompt as the engine takes it: a raw text as its token ids."""
-        if self.raw and isinstance(self.prompt, str):
+        if not (self.raw and isinstance(self.prompt, str)):
+            return self.prompt
+        try:
             return tokenizer.encode(self.prompt)
-        return self.prompt
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
     def digest(self) -> str:
         """Names prompt and parameters, but for n: more samples may be added later."""

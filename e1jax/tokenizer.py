@@ -6,18 +6,20 @@ and several transformers 5 releases then replace its byte-level pre-tokenizer
 (transformers issues 45488 and 48206), losing spaces and newlines.
 """
 
+import contextlib
 import dataclasses
 import json
-import os
+import math
 import re
 import reprlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from e1jax.chat_template import MOST_CHARACTERS, render
 from e1jax.cli.files import read_json, read_text
 from e1jax.config.checks import UserError
 from e1jax.config.texts import check_backslashes
@@ -45,6 +47,11 @@ FILES = (
     "chat_template.jinja",
     f"{TEMPLATES}/*.jinja",
     GENERATION,
+)
+
+
+_MOST_GROWTH = (
+    8  # of a text by its normalizer or decoder; honest ones at most double it
 )
 
 
@@ -84,10 +91,9 @@ class Tokenizer:
             raise UserError(
                 f"{path / 'tokenizer.json'} has no token {special['eos_token']!r}, its eos_token"
             )
-        back = backend.decode(
-            backend.encode(_PROBE, add_special_tokens=False).ids,
-            skip_special_tokens=False,
-        )
+        with _one_sentence(f"{path / 'tokenizer.json'} cannot encode text"):
+            ids = backend.encode(_PROBE, add_special_tokens=False).ids
+            back = backend.decode(ids, skip_special_tokens=False)
         if back != _PROBE:
             raise UserError(
                 f"{path / 'tokenizer.json'} does not round-trip text: {_PROBE!r} came back as {back!r}; "
@@ -120,7 +126,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of the text as it is; nothing is added.
 
-        Raises UserError for a surrogate without its other half, which JSON can hold.
+        Raises UserError for a surrogate without its other half, which JSON can hold, for
+        more than MOST_CHARACTERS, or where the library fails.
         """
         try:
             text.encode()
@@ -129,7 +136,13 @@ class Tokenizer:
                 f"the text is not valid Unicode text: {text[: error.end][-20:]!r} ends "
                 "in half of a surrogate pair; replace it"
             ) from None
-        return self.backend.encode(text, add_special_tokens=False).ids
+        if len(text) > MOST_CHARACTERS:
+            raise UserError(
+                f"a text of {len(text)} characters is longer than the {MOST_CHARACTERS} "
+                "that become tokens; shorten it"
+            )
+        with _one_sentence("the tokenizer cannot encode this text"):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation in the chat template, up to the answer."""
@@ -137,29 +150,18 @@ class Tokenizer:
             raise UserError(
                 "this tokenizer has no chat template; pass text as it is (--raw) or prompt_ids"
             )
-        # At import, transformers complains that torch is missing, unless told not to.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        # Imported here, because it must come after that.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        special: dict[str, Any] = dict(self.special_tokens)
-        try:
-            rendered, _ = render_jinja_template(
-                [list(messages)],
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                **special,
-            )
-        except Exception as error:  # templates may raise any error, as may jinja2
-            reason = " ".join(str(error).split())
+        ids = self.encode(render(self.chat_template, messages, self.special_tokens))
+        if not ids:
             raise UserError(
-                f"the chat template refuses these messages: {reason}"
-            ) from None
-        return self.encode(rendered[0])
+                "the chat template makes no tokens of these messages; a response needs "
+                "a token to start from"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens included; unknown ids have no text."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
+        with _one_sentence("the tokenizer cannot decode these ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
 def extract_boxed(text: str) -> str | None:
@@ -231,14 +233,50 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
         raise UserError(
             f"{path} is missing; e1jax reads the fast tokenizer file that Hugging Face models carry"
         )
-    try:
+    with _one_sentence(f"{path} is not a tokenizer file"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise UserError(f"{path} is not a tokenizer file: {error}") from None
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        times = _growth(getattr(backend, part))
+        if times > _MOST_GROWTH:
+            raise UserError(
+                f"{path}: its {part} can make a text {times} times as long, more than "
+                f"the {_MOST_GROWTH} allowed; take the file from the original model "
+                "repository"
+            )
     # A file saved during training may carry the settings of its batches.
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+@contextlib.contextmanager
+def _one_sentence(failure: str) -> Iterator[None]:
+    """What the Rust library raises as UserError. Its panics are no Exception, nor have
+    they a type that could be imported."""
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if not panic and not isinstance(error, Exception):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(f"{failure}: {reason}") from None
+
+
+def _growth(part: Any) -> int:
+    """How many times as long a normalizer, pre-tokenizer or decoder can make a text, as
+    far as the texts that it inserts do: a few `Replace` in a row could fill the memory."""
+    return 1 if part is None else _growth_of(json.loads(part.__getstate__()))
+
+
+def _growth_of(part: dict[str, Any]) -> int:
+    steps = [s for value in part.values() if isinstance(value, list) for s in value]
+    if part["type"] == "Sequence":
+        return math.prod(map(_growth_of, steps))
+    inserted = len(part.get("content", "")) + len(part.get("prepend", ""))
+    if "String" in part.get("pattern", {}) and part["pattern"]["String"]:
+        return max(1, math.ceil(inserted / len(part["pattern"]["String"])))
+    return 1 + inserted  # before any character, or before all of them
 
 
 def _token_text(value: Any) -> str | None:

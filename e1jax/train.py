@@ -17,7 +17,7 @@ checkpoint holds no generator.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +37,6 @@ from e1jax.config.sampling import SamplingParams
 from e1jax.config.training import GRPOConfig, HostsConfig, ValidationConfig, budget_name
 from e1jax.data.problems import load_problems
 from e1jax.data.prompts import (
-    Prompt,
     default_instruction,
     prompt_batches,
     prompt_text,
@@ -48,8 +47,10 @@ from e1jax.grpo.rollouts import (
     Rollouts,
     longest_lengths,
     make_engine,
+    num_unequal,
     read_examples,
     sample_rollouts,
+    unequal_groups,
 )
 from e1jax.rewards import Grader, RewardFunction, grade, load_function
 from e1jax.sampling.engine import Engine
@@ -61,10 +62,15 @@ from e1jax.training import Run, running, write_model_files
 if TYPE_CHECKING:
     import grain
 
+    from e1jax.data.prompts import Prompt
+
 ADVICE = (
     "lower update.microbatch, set update.remat or use more devices; on TPUs, "
     "python -m e1jax.plan says what fits"
 )
+
+
+MOST_BATCHES = 10  # of prompts in a step that drops equal groups
 
 
 class Stopped(Exception):
@@ -152,7 +158,7 @@ def take_steps(
         if engine.params is None:  # else the validation has set them
             engine.params = learner.sampling_params()
         rollouts = sample_unless_stopped(
-            config, engine, next(batches), grader, run.signals, function
+            config, engine, batches, grader, run.signals, function
         )
         if rollouts is None:
             continue  # to where it ends
@@ -177,23 +183,38 @@ def take_steps(
 def sample_unless_stopped(
     config: GRPOConfig,
     engine: Engine,
-    prompts: Sequence[Prompt],
+    batches: "grain.DatasetIterator[list[Prompt]]",
     grader: Grader,
     signals: list[int],
     function: RewardFunction | None,
 ) -> Rollouts | None:
-    """The responses of a step; None if a process got a signal before it had its own."""
+    """The responses of a step, to one batch of prompts, or to several where equal groups
+    are dropped; None if a process got a signal before it had its own."""
 
     def stop_if_asked(new_tokens: int = 0) -> None:
         if signals:
             raise Stopped
 
-    rollouts = None
-    with suppress(Stopped):
-        rollouts = sample_rollouts(
-            config, engine, prompts, grader, stop_if_asked, function=function
-        )
-    return None if any_process(rollouts is None) else rollouts
+    def sample() -> Rollouts | None:
+        rollouts = None
+        with suppress(Stopped):
+            rollouts = sample_rollouts(
+                config, engine, next(batches), grader, stop_if_asked, function=function
+            )
+        return None if any_process(rollouts is None) else rollouts
+
+    if not config.rollout.drop_equal_groups:
+        return sample()
+    parts: list[Rollouts] = []
+    for _ in range(MOST_BATCHES):
+        rollouts = sample()
+        if rollouts is None:
+            return None
+        parts.append(rollouts)
+        count = len(rollouts.rewards)
+        if not any_process(num_unequal(parts) < count):
+            break
+    return unequal_groups(config, parts, count)
 
 
 def load_policy(config: GRPOConfig) -> LoadedModel:

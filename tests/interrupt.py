@@ -44,8 +44,8 @@ def interrupt(where, nth, number, patch=setattr):
 
         return originals[0](*args, stop, **options)
 
-    def make_update(*args):
-        update = originals[1](*args)
+    def make_update(*args, **options):
+        update = originals[1](*args, **options)
 
         def updated(*args):
             result = update(*args)

@@ -35,7 +35,7 @@ from e1jax.config.training import (
 from e1jax.grpo import rollouts as grpo_rollouts
 from e1jax.grpo.learner import grpo_loss, make_logprobs, make_update
 from e1jax.grpo.logprobs import CHUNK_TOKENS, chunked_logprobs, response_logprobs
-from e1jax.grpo.loss import group_advantages, policy_loss
+from e1jax.grpo.loss import SURROGATES, group_advantages, policy_loss
 from e1jax.grpo.rollouts import Batch, Rollouts, make_batch, padded_lengths
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
 from e1jax.sampling.completion import Completion
@@ -200,6 +200,38 @@ def test_what_is_masked_may_be_anything(arrays, max_ratio):
         assert not np.asarray(ours[1])[~mask].any()
     nothing = loss_and_grads(*dirty, advantages, 0 * mask, **options)
     assert not any(leaf.any() for leaf in jax.tree.leaves(nothing))
+
+
+@pytest.mark.parametrize("clip", SURROGATES)
+@pytest.mark.parametrize("gap", [88.5, 90.0, 1e30])
+def test_an_infinite_ratio_without_an_advantage_is_no_term(arrays, clip, gap):
+    """Value and gradient are those without these tokens, but for the number of tokens."""
+    logprobs, old, _, advantages, mask = (np.copy(x) for x in arrays)
+    (row,) = np.flatnonzero(advantages == 0)
+    mask[row] = True
+    options = {"clip": clip, "kl_coef": 0.0}
+    (expected, _), expected_grads = loss_and_grads(
+        logprobs, old, None, advantages, mask, **options
+    )
+    old[row, ::2] = logprobs[row, ::2] - gap
+    (loss, metrics), grads = loss_and_grads(
+        logprobs, old, None, advantages, mask, **options
+    )
+    np.testing.assert_array_equal(loss, expected)
+    np.testing.assert_array_equal(grads, expected_grads)
+    assert np.isfinite(list(metrics.values())).all()
+    assert clip == "gspo" or metrics["ratio"] > 1e30
+
+
+def test_an_infinite_ratio_that_is_clipped_has_no_gradient():
+    logprobs, old = np.float32([[0.0, -1.0]]), np.float32([[-90.0, -1.0]])
+    one, mask = np.ones(1, np.float32), np.ones((1, 2), bool)
+    (loss, _), grads = loss_and_grads(logprobs, old, None, one, mask, kl_coef=0.0)
+    np.testing.assert_allclose(loss, -(1.2 + 1) / 2, rtol=1e-6)
+    np.testing.assert_allclose(grads, [[0.0, -0.5]])
+    # Where nothing is clipped, no finite number is right.
+    (loss, _), _ = loss_and_grads(logprobs, old, None, -one, mask, kl_coef=0.0)
+    assert loss == np.inf
 
 
 @pytest.mark.parametrize("low", [0.2, 0.0])
@@ -446,7 +478,7 @@ REWARDS = np.float32([[1, 0, 0], [0, 1, 1], [0.5, 1, 0.7], [3, 0, -1]])
 
 def batch_of(config: GRPOConfig, completions) -> Batch:
     """As of a step, with another policy for a reference."""
-    rollouts = Rollouts(completions, REWARDS, {})
+    rollouts = Rollouts(completions, REWARDS, {}, np.zeros((1, 5)))
     batch = make_batch(config, rollouts, *LONGEST)
     if config.loss.kl_coef:
         noise = np.random.default_rng(4).normal(0, 0.5, (12, 20)).astype(np.float32)
@@ -466,7 +498,7 @@ KEEP = optax.GradientTransformation(
 def update_of(config: GRPOConfig, model: ModelConfig, mesh: Mesh, dtype: str):
     shapes = abstract_params(model, mesh, jnp.float32)
     shardings = jax.tree.map(lambda s: s.sharding, (shapes, shapes))
-    return make_update(config, model, KEEP, dtype, shardings)
+    return make_update(config, model, KEEP, dtype, shardings, longest_response=9)
 
 
 def gradients(config, loaded, batch, dtype="float32", on_policy=False):
@@ -637,7 +669,9 @@ def test_an_update_on_a_cpu_has_no_product_that_sums_over_rows(loaded, completio
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(
+        config, loaded.config, optimizer, "float32", shardings, longest_response=9
+    )
     batch = batch_of(config, completions)
     text = update.lower(*shapes, batch, False, jnp.float32(1)).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
@@ -660,7 +694,9 @@ def test_updates_are_those_of_adamw(loaded, completions):
     shapes = abstract_params(loaded.config, loaded.mesh, jnp.float32)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
-    update = make_update(config, loaded.config, optimizer, "float32", shardings)
+    update = make_update(
+        config, loaded.config, optimizer, "float32", shardings, longest_response=9
+    )
 
     params = jax.tree.map(jnp.copy, loaded.read_params())
     state = optimizer.init(params)
@@ -722,7 +758,7 @@ def test_batches_are_of_few_lengths():
     for length in range(1, 19):
         longest = completion([5], [7] * length, [0.0] * length, [False] * length)
         shortest = completion([5], [7], [0.0], [False])
-        rollouts = Rollouts([longest, *[shortest] * 11], REWARDS, {})
+        rollouts = Rollouts([longest, *[shortest] * 11], REWARDS, {}, np.zeros((1, 5)))
         batch = make_batch(settings(), rollouts, 3, 18)
         response_lens.append(batch.loss_mask.shape[-1])
         assert batch.tokens.shape[-1] == 3 + response_lens[-1]
@@ -734,7 +770,7 @@ def test_prompts_are_padded_to_the_longest_of_their_step():
     for length, padded in ((1, 150), (150, 150), (151, 300), (580, 600)):
         prompts = [[5] * length, *[[5]] * 11]
         rows = [completion(p, [7] * 3, [0.0] * 3, [False] * 3) for p in prompts]
-        rollouts = Rollouts(rows, REWARDS, {})
+        rollouts = Rollouts(rows, REWARDS, {}, np.zeros((1, 5)))
         batch = make_batch(settings(), rollouts, 600, 3)
         seen = padded + 2
         assert batch.tokens.shape[-1] == 1 + (640 if padded == 600 else seen)
@@ -747,7 +783,7 @@ def test_rows_of_all_processes_are_of_one_length(completions, monkeypatch):
     monkeypatch.setattr(
         grpo_rollouts, "process_allgather", lambda own: np.array([own, [160, 5]], float)
     )
-    rollouts = Rollouts(completions, REWARDS, {})
+    rollouts = Rollouts(completions, REWARDS, {}, np.zeros((1, 5)))
     batch = make_batch(settings(), rollouts, 600, 40)
     longest = max(len(c.token_ids) for c in completions)
     response_len = next(n for n in (11, 21, 31, 40) if n >= longest)
@@ -837,7 +873,9 @@ def update_on_meshes() -> None:
         shapes = abstract_params(MESHED, mesh, jnp.float32)
         shapes = (shapes, abstract_state(optimizer, shapes, mesh))
         shardings = jax.tree.map(lambda s: s.sharding, shapes)
-        update = make_update(config, MESHED, optimizer, jnp.float32, shardings)
+        update = make_update(
+            config, MESHED, optimizer, jnp.float32, shardings, longest_response=9
+        )
         params = init_params(MESHED, mesh, jnp.float32, 0)
         params = jax.tree.map(lambda p: 5 * p, params)
         state = jax.jit(optimizer.init, out_shardings=shardings[1])(params)

@@ -17,6 +17,8 @@ FLOORS = {
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
     "kernels.decode_attention kernels.top_p attention paths layers model",
+    "processes": "",
+    "chat_template": "",
     "tokenizer": "",
     "checkpoint": "lazy params runs int8 huggingface load metrics",
     "sampling": "draw budget request completion decode scheduler engine",

@@ -16,6 +16,7 @@ import math_verify
 import numpy as np
 import pytest
 
+from e1jax import processes
 from e1jax.config.checks import UserError
 from e1jax.rewards import Grader, accepted_texts, grade, score
 from e1jax.rewards import grader as rewards
@@ -87,8 +88,6 @@ WRONG = {
     "2^{100}": ["1267650600228229401496703205377"],
 }
 HANGS = ["9^{9^{9^{9}}}", "(" * 500 + "3" + ")" * 500]
-ALARM = -signal.SIGALRM
-
 needs_proc = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 
 
@@ -287,28 +286,29 @@ def test_a_hang_in_what_is_accepted_is_one_too():
         assert grader.failures == {"timeout": 1, "crash": 0}
 
 
-def test_the_alarm_ends_a_worker_whatever_it_inherited():
+def test_the_limit_ends_a_comparison_whatever_the_worker_inherited():
     # Ignored and blocked signals stay so in a new program, unless it changes that.
-    usual = signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    usual = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
     grader = Grader(workers=1, limit=0.3)
     try:
         process = grader._spawn()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-        signal.signal(signal.SIGALRM, usual)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        signal.signal(signal.SIGPROF, usual)
     request = rb'["9^{9^{9^{9}}}", ["3.5"]]' + b"\n"
-    assert rewards._ask(process, b"", 60) == b"ready\n"
-    assert rewards._ask(process, request, 60) == b""
+    assert processes.ask(process, b"", 60) == b"ready\n"
     # By the signal itself: a Python handler would have to wait for C code.
-    assert process.wait(60) == ALARM
+    assert processes.ask(process, request, 60) == b"timeout\n"
+    assert processes.ask(process, b'["0.5", ["1/2"]]\n', 60) == b"1\n"
     grader.close()
 
 
 def test_a_worker_ends_when_nobody_writes_to_it_any_more():
     grader = Grader(workers=1)
     process = grader._spawn()
-    assert rewards._ask(process, b'["0.5", ["1/2"]]\n', 60) == b"ready\n"
+    assert processes.ask(process, b"", 60) == b"ready\n"
+    process.stdin.write(b'["0.5", ["1/2"]]\n')
     process.stdin.close()
     assert (process.stdout.read(), process.wait(60)) == (b"1\n", 0)
     process.stdout.close()
@@ -316,13 +316,12 @@ def test_a_worker_ends_when_nobody_writes_to_it_any_more():
 
 
 def test_a_stopped_worker_is_killed(monkeypatch):
-    monkeypatch.setattr(rewards, "_GRACE_SECONDS", 0.2)
-    with Grader(workers=1, limit=60) as grader:
+    with Grader(workers=1) as grader:
         os.kill(only_worker(grader), signal.SIGSTOP)
-        grader.limit = 1  # for this side; the worker, being stopped, has no alarm
+        monkeypatch.setattr(processes, "PATIENCE", 1)
         assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 0
         assert grader.failures == {"timeout": 1, "crash": 0}
-        grader.limit = 60
+        monkeypatch.undo()
         assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
 
 
@@ -334,7 +333,7 @@ def test_a_worker_killed_from_outside_costs_nothing():
 
 
 def test_a_comparison_that_crashes_twice_is_wrong(monkeypatch):
-    ask = rewards._ask
+    ask = processes.ask
 
     def crash(process, request, seconds):
         if request:  # the worker has started, and waits for it
@@ -342,7 +341,7 @@ def test_a_comparison_that_crashes_twice_is_wrong(monkeypatch):
         return ask(process, request, seconds)
 
     with Grader(workers=1, limit=60) as grader:
-        monkeypatch.setattr(rewards, "_ask", crash)
+        monkeypatch.setattr(processes, "ask", crash)
         assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 0
         assert grader.failures == {"timeout": 0, "crash": 2}
         monkeypatch.undo()
@@ -350,17 +349,21 @@ def test_a_comparison_that_crashes_twice_is_wrong(monkeypatch):
 
 
 @needs_proc
-def test_a_worker_has_a_memory_limit_and_is_replaced_when_full():
+def test_a_comparison_has_a_memory_limit():
     with Grader(workers=1, limit=60) as grader:
         pid = only_worker(grader)
         assert resource.prlimit(pid, resource.RLIMIT_AS) == (2**31, 2**31)
         assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         used = pages * resource.getpagesize()
-        resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
-        assert grader.submit(solved("x+y"), "y+x").result(timeout=60) == 1
-        assert grader.failures == {"timeout": 0, "crash": 1}
-        assert is_gone(pid)
+        resource.prlimit(pid, resource.RLIMIT_AS, (used, 2**31))
+        assert grader.submit(solved("x+z"), "y+x").result(timeout=60) == 0
+        assert grader.failures == {"timeout": 0, "crash": 2}
+        # Nothing is wrong with the worker, and the crashes are not remembered.
+        resource.prlimit(pid, resource.RLIMIT_AS, (2**31, 2**31))
+        assert grader.submit(solved("x+z"), "y+x").result(timeout=60) == 0
+        assert grader.failures == {"timeout": 0, "crash": 2}
+        assert only_worker(grader) == pid
 
 
 @needs_proc
@@ -368,12 +371,85 @@ def test_workers_are_new_programs_without_jax():
     with Grader(workers=1) as grader:
         pid = only_worker(grader)
         command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-        assert command[1:5] == ["-P", "-m", "e1jax.rewards.worker", "5.0"]
+        assert command[1:5] == ["-P", "-m", "e1jax.rewards.worker", "1.0"]
         maps = Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" in Path("/proc/self/maps").read_text()
         assert "jaxlib" not in maps and "torch" not in maps
         assert os.getsid(pid) != os.getsid(0)  # Ctrl-C in the terminal passes it by
     assert is_gone(pid)
+
+
+def test_hostile_comparisons_cost_their_limit_alone():
+    """No start of another worker, nor more than once for each pair."""
+    hostile = [f"9^{{9^{{9^{{{i}}}}}}}" for i in range(5, 10)] * 20
+    with Grader(workers=1, limit=0.3) as grader:
+        pid = only_worker(grader)
+        start = time.monotonic(), os.times()
+        futures = [grader.submit(solved(answer), "3.5") for answer in hostile]
+        assert [future.result(timeout=60) for future in futures] == [0] * len(hostile)
+        # Each counts, so that a resumed run, which remembers nothing, counts the same.
+        assert grader.failures == {"timeout": len(hostile), "crash": 0}
+        assert only_worker(grader) == pid
+        assert len(grader._known) == 1 + 5
+    spent = os.times()  # of children that have ended, the worker's among them
+    assert spent.children_user - start[1].children_user < 5 * 0.3 + 3
+
+
+def test_remembered_comparisons_are_bounded(monkeypatch):
+    monkeypatch.setattr(rewards, "_MOST_KNOWN", 3)
+    table = [("x+y", "y+x", 1), ("x+y", "x", 0), ("1/2", "0.5", 1), ("x", "y", 0)] * 3
+    with Grader(workers=1, limit=60) as grader:
+        for answer, accepted, reward in table:
+            assert grader.submit(solved(answer), accepted).result(60) == reward
+            assert len(grader._known) <= 3
+
+
+def test_rewards_are_the_same_on_a_busy_machine():
+    """At load 16, where a second of processor time takes several of wall clock."""
+    terms = [f"{i + 2}x^{{{i}}}" for i in range(60)]
+    table = pairs(SPELLINGS)[::9] + pairs(WRONG)[::9]
+    table.append(("+".join(terms), "+".join(reversed(terms))))  # takes 0.6 s
+
+    def rewards_now() -> list[float]:
+        with Grader(workers=2, limit=2) as grader, Grader(1, limit=0.2) as strict:
+            futures = [grader.submit(solved(b), a) for a, b in table]
+            futures.append(strict.submit(solved(HANGS[0]), "3.5"))
+            found = [future.result(timeout=300) for future in futures]
+            assert grader.failures == {"timeout": 0, "crash": 0}
+            assert strict.failures == {"timeout": 1, "crash": 0}
+        return found
+
+    quiet = rewards_now()
+    assert quiet[-2:] == [1, 0]
+    command = [sys.executable, "-c", "while True: pass"]
+    # Linux shares processors out by session, and each worker has one.
+    busy = [subprocess.Popen(command, start_new_session=True) for _ in range(16)]
+    try:
+        assert rewards_now() == quiet
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_long_lists_in_another_order():
+    """With n^2 comparisons by math-verify, these took 5 to 12 s."""
+    kinds = [
+        r"x={}\pi",
+        "x^{{{0}}}+{0}",
+        r"({0},\frac{{{0}}}{{7}})",
+        r"{0}\sqrt{{{0}+1}}",
+    ]
+    with Grader(workers=2) as grader:
+        for kind in kinds:
+            items = [kind.format(i) for i in range(2, 32)]
+            accepted, answer = ", ".join(items), ", ".join(reversed(items))
+            other = ", ".join([kind.format(40), *items[1:]])
+            futures = [
+                grader.submit(solved(text), accepted) for text in (answer, other)
+            ]
+            assert [future.result(timeout=60) for future in futures] == [1, 0]
+        assert grader.failures == {"timeout": 0, "crash": 0}
 
 
 PARENT = r"""

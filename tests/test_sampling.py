@@ -337,6 +337,20 @@ def test_kept_set_is_that_of_numpy_on_a_full_vocabulary(scale):
             assert (got[row] == (numpy_kept(logits[row], 0.6, 0, exact) > 0)).all()
 
 
+@pytest.mark.parametrize("vocab", [2**19 - 1, 2**19, 3 * 2**19 + 5])
+def test_sums_do_not_overflow_on_a_huge_vocabulary(vocab):
+    """4096 for each of 2^19 ids is 2^31."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(3, vocab)).astype(np.float32)
+    logits[1] *= 1e-3  # all of nearly the same weight
+    logits[2] = 2.5  # all tied
+    for top_p in (0.999, 0.5):
+        exact = float(np.float32(top_p))
+        got = kept(logits, 0.6, 0, top_p)
+        for row in range(3):
+            assert (got[row] == (numpy_kept(logits[row], 0.6, 0, exact) > 0)).all()
+
+
 @pytest.mark.parametrize("vocab", [7, 128, 333])
 def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
     """To the bit, whatever the options of the rows beside; run by the interpreter."""

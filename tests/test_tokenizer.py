@@ -1,17 +1,32 @@
 """tokenizer.json is loaded as it is, or refused; the template is rendered once."""
 
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import tokenizers
 from conftest import edit_json
 from transformers import AutoTokenizer
 
+from e1jax import chat_template, processes
+from e1jax.chat_template import MOST_CHARACTERS
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError
-from e1jax.tokenizer import Tokenizer, copy_files, extract_boxed, write_byte_tokenizer
+from e1jax.sampling.request import encode_prompt
+from e1jax.tokenizer import (
+    Tokenizer,
+    _growth,
+    copy_files,
+    extract_boxed,
+    write_byte_tokenizer,
+)
 
 TEXTS = ["", " ", "a  b\n\n\tc ", "3*(x+1)=\\boxed{7}", "é漢🙂", "\r\n\x00", "</think>"]
 USER = [{"role": "user", "content": "What is 2+2?"}]
@@ -236,6 +251,191 @@ def test_the_error_of_a_template_is_one_line(path):
     (path / "chat_template.jinja").write_text("{{ raise_exception('one\n\n  two') }}")
     with pytest.raises(UserError, match=r"refuses these messages: one two$"):
         Tokenizer.from_dir(path).encode_chat(USER)
+
+
+LOOP = "{% for i in range(99999) %}"
+SAID = "{{ messages[0]['content'] }}!"
+BOMBS = {
+    LOOP * 4 + "{% endfor %}" * 4: "took more than 2 s",
+    # Doubled by each round, to 2^60 characters.
+    "{% set n = namespace(s='aa') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}": "takes more than 2 GiB",
+    "{% set n = namespace(s='aaaaaaaaaa') %}{% for i in range(9) %}"
+    "{% set n.s = n.s.replace('a', n.s) %}{% endfor %}{{ n.s }}": "more than",
+    "{{ 'a' | center(10 ** 10) }}": "takes more than 2 GiB",
+    "{{ 'a' * 10 ** 10 }}": "takes more than 2 GiB",
+    "{{ 7 ** (7 ** 12) }}": "took more than 2 s",
+    "{{ 'a' * 10 ** 7 }}": f"10000000 characters, more than the {MOST_CHARACTERS}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "maximum recursion depth",
+    "": "makes no tokens of these messages",
+    "{# nothing #}": "makes no tokens of these messages",
+}
+
+
+@pytest.mark.parametrize("template", BOMBS)
+def test_a_template_that_does_not_end_or_fills_the_memory(path, template):
+    """Is one sentence, wherever the request comes from, and leaves nothing behind."""
+    (path / "chat_template.jinja").write_text(template)
+    bomb = Tokenizer.from_dir(path)
+    (path / "chat_template.jinja").write_text(SAID)
+    good = Tokenizer.from_dir(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with ThreadPoolExecutor(1) as threads:  # no signal reaches another thread
+        with pytest.raises(UserError, match=BOMBS[template]) as error:
+            threads.submit(bomb.encode_chat, USER).result(timeout=120)
+        assert "\n" not in str(error.value)
+        ids = threads.submit(good.encode_chat, USER).result(timeout=60)
+    assert good.decode(ids) == good.decode(good.encode_chat(USER)) == "What is 2+2?!"
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) * 1024 < 200e6  # macOS counts bytes, which is stricter
+
+
+def test_templates_are_rendered_after_their_process_was_killed(path):
+    tokenizer = Tokenizer.from_dir(path)
+    ids = tokenizer.encode_chat(USER)
+    process = chat_template._renderer(os.getpid())._process
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(60)
+    assert tokenizer.encode_chat(USER) == ids
+
+
+def test_an_interrupted_request_leaves_no_reply_behind(path, monkeypatch):
+    tokenizer = Tokenizer.from_dir(path)
+    ids = tokenizer.encode_chat(USER)
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.os, "read", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode_chat([{"role": "user", "content": "another"}])
+    assert tokenizer.encode_chat(USER) == ids
+
+
+def test_messages_are_rendered_as_transformers_does(path):
+    """The values of a message cross to another process, and so do the special tokens."""
+    (path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m | tojson }}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}"
+        "{% endfor %}{{ add_generation_prompt }}"
+    )
+    numpy = {"i": np.int64(7), "f": np.float64(0.1), "b": np.bool_(False)}
+    tools = [{"name": "f", "arguments": {"x": [1, 2.5, None, True]}}]
+    messages = [
+        {"role": "user", "content": "é漢🙂\x00\n \u2028", **numpy},
+        {"role": "assistant", "content": "", "tool_calls": tools, "reasoning": "hm"},
+    ]
+    theirs = AutoTokenizer.from_pretrained(path).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False
+    )
+    tokenizer = Tokenizer.from_dir(path)
+    assert tokenizer.decode(tokenizer.encode_chat(messages)) == theirs
+
+
+def test_messages_that_are_no_json(path):
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    tokenizer = Tokenizer.from_dir(path)
+    for value in (object(), nested, {1, 2}, 10**5000):
+        with pytest.raises(UserError, match="cannot be written as JSON"):
+            tokenizer.encode_chat([{"role": "user", "content": "?", "more": value}])
+
+
+def test_prompts_without_tokens_name_their_place(path):
+    (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    tokenizer = Tokenizer.from_dir(path)
+    for prompt in ("", [], [{"role": "user", "content": ""}]):
+        with pytest.raises(UserError, match=r"^prompt 7.* token to start from$"):
+            encode_prompt(prompt, "prompt 7", tokenizer, 264)
+    nested: list = []
+    for _ in range(2000):
+        nested = [nested]
+    with pytest.raises(UserError, match=r"^prompt 7: these messages cannot be written"):
+        encode_prompt([{"content": nested}], "prompt 7", tokenizer, 264)
+    with pytest.raises(UserError, match=r"^prompt 7 holds a form feed where \\frac"):
+        encode_prompt("\frac", "prompt 7", tokenizer, 264)
+
+
+def test_texts_that_no_context_holds(path):
+    """A hundred megabytes ended the program, for want of memory."""
+    tokenizer = Tokenizer.from_dir(path)
+    for size in (MOST_CHARACTERS + 1, 100_000_000):
+        with pytest.raises(UserError, match=f"text of {size} characters is longer"):
+            tokenizer.encode("x" * size)
+        with pytest.raises(UserError, match="more than") as error:
+            tokenizer.encode_chat([{"role": "user", "content": "x" * size}])
+        assert len(str(error.value)) < 300
+
+
+Replace = tokenizers.normalizers.Replace
+BELLS = {
+    # 10^10 bells for each one.
+    "normalizer": tokenizers.normalizers.Sequence([Replace("\a", "\a" * 10)] * 10),
+    "decoder": tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteLevel()]
+        + [tokenizers.decoders.Replace("\a", "\a" * 10)] * 10
+    ),
+}
+
+
+@pytest.mark.parametrize("part", BELLS)
+def test_a_tokenizer_that_blows_texts_up_is_refused(path, part):
+    """Before it is tried: nothing in `_PROBE` has to trigger it."""
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    setattr(backend, part, BELLS[part])
+    backend.save(str(path / "tokenizer.json"))
+    with pytest.raises(
+        UserError, match=f"its {part} can make a text 10000000000 times"
+    ):
+        Tokenizer.from_dir(path)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "times"),
+    [
+        (None, 1),
+        (tokenizers.normalizers.NFC(), 1),
+        (Replace(" ", "▁"), 1),
+        (Replace("abc", "abcde"), 2),
+        (Replace("abc", ""), 1),
+        (Replace("", "ab"), 3),
+        (Replace(tokenizers.Regex("b*"), "abc"), 4),
+        (tokenizers.normalizers.Prepend("▁"), 2),
+        (
+            tokenizers.normalizers.Sequence(
+                [
+                    Replace("a", "bb"),
+                    tokenizers.normalizers.Sequence([Replace("b", "ccc")]),
+                ]
+            ),
+            6,
+        ),
+    ],
+)
+def test_growth_bounds_what_a_normalizer_does(normalizer, times):
+    assert _growth(normalizer) == times
+    for text in ("a" * 30, "abc" * 10, "b", " x", "xyz"):
+        if normalizer is not None:
+            assert len(normalizer.normalize_str(text)) <= times * len(text) + times
+
+
+def test_a_panic_of_the_library_is_one_sentence(path):
+    """Its exception is no `Exception`."""
+    backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    catastrophic = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("(a+)+$"), "isolated"
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [catastrophic, backend.pre_tokenizer]
+    )
+    backend.save(str(path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_dir(path)
+    for encode in (
+        lambda: tokenizer.encode("a" * 40 + "!"),
+        lambda: tokenizer.encode_chat([{"role": "user", "content": "a" * 40 + "!"}]),
+    ):
+        with pytest.raises(UserError, match="cannot encode this text: Onig"):
+            encode()
+    with pytest.raises(UserError, match="cannot decode these ids"):
+        tokenizer.decode([2**40])
 
 
 def test_a_lone_surrogate_is_refused(path):

@@ -860,7 +860,7 @@ def test_metrics_of_a_step_are_means_over_responses_and_shares_of_prompts():
         completion([1, 2], 9, forced=0, finish_reason="stop"),
     ]
     rewards = np.array([[1, 1], [0, 1], [0, 0]], np.float32)
-    assert rollout_metrics(completions, rewards) == pytest.approx(
+    assert rollout_metrics(completions, rewards, rewards == 1) == pytest.approx(
         {
             "reward": 0.5,
             "accuracy": 0.5,
@@ -1009,7 +1009,9 @@ def made_up_steps(model) -> list[Rollouts]:
             completions.append(
                 dataclasses.replace(c, logprobs=(exact + noise).tolist())
             )
-        steps.append(Rollouts(completions, np.array(rewards, np.float32), {}))
+        steps.append(
+            Rollouts(completions, np.array(rewards, np.float32), {}, np.zeros((1, 5)))
+        )
     return steps
 
 

@@ -1,9 +1,10 @@
 """Settings of fine-tuning and of GRPO: frozen dataclasses that are YAML keys and flags."""
 
 import dataclasses
+import itertools
 import math
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 from e1jax.config.checks import (
     UNLIMITED,
@@ -120,18 +121,26 @@ class DataConfig:
         check_integer("max_prompt_len", self.max_prompt_len, 1, UNLIMITED)
 
 
+Budgets = int | None | tuple[int | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """How responses are sampled for training: under one fixed pair of budgets."""
+    """How responses are sampled for training: under one pair of budgets for all, or one
+    that is drawn for each prompt."""
 
     prompts: int = 128
     """Prompts in a step."""
     samples: int = 8
     """Responses to each prompt, whose rewards are compared with each other."""
-    thinking_budget: int | None = 1024
-    """Tokens sampled before </think> is forced; null: unlimited."""
-    solution_budget: int | None = 1024
-    """Tokens sampled after </think>; null: unlimited."""
+    thinking_budget: Budgets = 1024
+    """Tokens sampled before </think> is forced; null: unlimited. Of a list, like
+    [8, 16, null], one is drawn for each prompt of a step."""
+    solution_budget: Budgets = 1024
+    """Tokens sampled after </think>; null: unlimited; a list as for thinking_budget."""
+    drop_equal_groups: bool = False
+    """Whether a step draws prompts until it has as many as it needs whose responses have
+    unequal rewards, the only ones that teach something; ten times as many at most."""
     temperature: float = 0.6
     """Above 0; log-probabilities in training are at this temperature too."""
     slots: int = 64
@@ -142,25 +151,64 @@ class RolloutConfig:
     def __post_init__(self):
         check_integer("prompts", self.prompts, 1)
         check_integer("samples", self.samples, 2)
-        for name in ("thinking_budget", "solution_budget"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 0, UNLIMITED - 1)
+        for name, budgets in (
+            ("thinking_budget", self.thinking_budgets),
+            ("solution_budget", self.solution_budgets),
+        ):
+            if not budgets:
+                raise UserError(
+                    f"{name} is an empty list; give budgets, like [512, null]"
+                )
+            for budget in budgets:
+                if budget is not None:
+                    check_integer(name, budget, 0, UNLIMITED - 1)
         check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
         check_integer("slots", self.slots, 1)
         if self.cache_len is not None:
             check_integer("cache_len", self.cache_len, 1, 2**30)
-        elif None in (self.thinking_budget, self.solution_budget):
+        elif self.is_unlimited:
             raise UserError(
                 "a rollout without a budget needs rollout.cache_len, which then ends it"
             )
+
+    @property
+    def thinking_budgets(self) -> tuple[int | None, ...]:
+        """The budgets that one is drawn from; one alone is fixed."""
+        return _as_tuple(self.thinking_budget)
+
+    @property
+    def solution_budgets(self) -> tuple[int | None, ...]:
+        """As `thinking_budgets`."""
+        return _as_tuple(self.solution_budget)
+
+    @property
+    def pairs(self) -> list[tuple[int | None, int | None]]:
+        """All pairs that can be drawn."""
+        return list(itertools.product(self.thinking_budgets, self.solution_budgets))
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether a budget can be unlimited."""
+        return None in (*self.thinking_budgets, *self.solution_budgets)
+
+
+def _as_tuple(budgets: Budgets) -> tuple[int | None, ...]:
+    return tuple(budgets) if isinstance(budgets, list | tuple) else (budgets,)
+
+
+# As the tables of grpo/loss.py have them.
+Clip = Literal["ppo", "none", "cispo", "gspo"]
+Aggregate = Literal["token", "sequence", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
     """The objective of GRPO; see e1jax.grpo."""
 
-    clip: Literal["ppo", "none"] = "ppo"
-    """ppo: clipped surrogate; none: as the reference code of E1, which drops the clip."""
+    clip: Clip = "ppo"
+    """ppo: clipped surrogate; none: as the reference code of E1, which drops the clip;
+    cispo: clipped weights of the log-probabilities; gspo: one ratio for a response, which
+    wants bounds of some 0.0004 and aggregate sequence."""
     clip_low: float = 0.2
     """The probability ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -169,8 +217,11 @@ class LossConfig:
     """Weight of the divergence (k3) from the model that training began with."""
     entropy_coef: float = 0.0
     """Weight of the policy's entropy, which is raised."""
-    aggregate: Literal["token", "sequence"] = "token"
-    """token: mean over all tokens; sequence: mean over responses of their means."""
+    aggregate: Aggregate = "token"
+    """token: mean over all tokens; sequence: mean over responses of their means;
+    constant: sum over tokens, divided by responses times the longest one that can come."""
+    scale_rewards: bool = True
+    """Whether advantages are divided by the standard deviation of their group."""
     train_on_forced: bool = False
     """Whether forced tokens count, though the policy did not choose them."""
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
@@ -181,8 +232,8 @@ class LossConfig:
     """Largest weight of a token where old_logprobs is sampler."""
 
     def __post_init__(self):
-        check_choice("clip", self.clip, ("ppo", "none"))
-        check_choice("aggregate", self.aggregate, ("token", "sequence"))
+        check_choice("clip", self.clip, get_args(Clip))
+        check_choice("aggregate", self.aggregate, get_args(Aggregate))
         check_choice("old_logprobs", self.old_logprobs, ("recomputed", "sampler"))
         check_share("clip_low", self.clip_low)
         for name in ("clip_high", "kl_coef", "entropy_coef"):
@@ -297,6 +348,8 @@ class RewardConfig:
     """A function as package.module:name, of (completions, answers) -> rewards: it gets
     the completions of a step and the accepted answers of each, and gives a number for
     each. null: 1 for a right answer, else 0. Validation grades right or wrong anyway."""
+    length_cost: float = 0.0
+    """Taken off the reward of a right answer for every 1,000 sampled tokens."""
 
     def __post_init__(self):
         if self.function is not None and not re.fullmatch(
@@ -304,6 +357,13 @@ class RewardConfig:
         ):
             raise UserError(
                 f"reward.function must be package.module:name, not {self.function!r}"
+            )
+        cost = self.length_cost
+        check_number("reward.length_cost", cost, "of 0 or more", lambda v: v >= 0)
+        if self.function is not None and cost:
+            raise UserError(
+                "reward.length_cost is for right answers, and reward.function gives its "
+                "own rewards; set one of them"
             )
 
 

@@ -15,13 +15,14 @@ from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.logprobs import response_logprobs
-from e1jax.grpo.loss import configured_loss, token_weights
+from e1jax.grpo.loss import configured_loss, loss_scale, token_weights
 from e1jax.grpo.rollouts import (
     Batch,
     Rollouts,
     computed_in,
     make_batch,
     mean_over_processes,
+    pair_metrics,
 )
 from e1jax.nn.model import GatherParams, abstract_params
 from e1jax.nn.quantize import Params
@@ -75,7 +76,12 @@ class Learner:
         self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
         shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
         self.update = make_update(
-            config, loaded.config, self.optimizer, self.dtype, shardings
+            config,
+            loaded.config,
+            self.optimizer,
+            self.dtype,
+            shardings,
+            longest_response=longest[1],
         )
         self.logprobs = make_logprobs(
             loaded.config, self.dtype, shardings[0], config.rollout.samples
@@ -122,6 +128,7 @@ class Learner:
         seconds = time.perf_counter() - start
         return {
             **mean_over_processes(rollouts.metrics),
+            **pair_metrics(config, process_allgather(rollouts.of_pairs).sum(axis=0)),
             **means,
             "sampler_gap": measured[0]["sampler_gap"].item(),
             "update_tokens_per_second": tokens * config.update.epochs / seconds,
@@ -175,6 +182,8 @@ def make_update(
     optimizer: optax.GradientTransformation,
     dtype: Any,
     shardings: tuple[Any, Any],
+    *,
+    longest_response: int,
 ):
     """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
 
@@ -184,7 +193,7 @@ def make_update(
     them, for `sampler_gap`. The first two arguments are donated, and sharded as
     `shardings` says. Each place on the mesh axis `data` goes through its own rows
     with the parameters gathered layer by layer, in `dtype`; gradients are summed up in
-    float32.
+    float32. `longest_response` is in tokens: see `loss_scale`.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
     gather_params = make_gather_params(shardings[0], dtype)
@@ -224,6 +233,10 @@ def make_update(
             batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
         )
         grads, metrics = of_shards(params, batch, weights, on_policy, temperature)
+        if config.loss.aggregate == "constant":
+            scale = loss_scale(batch.loss_mask, "constant", longest_response)
+            grads = jax.tree.map(lambda grad: grad * scale, grads)
+            metrics["loss"] *= scale
         params, state, norm = apply_gradients(optimizer, params, state, grads)
         return params, state, metrics | {"grad_norm": norm}
 

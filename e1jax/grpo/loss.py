@@ -11,12 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.training import LossConfig
 
 Metrics = dict[str, Array]
+
+
+_LARGEST = np.finfo(np.float32).max
 
 
 def group_advantages(
@@ -82,7 +86,8 @@ def policy_loss(
 
         max(-A * ratio, -A * clip(ratio, 1 - clip_low, 1 + clip_high))
 
-    (PPO, arXiv 1707.06347, equation 7; no dual clip), or -A * ratio for clip="none".
+    (PPO, arXiv 1707.06347, equation 7; no dual clip). `clip` names another surrogate of
+    SURROGATES: "none", "cispo" or "gspo".
     With `max_ratio`, a larger ratio counts, and is differentiated, as that multiple of
     the policy gradient: truncated importance sampling, for `old_logprobs` of a
     sampler that computes a little otherwise. The divergence is k3,
@@ -93,6 +98,7 @@ def policy_loss(
     arrays may hold anything, even NaN.
     aggregate="token" is the mean over all tokens that count, "sequence" the mean over
     responses of each one's mean; a response without a token that counts is left out.
+    "constant" is the sum over the tokens that count, divided by B * R.
 
     Metrics, means of the same kind: kl (0 without reference), clip_fraction (share of
     tokens whose clipped term is the one that counts), ratio. Raises UserError if
@@ -103,9 +109,10 @@ def policy_loss(
     if max_ratio is not None:
         options |= {"old_logprobs": "sampler", "max_ratio": max_ratio}
     config = LossConfig(clip_low=clip_low, clip_high=clip_high, **options)
-    return configured_loss(
+    loss, metrics = configured_loss(
         config, logprobs, old_logprobs, ref_logprobs, advantages, loss_mask
     )
+    return loss * loss_scale(loss_mask, aggregate, loss_mask.shape[1]), metrics
 
 
 def configured_loss(
@@ -116,7 +123,8 @@ def configured_loss(
     advantages: Float[Array, " B"],
     loss_mask: Shaped[Array, "B R"],
 ) -> tuple[Float[Array, ""], Metrics]:
-    """`policy_loss` with its settings in one value; entropy is not part of it."""
+    """`policy_loss` with its settings in one value, before `loss_scale`; entropy is not
+    part of it."""
     if ref_logprobs is None and config.kl_coef:
         raise UserError(
             f"kl_coef={config.kl_coef} needs ref_logprobs; give them, or kl_coef=0"
@@ -130,28 +138,49 @@ def configured_loss(
     def difference(a, b):
         return jnp.where(mask, a - b, 0.0)
 
+    logprobs = jnp.where(mask, logprobs, 0.0)
     gap = difference(logprobs, old_logprobs)
+    if config.clip == "gspo":
+        gap = response_gap(gap, mask)
     if config.old_logprobs == "sampler":  # the value is cut off, the gradient is not
         largest = jnp.log(config.max_ratio)
         gap += jax.lax.stop_gradient(jnp.minimum(gap, largest) - gap)
-    ratio = jnp.exp(gap)
-    losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None])
-    loss = mean(losses)
+    ratio = _exp(gap)
+    losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None], logprobs)
+    # Without an advantage there is no term, not even where the ratio is infinite.
+    loss = mean(jnp.where(advantages[:, None] == 0, 0.0, losses))
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
         kl = mean(jnp.expm1(gap) - gap)
         loss += config.kl_coef * kl
+    ratio = jnp.minimum(ratio, _LARGEST)  # a metric must be finite
     return loss, {"kl": kl, "clip_fraction": mean(cut), "ratio": mean(ratio)}
 
 
+def _exp(gap: Float[Array, "B R"]) -> Float[Array, "B R"]:
+    """exp(gap), whose gradient is 0 where it is infinite: a term that the clip or an
+    advantage of 0 cuts off would have the gradient 0 * infinity, which is NaN."""
+    overflows = jnp.exp(gap) == jnp.inf
+    return jnp.where(overflows, jnp.inf, jnp.exp(jnp.where(overflows, 0.0, gap)))
+
+
+def response_gap(
+    gap: Float[Array, "B R"], mask: Bool[Array, "B R"]
+) -> Float[Array, "B R"]:
+    """The mean of log-ratios over a response, for each of its tokens: its exponential is
+    the ratio of GSPO, arXiv 2507.18071, equation 7."""
+    counts = jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return jnp.where(mask, gap.sum(axis=1, keepdims=True) / counts, 0.0)
+
+
 Surrogate = Callable[
-    [LossConfig, Float[Array, "B R"], Float[Array, "B 1"]],
+    [LossConfig, Float[Array, "B R"], Float[Array, "B 1"], Float[Array, "B R"]],
     tuple[Float[Array, "B R"], Bool[Array, "B R"]],
 ]
 
 
-def clipped_surrogate(config, ratio, advantages):
+def clipped_surrogate(config, ratio, advantages, logprobs):
     """PPO, arXiv 1707.06347, equation 7: no gain beyond the bounds of the ratio."""
     plain = -advantages * ratio
     bounded = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
@@ -160,15 +189,27 @@ def clipped_surrogate(config, ratio, advantages):
     return jnp.where(cut, clipped, plain), cut
 
 
-def plain_surrogate(config, ratio, advantages):
+def plain_surrogate(config, ratio, advantages, logprobs):
     """Without a clip, as the reference code of Elastic Reasoning computes it."""
     return -advantages * ratio, jnp.zeros_like(ratio, bool)
 
 
-# By `loss.clip`: (config, ratio, advantages) -> each token's loss, and whether it was cut.
+def clipped_weight_surrogate(config, ratio, advantages, logprobs):
+    """CISPO, arXiv 2506.13585, equations 4 and 5: the clipped ratio is the weight of a
+    token's log-probability, and is not differentiated, so that no token is left out."""
+    weight = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+    weight = jax.lax.stop_gradient(weight)
+    return -advantages * weight * logprobs, weight != ratio
+
+
+# By `loss.clip`: (config, ratio, advantages, logprobs) -> each token's loss, and whether
+# it was cut. GSPO (arXiv 2507.18071, equation 5) is the clipped surrogate of one ratio for
+# all tokens of a response: see `response_gap`.
 SURROGATES: dict[str, Surrogate] = {
     "ppo": clipped_surrogate,
     "none": plain_surrogate,
+    "cispo": clipped_weight_surrogate,
+    "gspo": clipped_surrogate,
 }
 
 
@@ -197,4 +238,18 @@ def each_response(mask: Float[Array, "B R"]) -> Float[Array, "B R"]:
 AGGREGATES: dict[str, Callable[[Float[Array, "B R"]], Float[Array, "B R"]]] = {
     "token": each_token,
     "sequence": each_response,
+    "constant": each_token,  # with a factor of its own, see `loss_scale`
 }
+
+
+def loss_scale(
+    mask: Shaped[Array, "... R"], aggregate: str, longest: int
+) -> Float[Array, ""]:
+    """The factor of a mean with `token_weights` that makes it the loss: 1, but for
+    "constant" the number of tokens that count, divided by responses times `longest`, the
+    tokens of the longest response that can come (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    """
+    if aggregate != "constant":
+        return jnp.float32(1)
+    responses = mask.size // mask.shape[-1]
+    return (mask > 0).sum() / jnp.float32(responses * longest)

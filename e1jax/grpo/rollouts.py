@@ -12,7 +12,7 @@ import numpy as np
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
-from e1jax.config.training import GRPOConfig
+from e1jax.config.training import GRPOConfig, budget_name
 from e1jax.data.problems import load_problems
 from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_seed
 from e1jax.grpo.loss import group_advantages
@@ -29,6 +29,9 @@ NUM_LENGTHS = 4
 
 
 TILE = 128  # positions
+
+
+_BUDGET_DRAWS = 1  # beside the seeds of requests, which are drawn from two numbers
 
 
 class Batch(NamedTuple):
@@ -114,15 +117,16 @@ def rollout_cache_len(config: GRPOConfig, longest_prompt: int) -> int:
 def least_room(config: GRPOConfig) -> int:
     """Positions that a slot has for the response at least: for both budgets and
     `</think>`. An unlimited solution gets one token or more."""
-    thinking, solution = config.rollout.thinking_budget, config.rollout.solution_budget
-    return (thinking or 0) + 1 + (1 if solution is None else solution)
+    rollout = config.rollout
+    thinking = max(budget or 0 for budget in rollout.thinking_budgets)
+    return thinking + 1 + max(1 if s is None else s for s in rollout.solution_budgets)
 
 
 def longest_lengths(
     config: GRPOConfig, cache_len: int, shortest_prompt: int, longest_prompt: int
 ) -> tuple[int, int]:
     """Tokens of the longest prompt, and of the longest response that can come."""
-    if None in (config.rollout.thinking_budget, config.rollout.solution_budget):
+    if config.rollout.is_unlimited:
         return longest_prompt, cache_len - shortest_prompt
     return longest_prompt, least_room(config)
 
@@ -133,6 +137,9 @@ class Rollouts(NamedTuple):
     completions: list[Completion]  # N x G
     rewards: np.ndarray  # [N, G] float32
     metrics: dict[str, float]
+    # [P, 5], of each pair of budgets that can be drawn: the number of responses, and sums
+    # over them, see `pair_sums`
+    of_pairs: np.ndarray
 
 
 def sample_rollouts(
@@ -164,23 +171,69 @@ def sample_rollouts(
         graded = list(zip(given, rewards, strict=True))
     graded.sort(key=lambda pair: (pair[0].prompt_index, pair[0].sample))
     completions = [completion for completion, _ in graded]
-    rewards = np.array([reward for _, reward in graded], np.float32)
-    rewards = rewards.reshape(len(prompts), config.rollout.samples)
+    base = np.array([reward for _, reward in graded], np.float32)
+    costs = [length_cost(config, completion) for completion in completions]
+    rewards = np.where(base == 1, base - np.array(costs, np.float32), base)
+    base, rewards = (
+        x.reshape(len(prompts), config.rollout.samples) for x in (base, rewards)
+    )
     seconds = time.perf_counter() - start
-    metrics = rollout_metrics(completions, rewards) | {
+    metrics = rollout_metrics(completions, rewards, base == 1) | {
         "reward_timeouts": grader.failures["timeout"] - failures["timeout"],
         "reward_crashes": grader.failures["crash"] - failures["crash"],
         "rollout_waste": 1 - engine.stats.tokens / engine.stats.slot_steps,
         "rollout_tokens_per_second": engine.stats.tokens / seconds,
     }
-    return Rollouts(completions, rewards, metrics)
+    drawn = [drawn_pair(config, prompt.position) for prompt in prompts]
+    sums = pair_sums(config, drawn, completions, rewards, base == 1)
+    return Rollouts(completions, rewards, metrics, sums)
+
+
+def length_cost(config: GRPOConfig, completion: Completion) -> float:
+    """Taken off the reward of a right answer, by its sampled tokens."""
+    sampled = completion.thinking_tokens + completion.solution_tokens
+    return config.reward.length_cost * sampled / 1000
+
+
+def drawn_pair(config: GRPOConfig, position: int) -> int:
+    """The index among `rollout.pairs` of the budgets of a prompt's responses, drawn from
+    the run's seed and the prompt's position in the stream alone."""
+    rng = np.random.default_rng([config.seed, position, _BUDGET_DRAWS])
+    return int(rng.integers(len(config.rollout.pairs)))
+
+
+def num_unequal(parts: Sequence[Rollouts]) -> int:
+    """Prompts whose responses have unequal rewards."""
+    return sum(int((p.rewards != p.rewards[:, :1]).any(axis=1).sum()) for p in parts)
+
+
+def unequal_groups(
+    config: GRPOConfig, parts: Sequence[Rollouts], count: int
+) -> Rollouts:
+    """Of several rollouts, the first `count` groups with unequal rewards (DAPO, arXiv
+    2503.14476, section 3.2), then equal ones if these are too few. Metrics are of all."""
+    rewards = np.concatenate([part.rewards for part in parts])
+    completions = [c for part in parts for c in part.completions]
+    is_equal = (rewards == rewards[:, :1]).all(axis=1)
+    chosen = np.sort(np.argsort(is_equal, kind="stable")[:count])
+    samples = config.rollout.samples
+    kept = [completions[g * samples + j] for g in chosen for j in range(samples)]
+    names = parts[0].metrics
+    metrics = {n: float(np.mean([part.metrics[n] for part in parts])) for n in names}
+    metrics |= {
+        "sampled_batches": float(len(parts)),
+        "kept_mixed": float(1 - is_equal[chosen].mean()),
+    }
+    of_pairs = np.sum([part.of_pairs for part in parts], axis=0)
+    return Rollouts(kept, rewards[chosen], metrics, of_pairs)
 
 
 def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
     """How the prompt at a position of the stream is sampled in training."""
+    thinking, solution = config.rollout.pairs[drawn_pair(config, position)]
     return SamplingParams(
-        config.rollout.thinking_budget,
-        config.rollout.solution_budget,
+        thinking,
+        solution,
         n=config.rollout.samples,
         temperature=config.rollout.temperature,
         top_p=1.0,  # a ratio of probabilities needs the full distribution
@@ -189,23 +242,58 @@ def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
 
 
 def rollout_metrics(
-    completions: Sequence[Completion], rewards: np.ndarray
+    completions: Sequence[Completion], rewards: np.ndarray, is_right: np.ndarray
 ) -> dict[str, float]:
-    """Means over responses; `solved` and `mixed` are shares of prompts."""
+    """Means over responses; `solved` and `mixed` are shares of prompts. `is_right` is
+    [N, G], as the rewards are."""
 
     def mean(value: Callable[[Completion], float]) -> float:
         return float(np.mean([value(completion) for completion in completions]))
 
     return {
         "reward": float(rewards.mean()),
-        "accuracy": float((rewards == 1).mean()),
-        "solved": float((rewards == 1).any(axis=1).mean()),
+        "accuracy": float(is_right.mean()),
+        "solved": float(is_right.any(axis=1).mean()),
         "mixed": float((rewards.std(axis=1) > 0).mean()),  # the rest teaches nothing
         "response_tokens": mean(lambda c: len(c.token_ids)),
         "thinking_tokens": mean(lambda c: c.thinking_tokens),
         "solution_tokens": mean(lambda c: c.solution_tokens),
         "forced_share": mean(lambda c: any(c.forced)),
         "unfinished_share": mean(lambda c: c.finish_reason != "stop"),
+    }
+
+
+_SUMS = ("reward", "accuracy", "response_tokens", "forced_share")
+
+
+def pair_sums(
+    config: GRPOConfig,
+    drawn: Sequence[int],
+    completions: Sequence[Completion],
+    rewards: np.ndarray,
+    is_right: np.ndarray,
+) -> np.ndarray:
+    """[P, 5]: of each pair of budgets the number of responses and the sums of _SUMS;
+    `drawn` are the pairs of N prompts."""
+    tokens = np.array([len(c.token_ids) for c in completions]).reshape(rewards.shape)
+    forced = np.array([any(c.forced) for c in completions]).reshape(rewards.shape)
+    values = np.ones_like(rewards), rewards, is_right, tokens, forced
+    sums = np.zeros((len(config.rollout.pairs), len(values)))
+    np.add.at(sums, list(drawn), np.stack([v.sum(axis=1) for v in values], axis=1))
+    return sums
+
+
+def pair_metrics(config: GRPOConfig, of_pairs: np.ndarray) -> dict[str, float]:
+    """Means over the responses of each pair that the step has, like `reward_32_28`, if
+    several can be drawn; `of_pairs` as `pair_sums` gives them, of all processes."""
+    pairs = config.rollout.pairs
+    if len(pairs) == 1:
+        return {}
+    return {
+        f"{name}_{budget_name(*pair)}": float(value / count)
+        for pair, (count, *sums) in zip(pairs, of_pairs, strict=True)
+        for name, value in zip(_SUMS, sums, strict=True)
+        if count
     }
 
 
@@ -242,7 +330,8 @@ def make_batch(
         tokens[row, : len(ids)] = ids
         logprobs[row, : len(c.logprobs)] = c.logprobs
         mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
-    advantages = np.asarray(group_advantages(rollouts.rewards)).reshape(-1)
+    scale = config.loss.scale_rewards
+    advantages = np.asarray(group_advantages(rollouts.rewards, scale=scale)).reshape(-1)
     batch = Batch(tokens, lengths[:, 0], advantages, mask, logprobs)
     batch = allgather_rows(batch, config.rollout.samples)
     micro = config.update.microbatch

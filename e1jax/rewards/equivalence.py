@@ -7,6 +7,7 @@ r"""Is an answer equivalent to an accepted one? math-verify, between tables of o
 4. `agreement` parses both sides and compares them by math-verify.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -169,12 +170,14 @@ def _match(
 ) -> bool:
     """Has each element a partner of its own? 5 % is equal to 5 and to 0.05, so a partner
     that is taken may have to move on (augmenting paths of bipartite matching)."""
-    fits = [[same(one, other) for other in wanted] for one in found]
+    fits = functools.cache(lambda one, other: same(found[one], wanted[other]))
     partner: dict[int, int] = {}  # of each wanted element
 
     def place(one: int, seen: set[int]) -> bool:
-        for other, fit in enumerate(fits[one]):
-            if fit and other not in seen:
+        # Equal texts first: a list in another order then takes no n^2 comparisons.
+        order = sorted(range(len(wanted)), key=lambda i: wanted[i] != found[one])
+        for other in order:
+            if other not in seen and fits(one, other):
                 seen.add(other)
                 if other not in partner or place(partner[other], seen):
                     partner[other] = one

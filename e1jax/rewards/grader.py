@@ -8,6 +8,7 @@ JSON line per comparison and answer with a line.
 import atexit
 import collections
 import functools
+import hashlib
 import json
 import math
 import numbers
@@ -15,27 +16,26 @@ import os
 import queue
 import re
 import reprlib
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from decimal import Decimal
 from typing import Any, Protocol, TypeVar
 
+from e1jax import processes
 from e1jax.config.checks import UserError, check_integer, check_number
 from e1jax.config.texts import check_backslashes
+from e1jax.processes import Process
 from e1jax.tokenizer import THINK_END, extract_boxed
 
 Accepted = str | float | Sequence[str | float]
 
 _MAX_WORKERS = 8
 _MAX_LENGTH = 2000  # characters; a longer answer is only right if it is the same text
-_START_SECONDS = 60.0
 _START_ATTEMPTS = 3
-_GRACE_SECONDS = 5.0  # a worker that has not ended itself by then is killed
-READY = b"ready\n"  # the first line of a worker
+_MOST_KNOWN = 50_000  # comparisons that are remembered
+# The lines with which a worker answers.
+EQUAL, DIFFERENT, TIMEOUT, CRASH = b"1\n", b"0\n", b"timeout\n", b"crash\n"
 _AROUND = " \t\r\n$"  # stripped from both ends of an answer
 _INTEGER = re.compile(r"[+-]?[0-9]{1,1000}")
 
@@ -135,18 +135,20 @@ def accepted_texts(answer: Accepted, where: str) -> list[str]:
 class Grader:
     """Worker processes that compare answers, at most `workers` of them.
 
-    They start with the first comparison that needs them. `limit` is in seconds of wall
-    clock per comparison; one that takes longer, or crashes its worker twice, gives 0.0
+    They start with the first comparison that needs them. `limit` is in seconds of
+    processor time per comparison; one that takes longer, or crashes twice, gives 0.0
     and is counted in `failures`. Close it, or use it as a context manager.
     """
 
-    def __init__(self, workers: int | None = None, limit: float = 5.0):
-        """`workers` None: half of the CPU cores, at most 8; sampling needs the rest.
+    def __init__(self, workers: int | None = None, limit: float = 1.0):
+        """`workers` None: half of the CPU cores, as sampling needs the rest; from 2, so
+        that a hostile answer does not hold up all others, to 8. `limit`: ordinary answers
+        take milliseconds, and 0.4 s at most in all that the tests hold.
 
         Raises UserError for numbers that are not above 0.
         """
         if workers is None:
-            workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2))
+            workers = min(max(2, (os.cpu_count() or 1) // 2), _MAX_WORKERS)
         check_integer("workers", workers, 1)
         check_number("limit", limit, "of seconds, up to 3600", lambda v: 0 < v <= 3600)
         self.workers, self.limit = workers, limit
@@ -154,7 +156,8 @@ class Grader:
         self._queue: queue.SimpleQueue[tuple[Future[float], bytes] | None]
         self._queue = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
-        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._processes: set[Process] = set()
+        self._known: dict[bytes, bytes] = {}  # digest of a request: its reply
         self._lock = threading.Lock()
         self._closed = False
         atexit.register(self.close)
@@ -188,7 +191,7 @@ class Grader:
         with self._lock:
             self._closed = True
             for process in self._processes:
-                process.kill()
+                processes.kill(process)
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -220,31 +223,43 @@ class Grader:
             self._end(process)
 
     def _compare(
-        self, process: subprocess.Popen[bytes] | None, request: bytes
-    ) -> tuple[subprocess.Popen[bytes] | None, float]:
+        self, process: Process | None, request: bytes
+    ) -> tuple[Process | None, float]:
         """The reward, and the process if it can go on.
 
         After a crash, which may have had nothing to do with this comparison, it is
-        tried once more.
+        tried once more. A verdict of the worker, a limit of processor time included, is
+        remembered: a model writes the same answer often.
         """
+        digest = hashlib.sha256(request).digest()
         for _ in range(2):
-            process = process or self._start()
-            start = time.monotonic()
-            reply = _ask(process, request, self.limit + _GRACE_SECONDS)
-            if reply:
+            reply = self._known.get(digest)
+            if reply is None:
+                process = process or self._start()
+                reply = processes.ask(process, request, self.limit * processes.PATIENCE)
+                if reply in (EQUAL, DIFFERENT, TIMEOUT):
+                    self._remember(digest, reply)
+                elif reply != CRASH:
+                    self._end(process)
+                    process = None
+            if reply in (EQUAL, DIFFERENT):
                 return process, float(reply)
-            self._end(process)
-            process = None
             if self._closed:
                 raise RuntimeError("this Grader was closed")
-            timed_out = time.monotonic() - start >= self.limit
+            timed_out = reply in (TIMEOUT, processes.KILLED)
             with self._lock:
                 self.failures["timeout" if timed_out else "crash"] += 1
             if timed_out:
                 break
-        return None, 0.0
+        return process, 0.0
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _remember(self, digest: bytes, reply: bytes) -> None:
+        with self._lock:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.pop(next(iter(self._known)))
+            self._known[digest] = reply
+
+    def _start(self) -> Process:
         """A worker that has imported all it needs, so that this costs no one's limit.
 
         Raises RuntimeError if it cannot start: then nothing could ever be compared.
@@ -252,8 +267,8 @@ class Grader:
         reason = b""
         for _ in range(_START_ATTEMPTS):
             process = self._spawn()
-            reply = _ask(process, b"", _START_SECONDS)
-            if reply == READY:
+            reply = processes.ask(process, b"", processes.START_SECONDS)
+            if reply == processes.READY:
                 return process
             self._end(process)
             reason = reply.strip() or b"exit code %d" % process.returncode
@@ -261,52 +276,19 @@ class Grader:
             f"a worker process that compares answers did not start: {reason.decode()}"
         )
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        path = [os.path.abspath(entry) for entry in sys.path]  # "" is where we are
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
-            "PYTHONHASHSEED": "0",  # SymPy's order of terms, and so its results
-        }
+    def _spawn(self) -> Process:
         with self._lock:
             if self._closed:
                 raise RuntimeError("this Grader was closed")
-            # Not forked, because JAX's threads hold locks, nor made by multiprocessing,
-            # which runs the user's script again. Ctrl-C does not reach its session.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "e1jax.rewards.worker", str(self.limit)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,
-            )
+            process = processes.spawn("e1jax.rewards.worker", str(self.limit))
             self._processes.add(process)
         return process
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        process.kill()
+    def _end(self, process: Process) -> None:
+        processes.kill(process)
         with self._lock:
             self._processes.discard(process)
         process.communicate()  # waits, and closes the pipes
-
-
-def _ask(process: subprocess.Popen[bytes], request: bytes, seconds: float) -> bytes:
-    """The line that answers; b"" if the process ends or is killed after `seconds`."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    # Also where writing blocks, because the process is stopped.
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    try:
-        process.stdin.write(request)
-        process.stdin.flush()
-        return process.stdout.readline()
-    except OSError:  # nobody reads
-        return b""
-    finally:
-        timer.cancel()
 
 
 @functools.cache
@@ -354,7 +336,9 @@ def final_answer(text: str, where: str) -> str:
     if mark:
         return next((line for line in last.splitlines() if line.strip()), "")
     # A matrix may be written in several lines.
-    one_line = re.sub(r"\\begin\{.*\\end\{", "", text.strip(), flags=re.DOTALL)
+    start, end = text.find(r"\begin{"), text.rfind(r"\end{")
+    one_line = text if end < start or start < 0 else text[:start] + text[end:]
+    one_line = one_line.strip()
     if re.search(r"[\n\r]", one_line):
         raise UserError(
             f"{where} has several lines, and neither \\boxed{{}} nor #### says which part "

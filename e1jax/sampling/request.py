@@ -88,11 +88,13 @@ def encode_prompt(
     if not len(prompt):
         raise UserError(f"{where} is empty; a response needs a token to start from")
     if all(isinstance(item, dict) for item in prompt):
-        check_backslashes(prompt, where)
         try:
-            prompt = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+            ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        # Not before: it goes into any depth, and through any length.
+        check_backslashes(prompt, where)
+        prompt = ids
     last = vocab_size - 1
     for token in prompt:
         is_integer = isinstance(token, int | np.integer)

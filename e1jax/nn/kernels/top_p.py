@@ -103,14 +103,17 @@ def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
     everything = jnp.full_like(top_k, MAX_RANK)
     by_k = jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
-    limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in _limbs(jnp.exp(-gaps))]
+    # The int32 sums of digits are exact: 2^24 ids is the most that ModelConfig takes.
+    bits = 12 if gaps.shape[-2] * gaps.shape[-1] < 2**19 else 6
+    limbs = _limbs(jnp.exp(-gaps), bits)
+    limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in limbs]
 
     def rest(cut):
         # Mass below the cut. Near top_p = 1 it is small, so float32 resolves it better
         # than the mass above the cut.
         sums = [total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
         return sum(
-            s.astype(jnp.float32) * 2.0 ** -(12 * i) for i, s in enumerate(sums, 1)
+            s.astype(jnp.float32) * 2.0 ** -(bits * i) for i, s in enumerate(sums, 1)
         )
 
     mass = rest(jnp.full_like(top_k, -1))
@@ -130,15 +133,16 @@ def as_ranks(gaps: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(gaps, jnp.int32)
 
 
-def _limbs(weights: jax.Array) -> list[jax.Array]:
-    """Weights in [0, 1] as three base-4096 digits: their int32 sums over up to 2**18
-    tokens are exact, where a float32 sum over a large vocabulary is off by 1e-6."""
-    first = (weights * 4096).astype(jnp.int32)
-    weights = weights * 4096 - first
-    second = (weights * 4096).astype(jnp.int32)
+def _limbs(weights: jax.Array, bits: int) -> list[jax.Array]:
+    """Weights in [0, 1] as digits of some bits each, 36 in all: their int32 sums over less
+    than 2^(31 - bits) tokens are exact, where a float32 sum over a large vocabulary is off
+    by 1e-6."""
+    digits = []
+    for _ in range(36 // bits - 1):
+        digits.append((weights * 2**bits).astype(jnp.int32))
+        weights = weights * 2**bits - digits[-1]
     # Rounded, not cut off: the errors of a long tail would add up to one side.
-    third = jnp.round((weights * 4096 - second) * 4096).astype(jnp.int32)
-    return [first, second, third]
+    return [*digits, jnp.round(weights * 2**bits).astype(jnp.int32)]
 
 
 def _smallest(
