@@ -77,6 +77,11 @@ def main() -> None:
         slots=args.slots,
         kv_dtype=args.kv_dtype,
     )
+    if (args.solution_budget or 0) + 2 > engine.cache_len:
+        raise UserError(
+            f"--solution-budget {args.solution_budget} leaves no room for a prompt in "
+            f"cache_len={engine.cache_len}; lower it, or raise --cache-len"
+        )
     listening = _listen(args.host, args.port)
     use_compilation_cache()
     worker = EngineThread(engine, loaded.read_params, Metrics(engine, settings.model))

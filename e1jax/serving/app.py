@@ -114,8 +114,10 @@ def _prepare(
     engine = worker.engine
     prompts = []
     for prompt in wanted.prompts:
-        prompt_ids = encode_prompt(prompt, engine.tokenizer, engine.encode)
-        params = fit_budgets(wanted, prompt_ids, engine.tokenizer)
+        prompt_ids = encode_prompt(
+            prompt, engine.tokenizer, engine.encode, worker.max_prompt_chars
+        )
+        params = fit_budgets(wanted, prompt_ids, engine.tokenizer, engine.cache_len)
         prompts.append((prompt_ids, params))
     return wanted, prompts
 
@@ -212,7 +214,7 @@ async def _read_body(request: Request) -> bytes:
 def _check_key(request: Request, settings: ServerSettings) -> None:
     if settings.api_key is None:
         return
-    given = request.headers.get("authorization", "").encode()
+    given = request.headers.get("authorization", "").encode("latin-1")
     if not hmac.compare_digest(given, f"Bearer {settings.api_key}".encode()):
         raise ApiError(
             401,

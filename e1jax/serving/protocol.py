@@ -144,20 +144,22 @@ def parse_request(body: bytes, is_chat: bool, server: ServerSettings) -> ApiRequ
 
 
 def fit_budgets(
-    request: ApiRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer
+    request: ApiRequest, prompt_ids: Sequence[int], tokenizer: Tokenizer, cache_len: int
 ) -> SamplingParams:
     """Budgets under which thinking, forced tokens and solution together are at most
-    max_completion_tokens; without it, those of the request.
+    max_completion_tokens; without it, the budgets of the request.
 
     The solution has the budget that was given, by default at most half of the tokens,
-    and thinking the rest. Raises UserError if there is no room for one token of the
-    solution behind the forced ones.
+    and thinking the rest. A response that starts in the solution has all tokens for it.
+    Raises UserError if there is no room for one token of the solution behind the forced
+    ones.
     """
     params, most = request.params, request.max_tokens
     if most is None:
         return params
+    solution = params.solution_budget
     if not starts_thinking(prompt_ids, tokenizer):
-        solution = _least(params.solution_budget, most)
+        solution = most if request.default_solution else _least(solution, most)
         return dataclasses.replace(params, solution_budget=solution)
     forces = params.on_thinking_budget == "force"
     forced = 1 + len(tokenizer.encode(params.end_of_thinking_text)) if forces else 0
@@ -166,9 +168,9 @@ def fit_budgets(
             f"max_completion_tokens={most} has no room for {forced} forced "
             f"token{'s' * (forced > 1)} and 1 of the solution; give {forced + 1} or more"
         )
-    solution = params.solution_budget
     if request.default_solution or solution is None:
-        solution = _least(solution, max(1, most // 2))
+        room = min(most, cache_len - len(prompt_ids))
+        solution = _least(solution, max(1, room // 2))
     solution = min(solution, most - forced)
     thinking = None if request.default_thinking else params.thinking_budget
     thinking = _least(thinking, most - forced - solution)
@@ -178,14 +180,37 @@ def fit_budgets(
 
 
 def encode_prompt(
-    prompt: Any, tokenizer: Tokenizer, encode: Callable[[Prompt], list[int]]
+    prompt: Any,
+    tokenizer: Tokenizer,
+    encode: Callable[[Prompt], list[int]],
+    max_chars: int,
 ) -> list[int]:
     """Token ids: of messages in the chat template, of a text as it is; `encode` is the
-    engine's."""
+    engine's. Raises UserError, at once, for a text above `max_chars`, which could not
+    fit."""
     if isinstance(prompt, str):
+        _check_length(len(prompt), max_chars)
         check_backslashes(prompt, "prompt")
         return encode(tokenizer.encode(prompt))
+    if isinstance(prompt[0], dict):
+        # A template may leave out a part of earlier answers.
+        kept = (m["content"] for m in prompt if m["role"] != "assistant")
+        _check_length(sum(map(len, kept)), max_chars)
     return encode(prompt)
+
+
+def longest_prompt(tokenizer: Tokenizer, cache_len: int) -> int:
+    """Characters above which no text fits into `cache_len` tokens. To tokenise 10 MB takes
+    tens of seconds."""
+    return cache_len * max(map(len, tokenizer.backend.get_vocab()))
+
+
+def _check_length(chars: int, max_chars: int) -> None:
+    if chars > max_chars:
+        raise UserError(
+            f"a prompt of {chars} characters does not fit the cache, whatever its tokens "
+            "are; shorten it"
+        )
 
 
 def parse_efforts(text: str) -> dict[str, int | None]:

@@ -14,7 +14,7 @@ from e1jax.nn.quantize import Params
 from e1jax.sampling.completion import Completion, Event
 from e1jax.sampling.engine import Engine
 from e1jax.serving.metrics import Metrics, Timing
-from e1jax.serving.protocol import ApiError
+from e1jax.serving.protocol import ApiError, longest_prompt
 
 LOADING, READY, ENDING, FAILED = "loading", "ready", "ending", "failed"
 
@@ -59,6 +59,7 @@ class EngineThread:
         self.engine, self.metrics = engine, metrics
         self.state = LOADING
         self.error: BaseException | None = None  # that ended the thread
+        self.max_prompt_chars = longest_prompt(engine.tokenizer, engine.cache_len)
         self._read_params = read_params
         self._live: dict[int, Live] = {}  # by the engine's id
         self._work = threading.Event()
