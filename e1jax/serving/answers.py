@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from e1jax.sampling.completion import Completion, Event
+from e1jax.serving.protocol import random_bits
 from e1jax.tokenizer import THINK_END, Tokenizer
 
 _FINISH_REASONS = {"stop": "stop", "solution_budget": "length", "length": "length"}
@@ -24,7 +24,7 @@ class AnswerShape:
     model: str
     seed: int
     tokenizer: Tokenizer
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(12))
+    id: str = dataclasses.field(default_factory=lambda: f"{random_bits(96):024x}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     def whole(self, completions: Mapping[int, Completion], prompts: int) -> bytes:

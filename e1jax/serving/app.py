@@ -8,6 +8,7 @@ client goes away.
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import json
 import sys
@@ -36,6 +37,9 @@ from e1jax.serving.protocol import (
     parse_request,
 )
 from e1jax.serving.worker import READY, EngineThread, Live
+
+_LARGE_BODY_BYTES = 2**14
+
 
 _PAGE = files("e1jax.serving").joinpath("page.html").read_text(encoding="utf-8")
 
@@ -92,8 +96,11 @@ async def _answer(
     _check_key(request, settings)
     worker.check_open(settings.max_waiting)
     body = await _read_body(request)
-    # Large bodies take long to parse and tokenise, and others' tokens should not wait.
-    wanted, prompts = await asyncio.to_thread(_prepare, body, is_chat, worker, settings)
+    work = functools.partial(_prepare, body, is_chat, worker, settings)
+    # A large body takes long to parse and tokenise, and others' tokens should not wait. A
+    # small one takes less than the way into a thread and back.
+    is_large = len(body) > _LARGE_BODY_BYTES
+    wanted, prompts = await asyncio.to_thread(work) if is_large else work()
     worker.check_open(settings.max_waiting)
     live = worker.submit(prompts)
     shape = AnswerShape(

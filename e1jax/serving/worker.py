@@ -6,6 +6,7 @@ is known before its first event can come, and no lock is needed.
 """
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -70,6 +71,9 @@ class EngineThread:
     def start(self) -> None:
         """Called in the event loop's thread."""
         self._loop = asyncio.get_running_loop()
+        # After each call of the device, the thread waits for Python's lock. By default,
+        # the event loop may keep it for 5 ms then, which is a step of a small model.
+        sys.setswitchinterval(0.0005)
         self._thread.start()
 
     async def stop(self, seconds: float = 5.0) -> None:
