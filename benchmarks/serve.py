@@ -16,7 +16,8 @@ layers, hidden 512, vocabulary 4096, 50 million parameters, float32, on prompts 
 random tokens, every budget used up. Budgets are log-uniform from 16 to `--longest` tokens.
 
 Figures: tokens/s, medians of the turns, with the smallest and largest; `ratio` is the
-median of tokens/s / those of `generate` within a turn. Of the client: seconds to the first
+median of tokens/s / those of `generate` within a turn, `cpu_ratio` of tokens per second of
+processor time, the clients' left out, which others on the machine disturb less. Of the client: seconds to the first
 piece of an answer, seconds between two pieces (a piece is what a step gave, some tokens),
 and seconds per token from the first piece to the last; medians, 95th and 99th percentiles.
 """
@@ -79,13 +80,13 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "server": lambda: from_clients(url, requests, rate=None),
         }
         turns = [
-            {way: noted(way, run()) for way, run in ways.items()}
+            {way: timed(way, run) for way, run in ways.items()}
             for _ in range(args.turns)
         ]
         reached = statistics.median(turn["server"]["seconds"] for turn in turns)
         rate = args.load * len(requests) / reached
         loops = [
-            {"open_loop": noted("open_loop", from_clients(url, requests, rate))}
+            {"open_loop": timed("open_loop", lambda: from_clients(url, requests, rate))}
             for _ in range(args.turns)
         ]
     about = {
@@ -110,10 +111,12 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [line | about for line in lines]
 
 
-def noted(way: str, work: dict[str, Any]) -> dict[str, Any]:
-    rate = work["tokens"] / work["seconds"]
-    said = f"{way}: {work['tokens']} tokens in {work['seconds']:.2f} s, {rate:.0f} /s"
-    print(said, file=sys.stderr, flush=True)
+def timed(way: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    cpu = time.process_time()
+    work = run()
+    work["cpu"] = time.process_time() - cpu
+    said = "{tokens} tokens in {seconds:.2f} s, CPU {cpu:.2f} s".format(**work)
+    print(f"{way}: {said}", file=sys.stderr, flush=True)
     return work
 
 
@@ -129,8 +132,9 @@ def figures(
         "high": max(rates),
     }
     if way in turns[0]:
-        ratios = [turn["generate"]["seconds"] / turn[way]["seconds"] for turn in turns]
-        line["ratio"] = statistics.median(ratios)
+        for key, name in (("seconds", "ratio"), ("cpu", "cpu_ratio")):
+            ratios = [turn["generate"][key] / turn[way][key] for turn in turns]
+            line[name] = statistics.median(ratios)
         assert len({turn[way]["tokens"] for turn in turns}) == 1
         assert turns[0][way]["tokens"] == turns[0]["generate"]["tokens"]
     for key in ("first", "between", "per_token"):

@@ -6,10 +6,12 @@ is known before its first event can come, and no lock is needed.
 """
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.nn.quantize import Params
 from e1jax.sampling.completion import Completion, Event
@@ -153,7 +155,10 @@ class EngineThread:
 
     def _load(self) -> None:
         self.engine.params = self._read_params()
-        # Compiles the decode step before the first request has to wait for it.
+        # What the first request would have to wait for: importing what renders chat
+        # templates, and compiling the decode step.
+        with contextlib.suppress(UserError):  # the tokenizer may have none
+            self.engine.encode("warm-up")
         self.engine.generate(
             [[0]], SamplingParams(thinking_budget=None, solution_budget=1)
         )
