@@ -57,11 +57,8 @@ def main() -> None:
     args = read_flags(ServeFlags, sys.argv[1:], "python -m e1jax.serve")
     settings = _settings(args)
     try:
-        # Imported here, because they need the extra `serve`.
-        from e1jax.serving.app import make_app
-        from e1jax.serving.metrics import Metrics
-        from e1jax.serving.server import Server
-        from e1jax.serving.worker import EngineThread
+        # Imported here, because it needs the extra `serve`.
+        from e1jax.serving.server import run_server
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing; install what serving needs: "
@@ -84,16 +81,8 @@ def main() -> None:
         )
     listening = _listen(args.host, args.port)
     use_compilation_cache()
-    worker = EngineThread(engine, loaded.read_params, Metrics(engine, settings.model))
-    server = Server(make_app(worker, settings), worker, args.grace_seconds)
     _say_where(args, settings, listening.getsockname()[1])
-    server.run(sockets=[listening])
-    if server.deadline is None and worker.error is not None:
-        raise worker.error
-    if worker.is_alive:
-        # Not sys.exit: taking JAX down while a device still computes can crash.
-        sys.stderr.flush()
-        os._exit(0)
+    run_server(engine, loaded.read_params, settings, listening, args.grace_seconds)
 
 
 def _settings(args: ServeFlags) -> ServerSettings:

@@ -58,13 +58,15 @@ def make_app(worker: EngineThread, settings: ServerSettings) -> FastAPI:
     _add_error_handlers(app)
     created = int(time.time())
 
-    @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         return await _answer(request, True, worker, settings)
 
-    @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         return await _answer(request, False, worker, settings)
+
+    # As plain routes, which skip FastAPI's parsing of a request: ours is by `protocol`.
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_route("/v1/completions", complete, methods=["POST"])
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -2,15 +2,21 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from e1jax.serving.protocol import ApiError
+from e1jax.nn.quantize import Params
+from e1jax.sampling.engine import Engine
+from e1jax.serving.app import make_app
+from e1jax.serving.metrics import Metrics
+from e1jax.serving.protocol import ApiError, ServerSettings
 from e1jax.serving.worker import ENDING, FAILED, LOADING, READY, EngineThread
 
 # For answers to go out whose samples are done; a client that does not read them is cut.
@@ -63,8 +69,28 @@ class Server(uvicorn.Server):
             FAILED: "the engine failed; requests are refused from now on",
         }
         if state == FAILED and before == LOADING:
-            self.should_exit = True  # `main` raises the error
+            self.should_exit = True  # and the error is raised
             return
         if state == FAILED:
             traceback.print_exception(self.worker.error)
         print(said[state], file=sys.stderr, flush=True)
+
+
+def run_server(
+    engine: Engine,
+    read_params: Callable[[], Params],
+    settings: ServerSettings,
+    listening: socket.socket,
+    grace: float,
+) -> None:
+    """Serves on a socket until a signal; `grace` as in `Server`. Raises what
+    `read_params` raises."""
+    worker = EngineThread(engine, read_params, Metrics(engine, settings.model))
+    server = Server(make_app(worker, settings), worker, grace)
+    server.run(sockets=[listening])
+    if server.deadline is None and worker.error is not None:
+        raise worker.error
+    if worker.is_alive:
+        # Not sys.exit: taking JAX down while a device still computes can crash.
+        sys.stderr.flush()
+        os._exit(0)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from e1jax.config.checks import UserError
@@ -18,6 +19,11 @@ from e1jax.sampling.completion import Completion, Event
 from e1jax.sampling.engine import Engine
 from e1jax.serving.metrics import Metrics, Timing
 from e1jax.serving.protocol import ApiError, longest_prompt
+
+# Steps of small models take a few milliseconds, and to send a piece of an answer costs as
+# much as to sample it: the pieces of such steps are sent together.
+_PIECE_SECONDS = 0.02
+
 
 LOADING, READY, ENDING, FAILED = "loading", "ready", "ending", "failed"
 
@@ -169,12 +175,15 @@ class EngineThread:
             self.state = READY
 
     def _step_until_idle(self) -> None:
-        is_idle = False
+        events: list[Event] = []
+        handed_out, is_idle = 0.0, False
         while not (is_idle or self._closing):
-            events = self.engine.step()
-            if events:
-                self._loop.call_soon_threadsafe(self._hand_out, events)
+            events += self.engine.step()
             is_idle = not (self.engine.running or self.engine.waiting)
+            is_due = time.monotonic() - handed_out >= _PIECE_SECONDS
+            if events and (is_due or is_idle):
+                self._loop.call_soon_threadsafe(self._hand_out, events)
+                events, handed_out = [], time.monotonic()
 
     def _hand_out(self, events: list[Event]) -> None:
         steps: dict[Live, list[tuple[int, Event]]] = {}
