@@ -5,12 +5,14 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import jax.numpy as jnp
@@ -251,6 +253,18 @@ def test_a_prompt_that_closed_thinking_is_answered_at_once(client):
     [choice] = answer["choices"]
     assert choice["forced_tokens"] == 0 and choice["thinking_end"] is None
     assert answer["usage"]["completion_tokens"] <= 4
+
+
+def test_the_readme_s_requests(live, client, capsys):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [body] = re.findall(r"curl .*? -d '(.*?)'", readme, re.S)
+    [choice] = chat(client, **json.loads(body))["choices"]
+    said = {**choice, **choice["message"]}
+    for key in ("content", "reasoning", "thinking_end", "forced_tokens"):
+        assert f'"{key}": {json.dumps(said[key])}' in readme
+    [code] = re.findall(r"```python\n(from openai.*?)```", readme, re.S)
+    exec(code.replace("http://127.0.0.1:8000", live.url), {})
+    assert capsys.readouterr().out.count("\\boxed{") == 1
 
 
 def test_without_a_seed_answers_differ_and_say_how_to_have_them_again(client):
