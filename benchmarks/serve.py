@@ -16,8 +16,10 @@ layers, hidden 512, vocabulary 4096, 50 million parameters, float32, on prompts 
 random tokens, every budget used up. Budgets are log-uniform from 16 to `--longest` tokens.
 
 Figures: tokens/s, medians of the turns, with the smallest and largest; `ratio` is the
-median of tokens/s / those of `generate` within a turn, `cpu_ratio` of tokens per second of
-processor time, the clients' left out, which others on the machine disturb less. Of the client: seconds to the first
+median of tokens/s / those of `generate` within a turn; `cpu_ratio` is that of processor
+time, the clients' left out, which other processes on the machine disturb less. Requests that
+start in their order leave more slots empty at the end than `generate`, which shows in
+`decode_steps`. Of the client: seconds to the first
 piece of an answer, seconds between two pieces (a piece is what a step gave, some tokens),
 and seconds per token from the first piece to the last; medians, 95th and 99th percentiles.
 """
@@ -26,6 +28,7 @@ import argparse
 import asyncio
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -80,13 +83,14 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "server": lambda: from_clients(url, requests, rate=None),
         }
         turns = [
-            {way: timed(way, run) for way, run in ways.items()}
+            {way: timed(way, run, engine) for way, run in ways.items()}
             for _ in range(args.turns)
         ]
         reached = statistics.median(turn["server"]["seconds"] for turn in turns)
         rate = args.load * len(requests) / reached
+        open_loop = functools.partial(from_clients, url, requests, rate)
         loops = [
-            {"open_loop": timed("open_loop", lambda: from_clients(url, requests, rate))}
+            {"open_loop": timed("open_loop", open_loop, engine)}
             for _ in range(args.turns)
         ]
     about = {
@@ -111,12 +115,15 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [line | about for line in lines]
 
 
-def timed(way: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    cpu = time.process_time()
+def timed(way: str, run: Callable[[], dict[str, Any]], engine) -> dict[str, Any]:
+    cpu, before = time.process_time(), (engine.stats, engine.stats.decode_steps)
     work = run()
     work["cpu"] = time.process_time() - cpu
-    said = "{tokens} tokens in {seconds:.2f} s, CPU {cpu:.2f} s".format(**work)
-    print(f"{way}: {said}", file=sys.stderr, flush=True)
+    # `generate` begins new counters.
+    started = before[1] if engine.stats is before[0] else 0
+    work["steps"] = engine.stats.decode_steps - started
+    said = "{tokens} tokens in {seconds:.2f} s, CPU {cpu:.2f} s, {steps} steps"
+    print(f"{way}: {said.format(**work)}", file=sys.stderr, flush=True)
     return work
 
 
@@ -130,6 +137,7 @@ def figures(
         "median": statistics.median(rates),
         "low": min(rates),
         "high": max(rates),
+        "decode_steps": works[-1][way]["steps"],
     }
     if way in turns[0]:
         for key, name in (("seconds", "ratio"), ("cpu", "cpu_ratio")):
