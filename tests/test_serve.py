@@ -519,6 +519,7 @@ def test_metrics_count_what_was_done(live, client):
     assert ends.count("budget") == 3
     assert grown("e1jax:thinking_end_total", end="budget") == 3
     assert grown("vllm:request_success_total", finished_reason="length") == 3
+    assert grown("vllm:request_success_total", finished_reason="abort") == 0
     assert grown("vllm:e2e_request_latency_seconds_count") == 3
     assert grown("vllm:time_to_first_token_seconds_count") == 3
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
@@ -601,6 +602,9 @@ def test_a_client_that_goes_away_frees_its_slots(endless, stream):
     finally:
         endless.engine.step = step
     assert len(steps) <= aborted + 2  # the step that was running, and the next
+    aborts = 'vllm:request_success_total{finished_reason="abort",model_name="nano"}'
+    with httpx.Client(base_url=endless.url) as client:
+        wait_for(lambda: read_metrics(client)[aborts] >= 6)
     # And the server takes the next request.
     answer = httpx.post(
         f"{endless.url}/v1/completions",

@@ -158,6 +158,7 @@ class LiveAnswer(Response):
             if tasks[0].done():
                 tasks[0].result()
         finally:
+            self.worker.metrics.note_abort(self.live.left)
             self.worker.abort(self.live)
             for task in tasks:
                 task.cancel()

@@ -91,7 +91,7 @@ class Metrics:
         self._prompt_tokens.inc(tokens)
 
     def note_abort(self, samples: int) -> None:
-        """So many samples were ended before they were done."""
+        """So many samples of a request, perhaps none, were ended before they were done."""
         self._finished.labels(self._model, "abort").inc(samples)
 
     def note_events(self, timing: Timing, events: Sequence[tuple[int, Event]]) -> None:

@@ -7,6 +7,7 @@ is known before its first event can come, and no lock is needed.
 
 import asyncio
 import contextlib
+import gc
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ class Live:
         self.samples, self.per_prompt = samples, per_prompt
         self.prompts: dict[int, int] = {}  # the engine's id -> which prompt
         self.completions: dict[int, Completion] = {}
+        self.is_aborted = False
         self.timing = Timing()
         self._steps: asyncio.Queue[list[tuple[int, Event]] | ApiError] = asyncio.Queue()
 
@@ -70,6 +72,7 @@ class EngineThread:
         self.error: BaseException | None = None  # that ended the thread
         self.max_prompt_chars = longest_prompt(engine.tokenizer, engine.cache_len)
         self._read_params = read_params
+        self.open_samples = 0  # that run or wait
         self._live: dict[int, Live] = {}  # by the engine's id
         self._work = threading.Event()
         self._closing = False
@@ -96,11 +99,6 @@ class EngineThread:
         """Whether the thread runs, and may be using the device."""
         return self._thread.is_alive()
 
-    @property
-    def open_samples(self) -> int:
-        """Samples that run or wait."""
-        return sum(live.left for live in set(self._live.values()))
-
     def check_open(self, max_waiting: int) -> None:
         """Raises ApiError unless a request can be taken in now."""
         if self.state != READY:
@@ -121,6 +119,7 @@ class EngineThread:
         behind, for one that cannot fit."""
         per_prompt = prompts[0][1].n
         live = Live(len(prompts) * per_prompt, per_prompt)
+        self.open_samples += live.samples
         try:
             for number, (prompt_ids, params) in enumerate(prompts):
                 id = self.engine.add(prompt_ids, params)
@@ -135,10 +134,11 @@ class EngineThread:
 
     def abort(self, live: Live) -> None:
         """Ends a request, if it is not done; its slots are free from the next step on."""
-        open = [id for id in live.prompts if self._live.pop(id, None)]
-        if open:
-            self.metrics.note_abort(live.left)
-            for id in open:
+        if live.left and not live.is_aborted:
+            live.is_aborted = True
+            self.open_samples -= live.left
+            for id in live.prompts:
+                del self._live[id]
                 self.engine.abort(id)
             self._work.set()
 
@@ -168,6 +168,8 @@ class EngineThread:
         self.engine.generate(
             [[0]], SamplingParams(thinking_budget=None, solution_budget=1)
         )
+        # What is there by now stays: the garbage collector need not look at it again.
+        gc.freeze()
         self._loop.call_soon_threadsafe(self._ready)
 
     def _ready(self) -> None:
@@ -194,6 +196,7 @@ class EngineThread:
                 steps.setdefault(live, []).append((index, event))
                 if event.completion is not None:
                     live.completions[index] = event.completion
+                    self.open_samples -= 1
         for live, step in steps.items():
             self.metrics.note_events(live.timing, step)
             live.put(step)
