@@ -101,7 +101,7 @@ def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         "slots": SLOTS,
         "turns": args.turns,
         "requests_per_second": rate,
-        "load_average": os.getloadavg()[0],
+        "load": os.getloadavg()[0],
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "e1jax")},
         "device": jax.devices()[0].device_kind,
         "cpu_model": cpu_model(),
@@ -148,8 +148,8 @@ def figures(
     for key in ("first", "between", "per_token"):
         times = [seconds for turn in works for seconds in turn[way].get(key, [])]
         if times:
-            cuts = np.percentile(times, [50, 95, 99]).round(5).tolist()
-            line[f"{key}_seconds_p50_p95_p99"] = cuts
+            cuts = np.percentile(times, [50, 95, 99])
+            line[f"{key}_ms"] = " / ".join(f"{1000 * cut:.3g}" for cut in cuts)
     return line
 
 

@@ -725,6 +725,7 @@ def test_sigterm_lets_running_requests_finish(process):
 
     def ask(number):
         body = {"prompt": PROMPTS[number % 12], "seed": number, "temperature": 1}
+        body["stream"] = number % 2 == 0
         answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=60))
 
     threads = [threading.Thread(target=ask, args=[n]) for n in range(count)]
@@ -747,8 +748,14 @@ def test_sigterm_lets_running_requests_finish(process):
     assert process.wait(30) == 0
     assert [answer.status_code for answer in answers] == [200] * count
     for answer in answers:
-        [choice] = answer.json()["choices"]
-        assert choice["finish_reason"] in ("stop", "length") and choice["text"]
+        if answer.headers["content-type"] == "application/json":
+            [choice] = answer.json()["choices"]
+            assert choice["text"]
+        else:
+            *_, last, done, end = answer.text.split("\n\n")
+            assert (done, end) == ("data: [DONE]", "")
+            [choice] = json.loads(last.removeprefix("data: "))["choices"]
+        assert choice["finish_reason"] in ("stop", "length")
     assert 503 in statuses and set(statuses[statuses.index(503) :]) == {503}
 
 
