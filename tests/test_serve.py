@@ -622,7 +622,7 @@ def test_too_many_that_wait_are_refused():
         wait_for(lambda: live.worker.open_samples == 3)
         with httpx.Client(base_url=live.url, timeout=30) as client:
             answer = client.post("/v1/completions", json={"prompt": "1"})
-            check_error(answer, 429, "1 samples wait already")
+            check_error(answer, 429, "the limit of 1 waiting samples")
             connections.pop().close()
             wait_for(lambda: live.worker.open_samples == 2)
             body = {"prompt": "1", "max_tokens": 2}
@@ -681,7 +681,9 @@ def test_health_while_loading_and_after_a_failure(capsys):
         wait_for(lambda: engine.running == 2)
         broken = {**params, "norm": {"scale": params["norm"]["scale"] * jnp.nan}}
         engine._weights = (broken, broken)
-        engine.step = lambda: (_ for _ in ()).throw(RuntimeError("the device is gone"))
+        engine.step = lambda: (_ for _ in ()).throw(
+            RuntimeError("the device\n is gone")
+        )
         waiting.join(30)
         check_error(answers[0], 500, "the engine failed: the device is gone")
         said = b""
@@ -694,7 +696,7 @@ def test_health_while_loading_and_after_a_failure(capsys):
         check_error(client.post("/v1/completions"), 503, "the engine failed")
         stream.close()
         wait_for(lambda: live.server.told == "failed")
-    assert "RuntimeError: the device is gone" in capsys.readouterr().err
+    assert "RuntimeError: the device\n is gone" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -107,11 +107,9 @@ class EngineThread:
                 FAILED: "the engine failed",
             }
             raise ApiError(503, said.get(self.state, "the server is ending"))
-        waiting = self.open_samples - self.engine.slots
-        if waiting >= max_waiting:
+        if self.open_samples - self.engine.slots >= max_waiting:
             raise ApiError(
-                429,
-                f"{waiting} samples wait already, which is the limit; try again later",
+                429, f"the limit of {max_waiting} waiting samples is reached; try later"
             )
 
     def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]]) -> Live:
@@ -206,6 +204,5 @@ class EngineThread:
 
     def _fail(self) -> None:
         self.state = FAILED
-        self.fail(
-            ApiError(500, f"the engine failed: {self.error or 'an unknown error'}")
-        )
+        reason = " ".join(str(self.error).split()) or repr(self.error)
+        self.fail(ApiError(500, f"the engine failed: {reason}"))
