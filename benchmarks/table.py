@@ -182,6 +182,17 @@ TABLES: dict[str, dict[str, Cell]] = {
         "the same by CPU time": figure("cpu_ratio", unit="x"),
         "useful slot steps": figure("useful_slot_steps"),
     },
+    "serve": {
+        **NAME,
+        "model": figure("model"),
+        "tokens/s": median(),
+        "to generate": figure("ratio", unit="x"),
+        "the same by CPU time": figure("cpu_ratio", unit="x"),
+        "decode steps": figure("decode_steps"),
+        "first token ms": figure("first_ms"),
+        "between pieces ms": figure("between_ms"),
+        "per token ms": figure("per_token_ms"),
+    },
     "convert": {
         **NAME,
         "checkpoint GB": figure("checkpoint_gb"),

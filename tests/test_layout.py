@@ -28,8 +28,9 @@ FLOORS = {
     "grpo": "loss logprobs rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo loops account interconnect sizes report sampling training",
+    "serving": "protocol answers metrics worker app server",
 }
-COMMANDS = ["sample", "convert", "train", "sft", "evaluate", "plan.__main__"]
+COMMANDS = ["sample", "convert", "train", "sft", "evaluate", "plan.__main__", "serve"]
 
 
 def leaf_to_root() -> list[str]:
@@ -130,6 +131,7 @@ def test_no_module_is_longer_than_a_sitting(module):
 def test_sampling_starts_without_what_it_does_not_need():
     """Each of these takes a tenth of a second or more to load."""
     slow = {"grain", "pyarrow", "matplotlib", "math_verify", "tensorboardX", "torch"}
+    slow |= {"fastapi", "uvicorn", "prometheus_client"}
     script = "import sys, e1jax.sample; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

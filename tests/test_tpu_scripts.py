@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from e1jax.cli.flags import read_flags
 from e1jax.config.load import load_config
 from e1jax.config.training import GRPOConfig
+from e1jax.serve import ServeFlags
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "tpu_scripts"
@@ -34,6 +37,7 @@ CONFIG = "configs/e1_math_7b.yaml"
 ARGUMENTS = {  # spaces, quotes, a line break and what a shell would expand
     "convert.sh": ["from-hf", "some/model", '/mnt/e1jax/it\'s a "model"'],
     "sample.sh": ["What's $HOME + `id`?\n\\n", "", "--model", "nano*", "-n", "4"],
+    "serve.sh": ["--model", "it's my model"],
     "evaluate.sh": ["--dataset", "aime 24", "--instruction", 'Don\'t; "think" && go'],
     "train.sh": [CONFIG, "--data.instruction", "it's $1 \\boxed{}"],
     "resume.sh": [CONFIG, "--data.instruction", "two  words"],
@@ -209,7 +213,7 @@ def test_copying(cloud):
 
 def test_installing(cloud):
     [installed] = cloud.calls("install.sh", BUCKET="")
-    assert "--worker=all" in installed and '-e ".[tpu]"' in remote(installed)
+    assert "--worker=all" in installed and '-e ".[tpu,serve]"' in remote(installed)
     installed_too, mounted = cloud.calls("install.sh")
     assert installed_too == installed and "--worker=all" in mounted
     assert "\nbucket=my-bucket\n" in remote(mounted)
@@ -229,6 +233,39 @@ def test_arguments_arrive_on_the_vm_as_they_are(cloud, script):
     assert directory == str(home / "e1jax")
     assert platforms == ("cpu" if script == "convert.sh" else None)
     assert argv == ["-m", f"e1jax.{script.removesuffix('.sh')}", *ARGUMENTS[script]]
+
+
+def test_serving_through_a_tunnel(cloud):
+    for inputs, port in [({}, "8000"), ({"PORT": "81"}, "81")]:
+        [call] = cloud.calls("serve.sh", *ARGUMENTS["serve.sh"], **inputs)
+        tunnel = ["--ssh-flag=-t", f"--ssh-flag=-L {port}:localhost:{port}"]
+        command = f"--command={remote(call)}"
+        assert call == tpus("tpu-vm", "ssh", "e1", "--worker=0", *tunnel, command)
+        words = shlex.split(remote(call).partition("exec ")[2])
+        assert words[1:3] == ["-m", "e1jax.serve"]
+        flags = read_flags(ServeFlags, words[3:], "serve")
+        assert (flags.model, flags.port) == ("it's my model", int(port))
+        assert flags.host == "127.0.0.1"
+
+
+def test_the_deployment_serves_with_probes():
+    deployment, service = yaml.safe_load_all((SCRIPTS / "gke_serve.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    assert container["command"] == ["python", "-m", "e1jax.serve"]
+    flags = read_flags(ServeFlags, container["args"], "serve")
+    assert flags.host == "0.0.0.0"
+    assert flags.grace_seconds < pod["spec"]["terminationGracePeriodSeconds"]
+    [environment] = container["env"]
+    assert environment["name"] == "E1JAX_API_KEY"
+    [port] = container["ports"]
+    assert port["containerPort"] == flags.port
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    topology = pod["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = math.prod(map(int, topology.split("x")))
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert service["spec"]["selector"] == pod["metadata"]["labels"]
 
 
 def make_home(path: Path) -> Path:

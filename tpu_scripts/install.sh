@@ -19,7 +19,7 @@ on_worker all 'set -eu
 cd e1jax
 python3 -m pip install --user --quiet --upgrade uv
 python3 -m uv venv --allow-existing --python 3.12 .venv
-python3 -m uv pip install --python .venv/bin/python -e ".[tpu]"
+python3 -m uv pip install --python .venv/bin/python -e ".[tpu,serve]"
 JAX_PLATFORMS=cpu .venv/bin/python -c "import libtpu, e1jax.train"'
 
 if [[ -n ${BUCKET-} ]]; then
