@@ -247,6 +247,21 @@ def test_texts_and_token_ids_are_completed(live, client):
     assert texts == [c.text for c in want[2:]] and last == "[DONE]\n\n"
 
 
+def test_a_conversation_that_goes_on_counts_its_cached_tokens(client):
+    prompt = list(range(10, 60))
+    body = {"prompt": prompt, "max_tokens": 20, "seed": 1, "logprobs": 0}
+    for _ in range(2):
+        first = client.post("/v1/completions", json=body).json()
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 48}
+    ids = first["choices"][0]["logprobs"]["token_ids"]
+    body |= {"prompt": [*prompt, *ids, 11, 12], "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    chunks = client.post("/v1/completions", json=body).text.split("\n\n")
+    usage = json.loads(chunks[-3].removeprefix("data: "))["usage"]
+    kept = (len(prompt) + len(ids) - 1) // 16 * 16
+    assert usage["prompt_tokens_details"] == {"cached_tokens": kept}
+
+
 def test_a_prompt_that_closed_thinking_is_answered_at_once(client):
     body = {"prompt": f"5{THINK_END}", "max_tokens": 4, "seed": 1}
     answer = client.post("/v1/completions", json=body).json()

@@ -27,10 +27,13 @@ class AnswerShape:
     id: str = dataclasses.field(default_factory=lambda: f"{random_bits(96):024x}")
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    def whole(self, completions: Mapping[int, Completion], prompts: int) -> bytes:
-        """The answer to a request that is not streamed, of all its samples."""
+    def whole(
+        self, completions: Mapping[int, Completion], prompts: int, cached: int
+    ) -> bytes:
+        """The answer to a request that is not streamed, of all its samples; see
+        `usage_of`."""
         choices = [self._choice(*item) for item in sorted(completions.items())]
-        usage = usage_of(completions, prompts)
+        usage = usage_of(completions, prompts, cached)
         head = self._head("chat.completion" if self.is_chat else "text_completion")
         return json.dumps({**head, "choices": choices, "usage": usage}).encode()
 
@@ -56,10 +59,10 @@ class AnswerShape:
         return self._chunk(index, part, logprobs)
 
     def usage_chunk(
-        self, completions: Mapping[int, Completion], prompts: int
+        self, completions: Mapping[int, Completion], prompts: int, cached: int
     ) -> dict[str, Any]:
         """The last chunk, of stream_options.include_usage."""
-        usage = usage_of(completions, prompts)
+        usage = usage_of(completions, prompts, cached)
         return {**self._head(self._chunk_kind), "choices": [], "usage": usage}
 
     @property
@@ -104,15 +107,16 @@ class AnswerShape:
         return {"content": [_token(*row) for row in columns]}
 
 
-def usage_of(completions: Mapping[int, Completion], prompts: int) -> dict[str, Any]:
-    """Tokens of a request: its prompts' once each, and those of its samples. The tokens
-    of a completion are those of thinking, the forced ones and the solution's."""
+def usage_of(
+    completions: Mapping[int, Completion], prompts: int, cached: int
+) -> dict[str, Any]:
+    """Tokens of a request: its prompts' once each, and its samples': thinking, forced and
+    solution. `cached` tokens of the prompts were in the engine's cache before."""
     samples = len(completions) // prompts
     firsts = [completions[index * samples] for index in range(prompts)]
     done = list(completions.values())
     prompt_tokens = sum(len(c.prompt_ids) for c in firsts)
     tokens = sum(len(c.token_ids) for c in done)
-    cached = sum(getattr(c, "cached_tokens", 0) for c in firsts)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,

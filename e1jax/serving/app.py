@@ -170,7 +170,9 @@ class LiveAnswer(Response):
         except ApiError as error:
             await _error(error)(scope, receive, send)
             return
-        content = self.shape.whole(self.live.completions, self.prompts)
+        content = self.shape.whole(
+            self.live.completions, self.prompts, self.live.cached_tokens
+        )
         await Response(content, media_type="application/json")(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,8 +199,9 @@ class LiveAnswer(Response):
             yield server_sent(error_body(error.status, str(error), error.code))
             return
         if self.wanted.include_usage:
-            done = self.live.completions
-            yield server_sent(self.shape.usage_chunk(done, self.prompts))
+            live = self.live
+            of_all = live.completions, self.prompts, live.cached_tokens
+            yield server_sent(self.shape.usage_chunk(*of_all))
         yield server_sent("[DONE]")
 
 

@@ -36,6 +36,7 @@ class Live:
         self.samples, self.per_prompt = samples, per_prompt
         self.prompts: dict[int, int] = {}  # the engine's id -> which prompt
         self.completions: dict[int, Completion] = {}
+        self.cached: dict[int, int] = {}  # tokens of each prompt, from a slot
         self.is_aborted = False
         self.timing = Timing()
         self._steps: asyncio.Queue[list[tuple[int, Event]] | ApiError] = asyncio.Queue()
@@ -44,6 +45,11 @@ class Live:
     def left(self) -> int:
         """Samples that are not done."""
         return self.samples - len(self.completions)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompts that were in the engine's cache before."""
+        return sum(self.cached.values())
 
     def put(self, step: "list[tuple[int, Event]] | ApiError") -> None:
         """Hands out what a step gave, or the error that ends the request."""
@@ -190,7 +196,9 @@ class EngineThread:
         for event in events:
             live = self._live.get(event.request_id)
             if live is not None:  # else it was aborted meanwhile
-                index = live.prompts[event.request_id] * live.per_prompt + event.sample
+                prompt = live.prompts[event.request_id]
+                live.cached[prompt] = event.cached_tokens
+                index = prompt * live.per_prompt + event.sample
                 steps.setdefault(live, []).append((index, event))
                 if event.completion is not None:
                     live.completions[index] = event.completion
