@@ -51,7 +51,7 @@ def nano_engine(*, slots: int = 4, cache_len: int = 512, endless: bool = False):
     return Engine(loaded.config, params, tokenizer, loaded.mesh, **sizes)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
