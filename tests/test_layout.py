@@ -1,6 +1,7 @@
 """The package reads from leaf to root, and hides no import."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,38 @@ def test_the_checks_themselves():
     assert hidden_imports("import os\n\n\nclass A:\n    import re\n") == []
     found = imports(ast.parse("from e1jax import model\nimport e1jax.engine as e"))
     assert [name for name, _ in found] == ["e1jax.model", "e1jax.engine"]
+
+
+def test_the_names_of_the_architecture_page_exist():
+    """Each dotted name in docs/architecture.md is a module, or a name in a module."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    dotted = {
+        name
+        for name in re.findall(r"`([a-z_]+(?:\.[A-Za-z_]+)+)`", page)
+        if name.partition(".")[0] in {m.partition(".")[0] for m in MODULES}
+    }
+    assert len(dotted) > 60
+    for name in dotted:
+        assert is_there(name), name
+
+
+def is_there(name: str) -> bool:
+    parts = name.split(".")
+    module = max(
+        (m for m in MODULES if name == m or name.startswith(f"{m}.")),
+        key=len,
+        default=None,
+    )
+    if module is None:
+        return False
+    rest = parts[len(module.split(".")) :]
+    defined = {
+        node.name
+        for node in ast.walk(ast.parse(PATHS[module].read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    source = PATHS[module].read_text(encoding="utf-8")
+    return all(
+        part in defined or re.search(rf"^ *{part}\b.*[:=]", source, re.M)
+        for part in rest
+    )
