@@ -19,9 +19,9 @@ Figures: tokens/s, medians of the turns, with the smallest and largest; `ratio` 
 median of tokens/s / those of `generate` within a turn; `cpu_ratio` is that of processor
 time, the clients' left out, which other processes on the machine disturb less. Requests that
 start in their order leave more slots empty at the end than `generate`, which shows in
-`decode_steps`. Of the client: seconds to the first
-piece of an answer, seconds between two pieces (a piece is what a step gave, some tokens),
-and seconds per token from the first piece to the last; medians, 95th and 99th percentiles.
+`decode_steps`. Of the client, in milliseconds: to the first piece of an answer; between two
+pieces (a piece is what a step gave, some tokens); and per token, from the first piece to
+the last; medians, 95th and 99th percentiles.
 """
 
 import argparse
@@ -149,7 +149,10 @@ def figures(
         times = [seconds for turn in works for seconds in turn[way].get(key, [])]
         if times:
             cuts = np.percentile(times, [50, 95, 99])
-            line[f"{key}_ms"] = " / ".join(f"{1000 * cut:.3g}" for cut in cuts)
+            line[f"{key}_ms"] = " / ".join(
+                f"{1000 * cut:,.0f}" if cut >= 0.1 else f"{1000 * cut:.3g}"
+                for cut in cuts
+            )
     return line
 
 

@@ -508,6 +508,12 @@ def test_models_health_and_page(client):
     assert "<!doctype html>" in client.get("/").text
 
 
+def read_generated(live):
+    text = live.worker.metrics.exposition().decode()
+    name = r'vllm:generation_tokens_total\{model_name="nano"\} '
+    return float(re.search(name + r"(\S+)", text)[1])
+
+
 def read_metrics(client):
     lines = client.get("/metrics").text.splitlines()
     pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
@@ -603,6 +609,7 @@ def start_stream(live, **fields):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_slots(endless, stream):
+    before = read_generated(endless)
     connections = [start_stream(endless, stream=stream, n=2) for _ in range(3)]
     wait_for(lambda: endless.worker.open_samples == 6 and endless.engine.running == 2)
     steps = []
@@ -617,6 +624,10 @@ def test_a_client_that_goes_away_frees_its_slots(endless, stream):
     finally:
         endless.engine.step = step
     assert len(steps) <= aborted + 2  # the step that was running, and the next
+    tokens = 6 * LONG["solution_token_budget"]  # thinking may end by itself
+    assert read_generated(endless) - before < tokens / 2, (
+        "they were not answered to the end"
+    )
     aborts = 'vllm:request_success_total{finished_reason="abort",model_name="nano"}'
     with httpx.Client(base_url=endless.url) as client:
         wait_for(lambda: read_metrics(client)[aborts] >= 6)
