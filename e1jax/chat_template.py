@@ -46,6 +46,11 @@ def render(
     return text
 
 
+def warm_up() -> None:
+    """Starts the helper process, which takes half a second, beside other work."""
+    _renderer(os.getpid()).spawn()
+
+
 def _plain(value: Any) -> Any:
     """Numbers and arrays of NumPy as Python's."""
     if hasattr(value, "tolist"):
@@ -65,17 +70,19 @@ class _Renderer:
     def __init__(self):
         self._lock = threading.Lock()  # requests come from several threads
         self._process: processes.Process | None = None
+        self._is_ready = False
+
+    def spawn(self) -> None:
+        """Starts the process, if there is none, and does not wait for it."""
+        with self._lock:
+            self._spawn()
 
     def ask(self, request: bytes) -> tuple[str | None, str]:
         """The rendered text, or None and why there is none."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._end()
-                self._process = self._start()
+            process = self._ready()
             try:
-                reply = processes.ask(
-                    self._process, request, _SECONDS * processes.PATIENCE
-                )
+                reply = processes.ask(process, request, _SECONDS * processes.PATIENCE)
             except BaseException:  # Ctrl-C: the next request must not get this reply
                 self._end()
                 raise
@@ -86,10 +93,20 @@ class _Renderer:
             return None, f"took more than {_SECONDS:g} s for these messages"
         return None, f"ended the process that renders it (exit code {code})"
 
-    def _start(self) -> processes.Process:
-        self._process = process = processes.spawn("e1jax.chat_template")
-        atexit.register(self._end)
+    def _spawn(self) -> processes.Process:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._process = processes.spawn("e1jax.chat_template")
+            self._is_ready = False
+            atexit.register(self._end)
+        return self._process
+
+    def _ready(self) -> processes.Process:
+        process = self._spawn()
+        if self._is_ready:
+            return process
         reply = processes.ask(process, b"", processes.START_SECONDS)
+        self._is_ready = True
         if reply != processes.READY:
             reason = reply.decode().strip() or f"exit code {self._end()}"
             raise RuntimeError(

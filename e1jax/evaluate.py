@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 import e1jax
-from e1jax import data, rewards
+from e1jax import chat_template, data, rewards
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import check_command, run_command
 from e1jax.cli.flags import (
@@ -169,6 +169,7 @@ def main() -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """Samples every problem at every budget; goes on from the completions in DIR."""
     args = read_flags(EvaluateFlags, argv, PROG)
+    chat_template.warm_up()
     params = args.sampling
     check_backslashes(args.instruction, "--instruction")
     problems = data.load_problems(args.dataset, args.limit)

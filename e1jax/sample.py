@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from e1jax import data
+from e1jax import chat_template, data
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
@@ -110,6 +110,8 @@ def main() -> None:
     args = read_flags(SampleFlags, sys.argv[1:], "python -m e1jax.sample")
     defaults = args.sampling
     items = _items(args, defaults)
+    if not args.raw:
+        chat_template.warm_up()
     output = None
     if args.output is not None:
         output = JsonlOutput(
