@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -380,6 +381,46 @@ def test_a_dry_run_prints_what_a_run_does(cloud, script):
     assert result.returncode == 0 and result.stderr == "" and none == []
     cloud.say(*states)
     assert cloud.bash("-eu", text=result.stdout)[1] == calls != []
+
+
+PASS_ON = sorted(ARGUMENTS)
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_own_flags_stand_anywhere(cloud, script):
+    """Also behind the arguments that are passed on, and between them."""
+    arguments, inputs = ARGUMENTS.get(script, []), INPUTS | MORE
+    first, _ = cloud.bash(str(SCRIPTS / script), "--dry-run", *arguments, **inputs)
+    for place in range(1, len(arguments) + 1):
+        words = [*arguments[:place], "--dry-run", *arguments[place:]]
+        result, calls = cloud.bash(str(SCRIPTS / script), *words, **inputs)
+        assert calls == [] and result.stdout == first.stdout != ""
+    for flag in ("--help", "-h"):
+        result, calls = cloud.bash(str(SCRIPTS / script), *arguments, flag)
+        assert calls == [] and result.returncode == 0
+        assert result.stdout.count("Inputs:") == 1
+
+
+@pytest.mark.parametrize("script", PASS_ON)
+def test_after_two_dashes_everything_is_passed_on(cloud, script):
+    given = [*ARGUMENTS[script], "--dry-run", "-h", "--", "--help"]
+    call = cloud.calls(script, "--", *given)[-1]
+    module = {"resume.sh": "train"}.get(script, script.removesuffix(".sh"))
+    command = remote(call)
+    if module == "train":  # bash -c '...' in the command
+        [command] = re.findall(r"bash -c ('.*') >> train.log", command, re.DOTALL)
+        [command] = shlex.split(command)
+    assert f"e1jax.{module} " in command
+    passed_on = given[1:] if module == "train" else given  # after --config, --run-dir
+    assert shlex.split(command)[-len(passed_on) :] == passed_on
+
+
+@pytest.mark.parametrize("script", sorted({*NAMES} - {*PASS_ON}))
+def test_a_misspelt_flag_runs_nothing(cloud, script):
+    words = [str(SCRIPTS / script), "--dryrun"]
+    result, calls = cloud.bash(*words, **(INPUTS | MORE))
+    assert result.returncode == 2 and calls == []
+    assert result.stderr.startswith("error: ") and "--dryrun" in result.stderr
 
 
 @pytest.mark.parametrize("script", NAMES)
