@@ -421,6 +421,14 @@ def without(name):
         (json.dumps(record(solution=None)), ["line 3", "solution must be a text"]),
         (json.dumps(record(token_ids=5)), ["line 3", "token_ids must be a list"]),
         (json.dumps(record(thinking_tokens=1.5)), ["line 3", "thinking_tokens", "1.5"]),
+        (
+            json.dumps(record(thinking_tokens=10**400)),
+            ["line 3", "thinking_tokens must"],
+        ),
+        (
+            json.dumps(record(solution_tokens=-1)),
+            ["line 3", "solution_tokens must", "-1"],
+        ),
         (json.dumps(record(thinking_budget="8")), ["line 3", "thinking_budget", "'8'"]),
     ],
 )

@@ -52,6 +52,8 @@ EIGHT = [Chip(i) for i in range(8)]
         ("data=2.0,tensor=4", ["'data=2.0'"]),
         ("data=８,tensor=1", ["'data=８'"]),
         ("", ["''"]),
+        ("data=1,data=1", ["the axis data twice"]),
+        ("data=1,tensor=1,tensor=8", ["the axis tensor twice"]),
         pytest.param("data=" + "9" * 5000, ["is not an axis"], id="5000 digits"),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from e1jax.config.checks import UserError, nearest
+from e1jax.config.checks import UserError, nearest, shortened, shown
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         flags = self._option_string_actions
         near = difflib.get_close_matches(flag[1], flags, cutoff=0.8) if flag else []
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
-        raise UserError(f"{message}; {hint}")
+        raise UserError(f"{shortened(message, 400)}; {hint}")
 
 
 def check_command(
@@ -59,7 +59,7 @@ def check_command(
         return None
     if argv[0] not in commands:
         raise UserError(
-            f"{prog} has no command {argv[0]!r}; {nearest(argv[0], commands)}"
+            f"{prog} has no command {shown(argv[0])}; {nearest(argv[0], commands)}"
         )
     return argv[0]
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from e1jax.cli.command import stop_signals
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shown
 
 
 def digest(value: Any) -> str:
@@ -141,8 +141,8 @@ class JsonlOutput:
                 f"{self.sidecar} is not readable; choose another --output"
             ) from None
         if names:
-            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
-            here = ", ".join(f"{n}={settings[n]!r}" for n in names)
+            there = ", ".join(f"{n}={shown(before.get(n))}" for n in names)
+            here = ", ".join(f"{n}={shown(settings[n])}" for n in names)
             raise UserError(
                 f"{self.path} was made with {there}, and this run has {here}; use the "
                 "same settings or another --output"

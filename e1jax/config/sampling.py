@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 
-from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number
+from e1jax.config.checks import UNLIMITED, UserError, check_integer, check_number, shown
 from e1jax.config.texts import check_backslashes
 
 
@@ -41,7 +41,7 @@ class SamplingParams:
         check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.end_of_thinking_text, str):
             raise UserError(
-                f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
+                f"end_of_thinking_text must be a string, not {shown(self.end_of_thinking_text)}"
             )
         check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
         # NumPy's numbers become Python's: sums of NumPy's 8 or 32 bits would overflow.
