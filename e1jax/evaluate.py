@@ -37,7 +37,7 @@ from e1jax.cli.flags import (
     read_flags,
     sampling_flags,
 )
-from e1jax.cli.outputs import JsonlOutput, Progress, digest, writing_output
+from e1jax.cli.outputs import JsonlOutput, Progress, digest, replace_file
 from e1jax.config.checks import UserError, check_number, shown
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes
@@ -352,10 +352,7 @@ def _report(results: dict[str, Any], directory: Path | None) -> None:
     if directory is None:
         return
     text = json.dumps({**results, "version": e1jax.__version__}, indent=2) + "\n"
-    with writing_output(directory):
-        new = directory / "results.json.new"
-        new.write_text(text)
-        new.replace(directory / "results.json")
+    replace_file(directory / "results.json", text.encode())
     draw_figure([(results["model"], results["rows"])], directory / "accuracy.png")
 
 

@@ -117,3 +117,8 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}"
         ) from None
+    except Exception as error:
+        reason, rust, _ = str(error).partition(" (os error ")  # of tokenizers
+        if not rust:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from None
