@@ -240,7 +240,6 @@ def test_hosts_of_different_sizes_are_refused(monkeypatch):
         raise SystemExit(code)
 
     monkeypatch.setattr(hosts, "_join", lambda config: True)
-    monkeypatch.setattr(hosts, "_explain_abort", lambda: None)
     monkeypatch.setattr(hosts, "_leave", leave)
     with pytest.raises(SystemExit, match="2"), joined(HostsConfig()):
         raise AssertionError("the run began")
@@ -334,3 +333,63 @@ def test_a_whole_step_from_those_of_each_process(monkeypatch):
     )
     expected = {"reward": 0.5, "reward_crashes": 3}
     assert mean_over_processes(found) == expected
+
+
+ABORT = """
+import ctypes, sys, threading, time
+import numpy
+from e1jax.sharding import hosts
+with hosts._watching_for_abort():
+    how = sys.argv[1]
+    if how == "thread":  # as JAX does
+        threading.Thread(target=ctypes.CDLL(None).abort).start()
+        time.sleep(60)
+    elif how == "locked":  # while no other thread can run Python
+        ctypes.PyDLL(None).abort()
+print("the end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [("thread", 1), ("locked", -signal.SIGABRT), ("none", 0)]
+)
+def test_an_abort_ends_the_process(how, code):
+    """With a sentence, where Python can run; in any case within seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", ABORT, how], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("the end\n" if how == "none" else "")
+    said = "error: JAX has aborted this process" in done.stderr
+    assert said == (how == "thread")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "part"),
+    [
+        (
+            RuntimeError("Gloo: [pair.cc] Connection closed by peer"),
+            1,
+            "error: another",
+        ),
+        (RuntimeError("barrier: missed heartbeats of task 1"), 1, "error: another"),
+        (RuntimeError("INTERNAL: the Gloo program was not compiled"), 1, "Traceback"),
+        (RuntimeError("RESOURCE_EXHAUSTED"), 1, "Traceback"),
+        (UserError("no"), 2, "error: no"),
+        (OSError(28, "No space left on device", "f"), 2, "error: No space left on"),
+    ],
+    ids=str,
+)
+def test_only_a_lost_process_is_called_one(monkeypatch, error, code, part):
+    def leave(message, code):
+        left.append((message.split("\n")[0], code))
+        raise SystemExit(code)
+
+    left = []
+    monkeypatch.setattr(hosts, "_join", lambda config: True)
+    monkeypatch.setattr(hosts, "_check_even", lambda: None)
+    monkeypatch.setattr(hosts, "_leave", leave)
+    with pytest.raises(SystemExit), joined(HostsConfig()):
+        raise error
+    [(message, found)] = left
+    assert message.startswith(part) and found == code

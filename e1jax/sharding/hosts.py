@@ -8,11 +8,13 @@ between them. With one process, all functions return their arguments.
 import collections
 import contextlib
 import ctypes
+import faulthandler
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from e1jax.cli.command import sentence_of
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import HostsConfig
@@ -35,7 +38,15 @@ from e1jax.sharding.runtime import COMPILER_OPTIONS
 HEARTBEAT_SECONDS = 30
 
 
+# Errors of the collectives between CPUs, and of barriers, when another process is gone.
+_LOST = r"heartbeat|Gloo.*(closed|reset|refused|[Bb]roken pipe|[Tt]imed? ?out)"
+
+
 _GO_ON = "start all of them again, in any number, to go on from the last checkpoint"
+_AS_IT_DOES = (
+    ", as it does when another of the run has stopped; the lines above say why; if that "
+    f"is so, {_GO_ON}"
+)
 
 
 @contextlib.contextmanager
@@ -50,20 +61,20 @@ def joined(config: HostsConfig) -> Iterator[None]:
     if not _join(config):
         yield
         return
-    _explain_abort()
-    try:
-        _check_even()
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        jax.distributed.shutdown()  # all of them stop at the same step
-        raise
-    except Exception as error:
-        if re.search("Gloo|heartbeat", str(error)):  # between CPUs; in Orbax's barriers
-            _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
-        if isinstance(error, UserError):
-            _leave(f"error: {error}", 2)
-        _leave(traceback.format_exc(), 1)
-    jax.distributed.shutdown()
+    with _watching_for_abort():
+        try:
+            _check_even()
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            jax.distributed.shutdown()  # all of them stop at the same step
+            raise
+        except Exception as error:
+            if re.search(_LOST, str(error), re.DOTALL):
+                _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
+            if sentence := sentence_of(error):
+                _leave(f"error: {sentence}", 2)
+            _leave(traceback.format_exc(), 1)
+        jax.distributed.shutdown()
 
 
 def _join(config: HostsConfig) -> bool:
@@ -134,24 +145,42 @@ def _leave(message: str, code: int) -> None:
     os._exit(code)
 
 
-def _explain_abort() -> None:
-    """JAX ends a process by abort(), in a thread of its own, when another is gone."""
-    sentence = (
-        "error: JAX has ended this process, as it does when another of the run has "
-        f"stopped; {_GO_ON}\n"
-    ).encode()
+@contextlib.contextmanager
+def _watching_for_abort() -> Iterator[None]:
+    """JAX ends a process by abort(), in a thread of its own, when another is gone: then a
+    sentence is printed, and the exit code is 1.
 
-    def explain(number: int) -> None:
-        os.write(2, sentence)
+    No Python runs in the handler of SIGABRT, which could wait for the interpreter's lock
+    for ever. faulthandler writes to a pipe, libc's sleep() holds the aborting thread for
+    as many seconds as the signal's number, 6, and a thread here reads the pipe. Where it
+    cannot run, the process ends by the signal after these seconds.
+    """
+    read, write = os.pipe()
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    faulthandler.enable(write)  # its handler calls the one of before, sleep
+
+    def watch() -> None:
+        said = b""
+        while b"Aborted" not in said:
+            more = os.read(read, 2**16)
+            if not more:  # the run has ended
+                return
+            said += more
+        os.write(2, f"error: JAX has aborted this process{_AS_IT_DOES}\n".encode())
         os._exit(1)
 
-    # Not Python's signal: its handlers run in the main thread, which is not given time.
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-    _handlers.append(handler)
-
-
-_handlers: list[Any] = []  # alive as long as the process
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        faulthandler.disable()
+        libc.signal(signal.SIGABRT, None)
+        os.close(write)
+        watcher.join()
+        os.close(read)
 
 
 def is_first() -> bool:
