@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 PYTHON = sys.executable
 TINY = {
@@ -83,7 +84,7 @@ def run(
     """Runs a command, under limits that a shell sets."""
     script = f'{limits}; exec "$@"'
     words = ["bash", "-c", script, "bash", PYTHON, "-m", *command]
-    options = {"capture_output": True, "text": True, "timeout": 240, **settings}
+    options = {"capture_output": True, "text": True, "timeout": PATIENCE, **settings}
     return subprocess.run(words, **options)
 
 
@@ -139,7 +140,7 @@ FULL = "No space left on device"
             "256k",
             "cannot be written",
         ),
-        ([*SAMPLE, "-n", "60", "--output", "DISK/o.jsonl"], "16k", FULL),
+        ([*SAMPLE, "x", "-n", "60", "--output", "DISK/o.jsonl"], "16k", FULL),
         ([*EVALUATE, "DISK"], "4k", FULL),
         ([*EVALUATE, "DISK"], "16k", FULL),
         (
@@ -170,7 +171,7 @@ def test_a_full_disk_is_one_sentence(place, disk, command, size, part):
 
 def test_nothing_is_lost_on_a_disk_that_gets_room(place, disk):
     path = disk("16k")
-    command = [*SAMPLE, "-n", "60", "--output", str(path / "o.jsonl")]
+    command = [*SAMPLE, "x", "-n", "60", "--output", str(path / "o.jsonl")]
     assert_one_sentence(run(command), FULL)
     before = (path / "o.jsonl").read_text().rpartition("\n")[0]
     assert before.count("\n") > 3
@@ -187,7 +188,7 @@ def test_nothing_is_lost_on_a_disk_that_gets_room(place, disk):
     [
         ([*TRAIN, "limited"], 100),
         (["e1jax.convert", "to-hf", "run", "limited-hf"], 100),
-        ([*SAMPLE, "-n", "60", "--output", "limited.jsonl"], 8),
+        ([*SAMPLE, "x", "-n", "60", "--output", "limited.jsonl"], 8),
         (
             [
                 "e1jax.evaluate",
@@ -214,7 +215,7 @@ def test_a_limit_of_the_size_of_files_is_one_sentence(place, command, blocks):
     ids=lambda command: command[0],
 )
 def test_too_few_open_files_are_refused(place, command, number):
-    done = run(command, f"ulimit -n {number}", timeout=60)
+    done = run(command, f"ulimit -n {number}", timeout=PATIENCE)
     assert_one_sentence(done, f"only {number} files", "ulimit -n")
 
 
@@ -265,7 +266,7 @@ def test_closed_streams(place, closed):
         "x",
         "--json",
     ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     for line in done.stdout.splitlines():  # and nothing of stderr
         json.loads(line)
@@ -279,7 +280,7 @@ def test_text_that_standard_output_cannot_encode(place, encoding):
     )
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run(
-        [PYTHON, "-c", code], capture_output=True, env=environment, timeout=60
+        [PYTHON, "-c", code], capture_output=True, env=environment, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode(encoding.partition(":")[0])
@@ -300,7 +301,7 @@ def ctrl_c_after(seconds: float, command: list[str]) -> tuple[int, str]:
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=PATIENCE)
     return process.returncode, error
 
 
@@ -342,7 +343,7 @@ run_command(main)
 
 def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost():
     done = subprocess.run(
-        [PYTHON, "-c", SWALLOWED], capture_output=True, text=True, timeout=60
+        [PYTHON, "-c", SWALLOWED], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr == "interrupted\n"

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from conftest import Chip, several_devices
+from conftest import PATIENCE, Chip, several_devices
 
 from e1jax import train
 from e1jax.config.checks import UserError
@@ -112,7 +112,7 @@ def start(run_dir: Path, scripts: list[list[str]], *flags: str):
         )
         for number, script in enumerate(scripts)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     return [process.returncode for process in processes], outputs
 
 
@@ -254,7 +254,7 @@ def test_a_port_that_is_taken_is_named(place):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         flags = ["--coordinator", address, "--processes", "2", "--process", "0"]
         command = [sys.executable, *COMMAND, "--config", "hosts.yaml", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: --coordinator {address}: this process"), last
@@ -356,7 +356,10 @@ print("the end")
 def test_an_abort_ends_the_process(how, code):
     """With a sentence, where Python can run; in any case within seconds."""
     done = subprocess.run(
-        [sys.executable, "-c", ABORT, how], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ABORT, how],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == code, done.stderr
     assert done.stdout == ("the end\n" if how == "none" else "")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Chip, several_devices
+from conftest import PATIENCE, Chip, several_devices
 
 from e1jax import convert
 from e1jax.checkpoint.load import load_model
@@ -348,7 +348,7 @@ def keep_programs(path: Path, limit: int, count: int) -> tuple[str, str]:
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 from e1jax.config.load import load_config
 from e1jax.config.training import GRPOConfig
@@ -86,7 +87,7 @@ class Cloud:
             cwd=self.path,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=PATIENCE,
         )
         calls = (self.path / "calls").read_text().splitlines()
         return result, [json.loads(line) for line in calls]
@@ -266,7 +267,7 @@ def started(home: Path) -> list[list[str]]:
 
 
 def eventually(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -287,7 +288,7 @@ def test_training_is_started_once_outlives_the_connection_and_stops(cloud):
             check=True,
             capture_output=True,  # ends when nothing there holds the pipes
             text=True,
-            timeout=20,
+            timeout=PATIENCE,
         ).stdout
 
     asking = "flock -n train.lock true && echo idle || echo running"
@@ -577,5 +578,5 @@ def test_a_pod_succeeds_only_with_the_last_step(tmp_path, training, stopped, cod
     if stopped:
         eventually((run / "on").exists)
         pod.terminate()
-    assert pod.wait(timeout=20) == code
+    assert pod.wait(timeout=PATIENCE) == code
     assert (run / "saved").exists() == stopped

@@ -19,6 +19,7 @@ from e1jax.config.checks import UserError, nearest, shortened, shown
 
 # What a process runs out of, whatever it does: disk, quota, the limits of ulimit -f and -n.
 _LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
+_STDOUT = "standard output"
 _FEWEST_FILES = 128  # open at a time; JAX and Orbax stall without a word on fewer
 
 
@@ -37,7 +38,11 @@ def run_command(main: Callable[[], None]) -> None:
     _open_streams()
     try:
         _allow_open_files()
-        main()
+        try:
+            main()
+        except SystemExit:  # --help
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -53,6 +58,8 @@ def run_command(main: Callable[[], None]) -> None:
         sentence = sentence_of(error)
         if sentence is None:
             raise
+        if isinstance(error, OSError) and error.filename == _STDOUT:
+            _discard_stdout()
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -66,11 +73,8 @@ def sentence_of(error: Exception) -> str | None:
         return str(error)
     if not isinstance(error, OSError):
         return None
-    try:
-        sys.stdout.flush()
-    except OSError as again:
-        _discard_stdout()
-        return f"standard output cannot be written: {again.strerror or again}"
+    if error.filename == _STDOUT:
+        return f"{_STDOUT} cannot be written: {error.strerror}"
     if error.errno not in _LACKING:
         return None
     where = f" ({error.filename})" if error.filename else ""
@@ -81,11 +85,37 @@ def _open_streams() -> None:
     """Makes streams that can be printed to: closed ones lead nowhere, and characters that
     stdout cannot encode, lone surrogates say, are no errors."""
     if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", errors="replace")  # noqa: SIM115
     if sys.stderr is None:  # or `print` would take stdout
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper):
+        strict = sys.stdout.errors in ("strict", "surrogateescape")
+        sys.stdout = _Stdout(
+            sys.stdout.buffer,
+            sys.stdout.encoding,
+            "backslashreplace" if strict else sys.stdout.errors,
+            line_buffering=sys.stdout.line_buffering,
+        )
+
+
+class _Stdout(io.TextIOWrapper):
+    """Standard output whose errors say so, by the name of the file."""
+
+    def write(self, s: str) -> int:
+        with self._named():
+            return super().write(s)
+
+    def flush(self) -> None:
+        with self._named():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = _STDOUT
+            raise
 
 
 def _discard_stdout() -> None:
