@@ -38,11 +38,20 @@ from e1jax.sharding.runtime import COMPILER_OPTIONS
 HEARTBEAT_SECONDS = 30
 
 
+# Processes wait so long for the others to start.
+JOIN_SECONDS = 300
+
+
 # Errors of the collectives between CPUs, and of barriers, when another process is gone.
 _LOST = r"heartbeat|Gloo.*(closed|reset|refused|[Bb]roken pipe|[Tt]imed? ?out)"
 
 
 _GO_ON = "start all of them again, in any number, to go on from the last checkpoint"
+_NOT_FOUND = "the other processes of the run are not found"
+_START_ALL = (
+    "start all of them within five minutes, with the same --coordinator, an address of the "
+    "first one's host, and the same --processes"
+)
 _AS_IT_DOES = (
     ", as it does when another of the run has stopped; the lines above say why; if that "
     f"is so, {_GO_ON}"
@@ -58,10 +67,12 @@ def joined(config: HostsConfig) -> Iterator[None]:
     fails, it exits at once, with its error; the others end within HEARTBEAT_SECONDS,
     with a sentence and exit code 1.
     """
-    if not _join(config):
+    with _watching_for_abort(f"error: {_NOT_FOUND}; {_START_ALL}", 2):
+        several = _join(config)
+    if not several:
         yield
         return
-    with _watching_for_abort():
+    with _watching_for_abort(f"error: JAX has aborted this process{_AS_IT_DOES}", 1):
         try:
             _check_even()
             yield
@@ -80,6 +91,8 @@ def joined(config: HostsConfig) -> Iterator[None]:
 def _join(config: HostsConfig) -> bool:
     if config.coordinator and config.process == 0:
         _check_port(config.coordinator)
+    elif config.coordinator:
+        _await_coordinator(config.coordinator)
     # JAX's would take SIGTERM, which is for `stop_signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -90,6 +103,7 @@ def _join(config: HostsConfig) -> bool:
                 config.coordinator,
                 config.processes,
                 config.process,
+                initialization_timeout=JOIN_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -104,10 +118,7 @@ def _join(config: HostsConfig) -> bool:
         if config.coordinator is None and "before any JAX calls" in str(error):
             return False  # called by a program that uses JAX already
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"the other processes of the run are not found ({reason}); start all of "
-            "them within five minutes, with the same --coordinator and --processes"
-        ) from None
+        raise UserError(f"{_NOT_FOUND} ({reason}); {_START_ALL}") from None
     return True
 
 
@@ -122,6 +133,21 @@ def _check_port(coordinator: str) -> None:
                 f"--coordinator {coordinator}: this process, the first one, cannot listen "
                 f"there ({error.strerror}); give a port of this host that is free"
             ) from None
+
+
+def _await_coordinator(coordinator: str) -> None:
+    """Waits until the first process listens; JAX would abort if nobody ever does."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = f"{coordinator}: {error.strerror or error}"
+                raise UserError(f"{_NOT_FOUND} ({reason}); {_START_ALL}") from None
+            time.sleep(1)
 
 
 def _check_even() -> None:
@@ -146,9 +172,9 @@ def _leave(message: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def _watching_for_abort() -> Iterator[None]:
-    """JAX ends a process by abort(), in a thread of its own, when another is gone: then a
-    sentence is printed, and the exit code is 1.
+def _watching_for_abort(sentence: str, code: int) -> Iterator[None]:
+    """JAX ends a process by abort(), in a thread of its own, when another is gone or does
+    not come: then the sentence is printed, and the process exits with the code.
 
     No Python runs in the handler of SIGABRT, which could wait for the interpreter's lock
     for ever. faulthandler writes to a pipe, libc's sleep() holds the aborting thread for
@@ -168,8 +194,8 @@ def _watching_for_abort() -> Iterator[None]:
             if not more:  # the run has ended
                 return
             said += more
-        os.write(2, f"error: JAX has aborted this process{_AS_IT_DOES}\n".encode())
-        os._exit(1)
+        os.write(2, f"{sentence}\n".encode())
+        os._exit(code)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
