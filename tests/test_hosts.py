@@ -339,7 +339,7 @@ ABORT = """
 import ctypes, sys, threading, time
 import numpy
 from e1jax.sharding import hosts
-with hosts._watching_for_abort():
+with hosts._watching_for_abort("error: JAX has aborted this process", 1):
     how = sys.argv[1]
     if how == "thread":  # as JAX does
         threading.Thread(target=ctypes.CDLL(None).abort).start()
@@ -367,22 +367,55 @@ def test_an_abort_ends_the_process(how, code):
     assert said == (how == "thread")
 
 
+JOIN = """
+import sys
+from e1jax.cli import run_command
+from e1jax.config.training import HostsConfig
+from e1jax.sharding import hosts
+hosts.JOIN_SECONDS = 3
+def main():
+    with hosts.joined(HostsConfig(sys.argv[1], 2, int(sys.argv[2]))):
+        print("joined")
+run_command(main)
+"""
+
+
 @pytest.mark.parametrize(
-    ("error", "code", "part"),
-    [
-        (
-            RuntimeError("Gloo: [pair.cc] Connection closed by peer"),
-            1,
-            "error: another",
-        ),
-        (RuntimeError("barrier: missed heartbeats of task 1"), 1, "error: another"),
-        (RuntimeError("INTERNAL: the Gloo program was not compiled"), 1, "Traceback"),
-        (RuntimeError("RESOURCE_EXHAUSTED"), 1, "Traceback"),
-        (UserError("no"), 2, "error: no"),
-        (OSError(28, "No space left on device", "f"), 2, "error: No space left on"),
-    ],
-    ids=str,
+    ("host", "process"), [("127.0.0.1", 0), ("127.0.0.1", 1), ("no.such.invalid", 1)]
 )
+def test_processes_that_do_not_come(host, process):
+    """The first one waits for the other; the other waits at an address of nobody."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, f"{host}:{port}", str(process)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the other processes of the run are not found")
+    if process:
+        assert f"{host}:{port}" in last and done.stderr.count("\n") == 1
+
+
+LOST = [
+    (
+        RuntimeError("Gloo: [pair.cc] Connection closed by peer"),
+        1,
+        "error: another",
+    ),
+    (RuntimeError("barrier: missed heartbeats of task 1"), 1, "error: another"),
+    (RuntimeError("INTERNAL: the Gloo program was not compiled"), 1, "Traceback"),
+    (RuntimeError("RESOURCE_EXHAUSTED"), 1, "Traceback"),
+    (UserError("no"), 2, "error: no"),
+    (OSError(28, "No space left on device", "f"), 2, "error: No space left on"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "part"), LOST, ids=str)
 def test_only_a_lost_process_is_called_one(monkeypatch, error, code, part):
     def leave(message, code):
         left.append((message.split("\n")[0], code))
