@@ -113,14 +113,13 @@ class _TensorBoard:
     def __init__(self, directory: Path):
         # Slow to load, and `sample` needs none of it.
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
 
         self.directory = directory
         directory.mkdir()
         self.file = event_file_writer.EventsWriter(str(directory / "events"))
         self.flushed = time.monotonic()
         self.scalar = summary.scalar
-        self.event: Any = vars(event_pb2)["Event"]
+        self.event: Any = vars(event_file_writer.event_pb2)["Event"]
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of a step; raises UserError if it cannot."""
