@@ -72,6 +72,7 @@ def place(tmp_path_factory, compilations_in):
     with compilations_in(path / "cache"), pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("JAX_PLATFORMS", "cpu")
         for command in ([*TRAIN, "run"], [*EVALUATE, "evaluation"]):
             done = run(command)
             assert done.returncode == 0, done.stderr

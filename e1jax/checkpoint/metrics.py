@@ -115,7 +115,7 @@ class _TensorBoard:
         from tensorboardX import event_file_writer, summary
 
         self.directory = directory
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         self.file = event_file_writer.EventsWriter(str(directory / "events"))
         self.flushed = time.monotonic()
         self.scalar = summary.scalar

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from e1jax import interrupted
 from e1jax.config.checks import UserError, nearest, shortened, shown
 
 # What a process runs out of, whatever it does: disk, quota, the limits of ulimit -f and -n.
@@ -29,9 +28,9 @@ def run_command(main: Callable[[], None]) -> None:
 
     Whatever stdout cannot encode is printed as an escape.
     """
-    alone = (
-        signal.getsignal(signal.SIGINT) is interrupted
-    )  # this process is the command
+    interrupted = signal.getsignal(signal.SIGINT)
+    # That of e1jax/__init__.py: this process is the command.
+    alone = getattr(interrupted, "__module__", None) == "e1jax"
     if alone:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.unraisablehook = _unraisable
