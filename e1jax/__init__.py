@@ -1,7 +1,10 @@
 """Budgeted reasoning on TPUs: Elastic Reasoning (arXiv 2505.05315) in JAX."""
 
 import importlib
-from typing import TYPE_CHECKING
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -17,6 +20,21 @@ if TYPE_CHECKING:
     from e1jax.config.sampling import SamplingParams
     from e1jax.sampling.completion import Completion, Event
     from e1jax.sampling.engine import Engine
+
+
+def interrupted(*_: Any) -> None:
+    """Handles Ctrl-C where nothing is to be saved: no traceback, and nothing swallows it."""
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+# Python names a module "-m" until it has found it: a command, which imports for seconds
+# before it runs (`cli.command.run_command`).
+if (
+    getattr(sys, "argv", [""])[0] == "-m"
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, interrupted)
 
 
 def __getattr__(name: str):

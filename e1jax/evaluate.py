@@ -37,8 +37,8 @@ from e1jax.cli.flags import (
     read_flags,
     sampling_flags,
 )
-from e1jax.cli.outputs import JsonlOutput, Progress, digest, writing_output
-from e1jax.config.checks import UserError
+from e1jax.cli.outputs import JsonlOutput, Progress, digest, replace_file
+from e1jax.config.checks import UserError, check_number, shown
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes
 from e1jax.data.problems import Problem
@@ -76,7 +76,7 @@ def _parse_budgets(text: str) -> tuple[int | None, ...]:
     """Budgets between commas, the smallest first; each once."""
     budgets = [parse_budget(part) for part in text.split(",")]
     if len(set(budgets)) < len(budgets):
-        raise argparse.ArgumentTypeError(f"{text!r} names a budget twice")
+        raise argparse.ArgumentTypeError(f"{shown(text)} names a budget twice")
     return tuple(sorted(budgets, key=lambda budget: budget_size((budget, None))))
 
 
@@ -305,6 +305,7 @@ def _output(directory: Path | None, problems: Sequence[Problem]) -> JsonlOutput 
 
     def entry(record: dict[str, Any]) -> tuple[Any, Outcome]:
         key = record["id"], record["sample"], record["thinking_budget"]
+        check_number("reward", record["reward"], "that is finite", lambda v: True)
         return key, outcome_of(record, record["reward"])
 
     return JsonlOutput(directory / "completions.jsonl", digests, entry)
@@ -356,10 +357,7 @@ def _report(results: dict[str, Any], directory: Path | None) -> None:
     if directory is None:
         return
     text = json.dumps({**results, "version": e1jax.__version__}, indent=2) + "\n"
-    with writing_output(directory):
-        new = directory / "results.json.new"
-        new.write_text(text)
-        new.replace(directory / "results.json")
+    replace_file(directory / "results.json", text.encode())
     draw_figure([(results["model"], results["rows"])], directory / "accuracy.png")
 
 

@@ -20,7 +20,7 @@ from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
-from e1jax.config.checks import UserError, check_known
+from e1jax.config.checks import UserError, check_known, shown
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.sampling.completion import Completion
@@ -242,7 +242,7 @@ def read_items(
         other = first.setdefault(str(item.id), index)
         if other != index:
             raise UserError(
-                f"{where}: requests {other} and {index} have the same id {item.id!r} "
+                f"{where}: requests {other} and {index} have the same id {shown(item.id)} "
                 "(a request without one has its index); make ids differ"
             )
     return items
@@ -261,13 +261,15 @@ def _item(
     kind, prompt = given[0], fields[given[0]]
     rule, fits = _PROMPTS[kind]
     if not fits(prompt):
-        raise UserError(f"{at}: {kind} must be {rule}, not {prompt!r}")
+        raise UserError(f"{at}: {kind} must be {rule}, not {shown(prompt)}")
     if not prompt:
         raise UserError(f"{at}: {kind} is empty")
     check_backslashes(prompt, f"{at}: {kind}")
     identity = fields.get("id", index)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise UserError(f"{at}: id must be a text or a whole number, not {identity!r}")
+        raise UserError(
+            f"{at}: id must be a text or a whole number, not {shown(identity)}"
+        )
     own = {name: fields[name] for name in _PARAMS if name in fields}
     try:
         params = dataclasses.replace(defaults, **own)

@@ -220,8 +220,16 @@ def sample_unless_stopped(
 def load_policy(config: GRPOConfig) -> LoadedModel:
     """The model that training begins with, on the mesh of the updates.
 
-    Raises UserError for weights of int8.
+    Raises UserError for weights of int8, and for parameters of bfloat16: nothing carries
+    the part of an update that rounding to 8 bits loses. Measured at a learning rate of
+    1e-6, 2 % of the parameters moved at all in 100 updates.
     """
+    if config.update.param_dtype == "bfloat16":
+        raise UserError(
+            "update.param_dtype=bfloat16 cannot be trained: most updates are smaller than "
+            "half a step of bfloat16 and round to nothing; leave it float32 (the "
+            "computation is bfloat16 by --dtype)"
+        )
     mesh = config.mesh or default_mesh(jax.device_count())
     loaded = load_model(config.model, mesh, config.update.param_dtype)
     if loaded.quantize:

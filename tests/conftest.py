@@ -26,6 +26,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 disable_progress_bar()  # what a command writes to stderr is tested
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
+# Seconds to wait for another process: only one that hangs reaches them, however loaded
+# the machine is.
+PATIENCE = 600
+
 
 def several_devices(count: int) -> str:
     """XLA's flags for so many devices, none for one. The latter two halve the time of

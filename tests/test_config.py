@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import yaml
 
-from e1jax.config.checks import UserError
+from e1jax import train
+from e1jax.config.checks import UserError, shown
 from e1jax.config.load import (
+    check_one_config,
     load_config,
     load_config_and_flags,
     read_yaml,
@@ -204,6 +207,19 @@ def test_what_a_training_configuration_cannot_say(section, values, message):
     with pytest.raises(UserError) as error:
         section(**(required | values))
     assert message in str(error.value)
+
+
+def test_parameters_of_bfloat16_are_not_trained(tmp_path, capsys):
+    """At the learning rate of the shipped recipe, hardly any weight would ever move."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: nano\nsteps: 4\nupdate: {param_dtype: bfloat16}\n")
+    config, _ = load_config(GRPOConfig, ["--config", str(path)], "train")
+    with pytest.raises(UserError, match="param_dtype=bfloat16 cannot be trained"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        load_config(GRPOConfig, ["--help"], "train")
+    assert "train refuses bfloat16" in " ".join(capsys.readouterr().out.split())
 
 
 def test_batches_divide(tmp_path):
@@ -501,3 +517,107 @@ def test_a_text_inserted_before_the_end_of_thinking():
     assert SamplingParams(end_of_thinking_text=r"so \boxed{").top_k == 0
     with pytest.raises(UserError, match="end_of_thinking_text holds a backspace"):
         SamplingParams(end_of_thinking_text="so \boxed{")
+
+
+# Numbers, keys and files that are given twice, and messages that stay short.
+
+
+def refusal_of(tmp_path, text: str, *flags: str) -> str:
+    (tmp_path / "run.yaml").write_text(text)
+    argv = ["--config", str(tmp_path / "run.yaml"), *flags]
+    with pytest.raises(UserError) as error:
+        load_config(GRPOConfig, argv, "train")
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+WHOLE = [
+    *("steps", "rollout.prompts", "rollout.samples", "rollout.slots"),
+    *("update.epochs", "checkpoint.every", "checkpoint.keep", "validation.limit"),
+    *("validation.every", "optimizer.warmup_steps"),
+]
+REAL = [
+    *("loss.kl_coef", "loss.clip_high", "loss.max_ratio", "optimizer.learning_rate"),
+    *("optimizer.weight_decay", "rollout.temperature", "validation.top_p"),
+]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("digits", [25, 400, 5000])
+def test_whole_numbers_that_no_device_can_count(tmp_path, name, digits):
+    number = "1" + "0" * digits
+    said = refusal_of(tmp_path, "model: nano\nsteps: 4\n", f"--{name}", number)
+    assert name.rpartition(".")[2] in said
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_numbers_beyond_every_float(tmp_path, name):
+    section, _, key = name.rpartition(".")
+    number = "1" + "0" * 400
+    base = "model: nano\nsteps: 4\n"
+    assert f"--{name}" in refusal_of(tmp_path, base, f"--{name}={number}")
+    said = refusal_of(tmp_path, f"{base}{section}:\n  {key}: {number}\n")
+    assert f"run.yaml: {name}" in said
+
+
+@pytest.mark.parametrize("digits", [25, 400, 5000])
+def test_endless_numbers_in_yaml(tmp_path, digits):
+    refusal_of(tmp_path, f"model: nano\nsteps: 1{'0' * digits}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "model: nano\nsteps: 4\nsteps: 5\n",
+            "line 3: steps is set a second time, .* 2;",
+        ),
+        (
+            "model: nano\nsteps: 4\ndata:\n  problems: a\n  problems: b\n",
+            "line 5: probl",
+        ),
+        ("model: nano\nsteps: 4\ncheckpoint: {every: 1, every: 2}\n", "line 3: every"),
+        ("model: nano\nsteps: 4\n'steps': 5\n", "line 3: steps"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path, text, message):
+    assert re.search(message, refusal_of(tmp_path, text))
+
+
+def test_keys_may_be_the_same_in_different_sections(tmp_path):
+    text = "model: nano\nsteps: 4\ncheckpoint: {every: 3}\nvalidation: {every: 3}\n"
+    (tmp_path / "run.yaml").write_text(text)
+    argv = ["--config", str(tmp_path / "run.yaml")]
+    config, _ = load_config(GRPOConfig, argv, "train")
+    assert config.checkpoint.every == config.validation.every == 3
+
+
+def test_two_configurations_are_refused(tmp_path):
+    text = "model: nano\nsteps: 4\n"
+    for second in (["--config", "b.yaml"], ["--config=b.yaml"]):
+        said = refusal_of(tmp_path, text, *second)
+        assert said.startswith("--config is given twice")
+        with pytest.raises(UserError, match="--config is given twice"):
+            check_one_config(["--config", "a.yaml", *second])
+
+
+def test_json_with_a_key_twice_is_refused():
+    with pytest.raises(
+        UserError, match=r"line 7 is not JSON .the key 'n' is there twice"
+    ):
+        parse_json('{"n": 1, "m": {"n": 3}, "n": 2}', "f.jsonl", 7)
+    assert parse_json('{"n": {"n": 1}}', "f.jsonl") == {"n": {"n": 1}}
+
+
+def test_values_in_messages_are_short():
+    assert shown("x" * 10**6).startswith("'xxxx") and len(shown("x" * 10**6)) < 120
+    assert shown(-(10**5000)) == "a number of 5000 digits"
+    assert shown(12345) == "12345"
+    assert (
+        shown("some/model-name_of-30-characters")
+        == "'some/model-name_of-30-characters'"
+    )
+    assert len(shown([["x" * 100] * 100] * 100)) < 5000
+    text = str(UserError(f"beginning {'x' * 10**6} end"))
+    assert len(text) < 1600
+    assert text.startswith("beginning ") and text.endswith(" end")

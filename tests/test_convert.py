@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, set_everywhere
+from conftest import PATIENCE, edit_json, set_everywhere
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -703,14 +703,14 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, direction):
             assert process.poll() is None and time.monotonic() < started + 60
             time.sleep(0.001)
         process.send_signal(stop)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, error
         assert not dst.exists()
         assert partial.exists() == (stop == signal.SIGKILL)
         assert "Traceback" not in error
     (partial / "leftover").touch()
     process = start(direction, source, dst)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, error
     assert not partial.exists() and not (dst / "leftover").exists()
     assert (dst / "config.json").is_file()
@@ -782,7 +782,7 @@ def test_a_part_that_cannot_be_read_ends_a_save(tmp_path):
         [sys.executable, "-c", BROKEN, str(tmp_path / "new" / "params")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1 and "the disk is gone" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "new").exists()

@@ -16,6 +16,7 @@ import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import PATIENCE
 
 from e1jax import Engine, SamplingParams, data, evaluate, rewards, sample
 from e1jax.cli.command import run_command
@@ -210,13 +211,13 @@ def test_an_interrupted_evaluation_ends_as_if_it_had_not_been(run, tmp_path):
 
     def stop(number, at_least):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not (
             path.exists() and path.read_text().count("\n") >= at_least
         ):
             time.sleep(0.01)
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PATIENCE)
         return process.returncode, err
 
     code, err = stop(signal.SIGINT, at_least=3)
@@ -421,6 +422,14 @@ def without(name):
         (json.dumps(record(solution=None)), ["line 3", "solution must be a text"]),
         (json.dumps(record(token_ids=5)), ["line 3", "token_ids must be a list"]),
         (json.dumps(record(thinking_tokens=1.5)), ["line 3", "thinking_tokens", "1.5"]),
+        (
+            json.dumps(record(thinking_tokens=10**400)),
+            ["line 3", "thinking_tokens must"],
+        ),
+        (
+            json.dumps(record(solution_tokens=-1)),
+            ["line 3", "solution_tokens must", "-1"],
+        ),
         (json.dumps(record(thinking_budget="8")), ["line 3", "thinking_budget", "'8'"]),
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
-from conftest import Chip, several_devices
+from conftest import PATIENCE, Chip, several_devices
 
 from e1jax import train
 from e1jax.config.checks import UserError
@@ -112,7 +112,7 @@ def start(run_dir: Path, scripts: list[list[str]], *flags: str):
         )
         for number, script in enumerate(scripts)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     return [process.returncode for process in processes], outputs
 
 
@@ -240,7 +240,6 @@ def test_hosts_of_different_sizes_are_refused(monkeypatch):
         raise SystemExit(code)
 
     monkeypatch.setattr(hosts, "_join", lambda config: True)
-    monkeypatch.setattr(hosts, "_explain_abort", lambda: None)
     monkeypatch.setattr(hosts, "_leave", leave)
     with pytest.raises(SystemExit, match="2"), joined(HostsConfig()):
         raise AssertionError("the run began")
@@ -255,7 +254,7 @@ def test_a_port_that_is_taken_is_named(place):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         flags = ["--coordinator", address, "--processes", "2", "--process", "0"]
         command = [sys.executable, *COMMAND, "--config", "hosts.yaml", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"error: --coordinator {address}: this process"), last
@@ -334,3 +333,99 @@ def test_a_whole_step_from_those_of_each_process(monkeypatch):
     )
     expected = {"reward": 0.5, "reward_crashes": 3}
     assert mean_over_processes(found) == expected
+
+
+ABORT = """
+import ctypes, sys, threading, time
+import numpy
+from e1jax.sharding import hosts
+with hosts._watching_for_abort("error: JAX has aborted this process", 1):
+    how = sys.argv[1]
+    if how == "thread":  # as JAX does
+        threading.Thread(target=ctypes.CDLL(None).abort).start()
+        time.sleep(60)
+    elif how == "locked":  # while no other thread can run Python
+        ctypes.PyDLL(None).abort()
+print("the end")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [("thread", 1), ("locked", -signal.SIGABRT), ("none", 0)]
+)
+def test_an_abort_ends_the_process(how, code):
+    """With a sentence, where Python can run; in any case within seconds."""
+    done = subprocess.run(
+        [sys.executable, "-c", ABORT, how],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("the end\n" if how == "none" else "")
+    said = "error: JAX has aborted this process" in done.stderr
+    assert said == (how == "thread")
+
+
+JOIN = """
+import sys
+from e1jax.cli import run_command
+from e1jax.config.training import HostsConfig
+from e1jax.sharding import hosts
+hosts.JOIN_SECONDS = 3
+def main():
+    with hosts.joined(HostsConfig(sys.argv[1], 2, int(sys.argv[2]))):
+        print("joined")
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "process"), [("127.0.0.1", 0), ("127.0.0.1", 1), ("no.such.invalid", 1)]
+)
+def test_processes_that_do_not_come(host, process):
+    """The first one waits for the other; the other waits at an address of nobody."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, f"{host}:{port}", str(process)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the other processes of the run are not found")
+    if process:
+        assert f"{host}:{port}" in last and done.stderr.count("\n") == 1
+
+
+LOST = [
+    (
+        RuntimeError("Gloo: [pair.cc] Connection closed by peer"),
+        1,
+        "error: another",
+    ),
+    (RuntimeError("barrier: missed heartbeats of task 1"), 1, "error: another"),
+    (RuntimeError("INTERNAL: the Gloo program was not compiled"), 1, "Traceback"),
+    (RuntimeError("RESOURCE_EXHAUSTED"), 1, "Traceback"),
+    (UserError("no"), 2, "error: no"),
+    (OSError(28, "No space left on device", "f"), 2, "error: No space left on"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "part"), LOST, ids=str)
+def test_only_a_lost_process_is_called_one(monkeypatch, error, code, part):
+    def leave(message, code):
+        left.append((message.split("\n")[0], code))
+        raise SystemExit(code)
+
+    left = []
+    monkeypatch.setattr(hosts, "_join", lambda config: True)
+    monkeypatch.setattr(hosts, "_check_even", lambda: None)
+    monkeypatch.setattr(hosts, "_leave", leave)
+    with pytest.raises(SystemExit), joined(HostsConfig()):
+        raise error
+    [(message, found)] = left
+    assert message.startswith(part) and found == code

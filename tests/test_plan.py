@@ -590,6 +590,7 @@ def test_settings_can_be_changed_like_those_of_train(fake, config, monkeypatch, 
     _, (report,) = run(monkeypatch, capsys, *argv, *changes)
     assert report["memory"]["parameters"] == 2 * PARAMETERS
     assert report["memory"]["reference"] == 0
+    assert "train refuses update.param_dtype=bfloat16" in report["warnings"]
     # There is no copy to sample from.
     rollouts = 6 * PARAMETERS + 6 * ROW + ROW // 2
     phases = report["settings"]["phases"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import set_everywhere, several_devices
+from conftest import PATIENCE, set_everywhere, several_devices
 from jax.experimental.pallas import tpu as pltpu
 
 from e1jax import Engine, SamplingParams, train
@@ -354,7 +354,7 @@ def test_meshes_give_the_tokens_of_one_device(tiny_hf, mesh, rows, tied):
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import several_devices
+from conftest import PATIENCE, several_devices
 
 from e1jax import sample
 from e1jax.cli.command import run_command
@@ -439,13 +439,13 @@ def test_ctrl_c_keeps_what_is_done(tiny_hf, tmp_path):
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and not (
         out.exists() and out.read_text().count("\n") >= 3
     ):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert (
         "interrupted after" in err

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Chip, several_devices
+from conftest import PATIENCE, Chip, several_devices
 
 from e1jax import convert
 from e1jax.checkpoint.load import load_model
@@ -51,6 +52,8 @@ EIGHT = [Chip(i) for i in range(8)]
         ("data=2.0,tensor=4", ["'data=2.0'"]),
         ("data=８,tensor=1", ["'data=８'"]),
         ("", ["''"]),
+        ("data=1,data=1", ["the axis data twice"]),
+        ("data=1,tensor=1,tensor=8", ["the axis tensor twice"]),
         pytest.param("data=" + "9" * 5000, ["is not an axis"], id="5000 digits"),
     ],
 )
@@ -154,7 +157,11 @@ def test_sampling_tells_once_of_a_mesh_that_does_not_divide(devices, notes):
 def cache_dir(monkeypatch):
     """Gives the compilation cache that is in use, and puts JAX's back in the end."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update(names[0], None)
     yield lambda: jax.config.jax_compilation_cache_dir
@@ -322,3 +329,70 @@ def test_sums_over_data_go_over_direct_links_of_the_torus():
         env=os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
     )
     assert done.stdout == "lines of direct links\n", done.stderr
+
+
+KEEPING = """
+import sys, jax, jax.numpy as jnp
+from e1jax.sharding import runtime
+runtime.CACHE_BYTES = int(sys.argv[1])
+runtime.use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+for n in range(int(sys.argv[2])):
+    print(jax.jit(lambda x: jnp.sort(jnp.tanh(x) + n).sum())(jnp.arange(40.0)))
+"""
+
+
+def keep_programs(path: Path, limit: int, count: int) -> tuple[str, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPING, str(limit), str(count)],
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path):
+    printed, _ = keep_programs(tmp_path, 2**30, 1)
+    programs = list(tmp_path.glob("*-cache"))
+    damage = {
+        "cut": lambda data: data[: len(data) // 2],
+        "empty": lambda data: b"",
+        "flipped": lambda data: data[:-40] + bytes([data[-40] ^ 8]) + data[-39:],
+    }
+    for change in damage.values():
+        for program in programs:
+            program.write_bytes(change(program.read_bytes()))
+        again, said = keep_programs(tmp_path, 2**30, 1)
+        assert again == printed
+        lines = said.splitlines()
+        assert lines and all(x.startswith("note: the compiled program") for x in lines)
+        assert all(line.endswith("compiled again") for line in lines)
+        assert keep_programs(tmp_path, 2**30, 1) == (printed, "")
+
+
+def test_programs_beyond_a_limit_are_dropped(tmp_path):
+    """Also programs that were kept before there was a limit, and so have no time."""
+    keep_programs(tmp_path, 2**30, 4)
+    for time in tmp_path.glob("*-atime"):
+        time.unlink()
+    size = sum(file.stat().st_size for file in tmp_path.glob("*-cache"))
+    _, said = keep_programs(tmp_path, size, 8)
+    assert said == ""
+    assert size // 2 < sum(f.stat().st_size for f in tmp_path.glob("*-cache")) <= size
+
+
+def test_the_limit_is_two_gibibytes_unless_the_user_sets_another(tmp_path, monkeypatch):
+    def limit() -> int:
+        monkeypatch.setattr(jax.config, "update", changed.__setitem__)
+        use_compilation_cache()
+        return changed.get("jax_compilation_cache_max_size")
+
+    changed = {}
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    assert limit() == 2 * 2**30
+    changed.clear()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "5000")
+    assert limit() is None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 from e1jax.cli.flags import read_flags
 from e1jax.config.load import load_config
@@ -89,7 +90,7 @@ class Cloud:
             cwd=self.path,
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=PATIENCE,
         )
         calls = (self.path / "calls").read_text().splitlines()
         return result, [json.loads(line) for line in calls]
@@ -302,7 +303,7 @@ def started(home: Path) -> list[list[str]]:
 
 
 def eventually(condition) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -323,7 +324,7 @@ def test_training_is_started_once_outlives_the_connection_and_stops(cloud):
             check=True,
             capture_output=True,  # ends when nothing there holds the pipes
             text=True,
-            timeout=20,
+            timeout=PATIENCE,
         ).stdout
 
     asking = "flock -n train.lock true && echo idle || echo running"
@@ -417,6 +418,46 @@ def test_a_dry_run_prints_what_a_run_does(cloud, script):
     assert result.returncode == 0 and result.stderr == "" and none == []
     cloud.say(*states)
     assert cloud.bash("-eu", text=result.stdout)[1] == calls != []
+
+
+PASS_ON = sorted(ARGUMENTS)
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_own_flags_stand_anywhere(cloud, script):
+    """Also behind the arguments that are passed on, and between them."""
+    arguments, inputs = ARGUMENTS.get(script, []), INPUTS | MORE
+    first, _ = cloud.bash(str(SCRIPTS / script), "--dry-run", *arguments, **inputs)
+    for place in range(1, len(arguments) + 1):
+        words = [*arguments[:place], "--dry-run", *arguments[place:]]
+        result, calls = cloud.bash(str(SCRIPTS / script), *words, **inputs)
+        assert calls == [] and result.stdout == first.stdout != ""
+    for flag in ("--help", "-h"):
+        result, calls = cloud.bash(str(SCRIPTS / script), *arguments, flag)
+        assert calls == [] and result.returncode == 0
+        assert result.stdout.count("Inputs:") == 1
+
+
+@pytest.mark.parametrize("script", PASS_ON)
+def test_after_two_dashes_everything_is_passed_on(cloud, script):
+    given = [*ARGUMENTS[script], "--dry-run", "-h", "--", "--help"]
+    call = cloud.calls(script, "--", *given)[-1]
+    module = {"resume.sh": "train"}.get(script, script.removesuffix(".sh"))
+    command = remote(call)
+    if module == "train":  # bash -c '...' in the command
+        [command] = re.findall(r"bash -c ('.*') >> train.log", command, re.DOTALL)
+        [command] = shlex.split(command)
+    assert f"e1jax.{module} " in command
+    passed_on = given[1:] if module == "train" else given  # after --config, --run-dir
+    assert shlex.split(command)[-len(passed_on) :] == passed_on
+
+
+@pytest.mark.parametrize("script", sorted({*NAMES} - {*PASS_ON}))
+def test_a_misspelt_flag_runs_nothing(cloud, script):
+    words = [str(SCRIPTS / script), "--dryrun"]
+    result, calls = cloud.bash(*words, **(INPUTS | MORE))
+    assert result.returncode == 2 and calls == []
+    assert result.stderr.startswith("error: ") and "--dryrun" in result.stderr
 
 
 @pytest.mark.parametrize("script", NAMES)
@@ -573,5 +614,5 @@ def test_a_pod_succeeds_only_with_the_last_step(tmp_path, training, stopped, cod
     if stopped:
         eventually((run / "on").exists)
         pod.terminate()
-    assert pod.wait(timeout=20) == code
+    assert pod.wait(timeout=PATIENCE) == code
     assert (run / "saved").exists() == stopped

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts beside it share. Sourced, not run: it takes --dry-run or --help off the
+# What the scripts beside it share. Sourced, not run: it takes --dry-run and --help off the
 # arguments, checks the inputs that every script has, and knows how to talk to gcloud.
 
 die() {
@@ -10,17 +10,30 @@ die() {
 # shellcheck disable=SC2034 # the checkout, for the scripts
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# --dry-run and --help are the script's own wherever they stand, but not after a --, which
+# is taken off. The other arguments stay in their order.
 dry_run=
-case ${1-} in
---dry-run)
-  dry_run=yes
+own=yes
+for word in "$@"; do
   shift
-  ;;
--h | --help) # the comment that the script begins with
-  sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
-  exit
-  ;;
-esac
+  case $own$word in
+  yes--dry-run) dry_run=yes ;;
+  yes-h | yes--help) # the comment that the script begins with
+    sed -n '/^#!/d; /^#/!q; s/^# \{0,1\}//p' "$0"
+    exit
+    ;;
+  yes--) own=no ;;
+  *) set -- "$@" "$word" ;;
+  esac
+done
+
+# For a script without flags: another one, a misspelt --dry-run say, runs nothing.
+refuse_flags() {
+  local word
+  for word in "$@"; do
+    [[ $word != -* ]] || die "$(basename "$0") has no flag $word; see --help"
+  done
+}
 
 : "${PROJECT:?the Google Cloud project that pays for the TPU}"
 : "${ZONE:?the zone of the TPU, like us-central1-a}"

@@ -10,6 +10,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+refuse_flags "$@"
 
 run mkdir -p "$root/build"
 run tar -czf "$root/build/e1jax.tar.gz" --exclude=__pycache__ -C "$root" \

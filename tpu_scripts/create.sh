@@ -16,6 +16,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+refuse_flags "$@"
 
 make_tpu
 await_tpu || die "$TPU_NAME is $state; delete.sh removes it"

@@ -6,7 +6,7 @@
 #   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 tpu_scripts/evaluate.sh [--dry-run] \
 #       --model Salesforce/E1-Math-7B --dataset aime24 --output /mnt/e1jax/results/e1
 #
-# Inputs: PROJECT, ZONE, TPU_NAME.
+# Inputs: PROJECT, ZONE, TPU_NAME. After --, --help and --dry-run are passed on as well.
 # Hardware: as for sample.sh, a slice with one host.
 # Duration: problems x n x budgets x tokens of a response, over the tokens/s of the slice;
 #   `--limit` and `-n` make it short.

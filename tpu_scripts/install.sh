@@ -14,6 +14,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+refuse_flags "$@"
 
 on_worker all 'set -eu
 cd e1jax

@@ -44,4 +44,4 @@ if [[ -n $lost ]]; then
 fi
 "$scripts/copy.sh" ${dry_run:+--dry-run}
 "$scripts/install.sh" ${dry_run:+--dry-run}
-"$scripts/train.sh" ${dry_run:+--dry-run} "$@"
+"$scripts/train.sh" ${dry_run:+--dry-run} -- "$@"

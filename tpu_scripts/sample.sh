@@ -5,7 +5,7 @@
 #   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 tpu_scripts/sample.sh [--dry-run] \
 #       "How many primes are below 100?" --model Salesforce/E1-Math-7B -n 4
 #
-# Inputs: PROJECT, ZONE, TPU_NAME.
+# Inputs: PROJECT, ZONE, TPU_NAME. After --, --help and --dry-run are passed on as well.
 # Hardware: a slice with one host: v5litepod-8, v6e-8 or v5p-8 for a 7B model. Sampling does
 #   not span hosts.
 # Duration: reading the weights and, the first time, compiling: minutes. Then what

@@ -12,6 +12,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+refuse_flags "$@"
 
 # Not the shell that this is, nor the one that holds the lock, which is waited for.
 on_worker all 'pkill -TERM -f "^[.]venv/bin/python -m e1jax[.]train " ||

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shortened
 
 # Chunks of a checkpoint are small, because the reader loads every chunk that its shard
 # touches: a chip of a large mesh should read little more than its own shard.
@@ -147,7 +147,6 @@ def broken_checkpoint(path: Path | str) -> str:
 
 def in_short(error: Exception) -> str:
     """An error's text in one line of at most some 300 characters."""
-    reason = " ".join(str(error).split())
-    if len(reason) > 300:  # tensorstore ends with the cause
-        reason = f"{reason[:150]} ... {reason[-150:]}"
-    return reason
+    return shortened(
+        " ".join(str(error).split()), 300
+    )  # tensorstore ends with the cause

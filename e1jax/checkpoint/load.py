@@ -24,7 +24,7 @@ from e1jax.checkpoint.int8 import as_int8
 from e1jax.checkpoint.params import check_saved, open_params, place, quantized
 from e1jax.checkpoint.runs import find_params
 from e1jax.cli.files import looking_for, read_json
-from e1jax.config.checks import UserError, check_choice
+from e1jax.config.checks import UserError, check_choice, shown
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.nn.model import abstract_params
 from e1jax.nn.quantize import Params
@@ -158,7 +158,9 @@ def resolve(model: str) -> Path:
     """
     if model in ("nano", "nano-e1"):
         if not (_BUNDLED / model).is_dir():
-            raise UserError(f"the model {model!r} is not in this installation of e1jax")
+            raise UserError(
+                f"the model {shown(model)} is not in this installation of e1jax"
+            )
         return _BUNDLED / model
     with looking_for("model", model):
         path = Path(model).expanduser()
@@ -166,7 +168,7 @@ def resolve(model: str) -> Path:
             return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
-            f"the model {model!r} is neither a directory nor a hub id (owner/name); "
+            f"the model {shown(model)} is neither a directory nor a hub id (owner/name); "
             "check the path, or use nano, which is bundled"
         )
     try:
@@ -179,7 +181,7 @@ def resolve(model: str) -> Path:
     except Exception as error:  # many kinds: no network, no such repository, no right
         reason = str(error).strip().split("\n")[0].strip(" .:")
         raise UserError(
-            f"the model {model!r} is not a directory here and cannot be had from the "
+            f"the model {shown(model)} is not a directory here and cannot be had from the "
             f"hub ({reason}); check the name and the network, or give a local directory"
         ) from None
 
@@ -231,7 +233,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format_version {version!r}, and this e1jax reads "
+            f"{file} has format_version {shown(version)}, and this e1jax reads "
             f"{FORMAT_VERSION}; convert the model again, or install a newer e1jax"
         )
     return manifest

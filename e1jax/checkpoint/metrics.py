@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from e1jax.config.checks import UserError, writing
 
+FLUSH_SECONDS = 120  # of TensorBoard
+
 
 class MetricsLog:
     """RUN_DIR/metrics.jsonl, one object a step, and progress on stderr.
@@ -34,9 +36,6 @@ class MetricsLog:
         headline: Sequence[str],
         wandb: str | None = None,
     ):
-        # Slow to load, and `sample` needs none of it.
-        from tensorboardX import SummaryWriter
-
         self.wandb = _wandb_run(wandb, run_dir) if wandb else None
         self.path = path = run_dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -47,7 +46,7 @@ class MetricsLog:
             new.replace(path)
             # Drawn anew: a kill loses the points that TensorBoard still buffers.
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-            self.board = SummaryWriter(str(run_dir / "tensorboard"))
+            self.board = _TensorBoard(run_dir / "tensorboard")
         for line in kept:
             self._draw(json.loads(line))
         self.headline = headline
@@ -84,8 +83,7 @@ class MetricsLog:
     def _draw(self, line: dict[str, Any]) -> dict[str, Any]:
         """Hands a line to TensorBoard; its numbers without the step."""
         values = {key: value for key, value in line.items() if key != "step"}
-        for key, value in values.items():
-            self.board.add_scalar(key, value, line["step"])
+        self.board.add(line["step"], values)
         return values
 
     def _show(self, line: dict[str, Any]) -> None:
@@ -103,6 +101,39 @@ class MetricsLog:
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
+
+
+class _TensorBoard:
+    """A directory of TensorBoard, written where it is called.
+
+    Not by SummaryWriter, whose thread ends at a full disk and is then waited for for ever.
+    A mounted bucket stores a file at each flush, so they are FLUSH_SECONDS apart.
+    """
+
+    def __init__(self, directory: Path):
+        # Slow to load, and `sample` needs none of it.
+        from tensorboardX import event_file_writer, summary
+
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        self.file = event_file_writer.EventsWriter(str(directory / "events"))
+        self.flushed = time.monotonic()
+        self.scalar = summary.scalar
+        self.event: Any = vars(event_file_writer.event_pb2)["Event"]
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the numbers of a step; raises UserError if it cannot."""
+        with writing(self.directory):
+            for name, value in values.items():
+                summary = self.scalar(name, value)
+                event = self.event(step=step, summary=summary, wall_time=time.time())
+                self.file.write_event(event)
+            if time.monotonic() - self.flushed > FLUSH_SECONDS:
+                self.file.flush()
+                self.flushed = time.monotonic()
+
+    def close(self) -> None:
+        self.file.close()
 
 
 class NoLog:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import docstring_parser
 
 from e1jax.cli.command import Parser
+from e1jax.config.checks import shown
 from e1jax.config.model import KVDtype, QuantizedForm
 from e1jax.config.sampling import SamplingParams
 
@@ -177,7 +178,7 @@ def parse_budget(text: str) -> int | None:
         return None
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of tokens (0 or more) or none"
+            f"{shown(text)} is not a number of tokens (0 or more) or none"
         )
     return int(text)
 

@@ -3,18 +3,19 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from e1jax.cli.command import stop_signals
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shown
 
 
 def digest(value: Any) -> str:
@@ -87,6 +88,19 @@ def writing_output(path: Path) -> Iterator[None]:
         ) from None
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file of --output under its name once it is complete; where it cannot be
+    written, an earlier one stays, and UserError is raised."""
+    new = path.with_name(path.name + ".new")
+    with writing_output(path):
+        try:
+            new.write_bytes(content)
+            new.replace(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
+
+
 class JsonlOutput:
     """A file of completions, one JSON object a line: appended to as they finish, and read
     when the command is run again.
@@ -124,7 +138,7 @@ class JsonlOutput:
             raise UserError(f"--output {path}: {path.parent} is no writable directory")
         self.done, self.size = self._whole_lines(content, entry)
         self.size_read = len(content)
-        self.file: TextIO | None = None
+        self.file: io.FileIO | None = None
 
     def compare(self, settings: dict[str, Any]) -> None:
         """Refuses settings or requests that differ from the earlier run's."""
@@ -141,8 +155,8 @@ class JsonlOutput:
                 f"{self.sidecar} is not readable; choose another --output"
             ) from None
         if names:
-            there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
-            here = ", ".join(f"{n}={settings[n]!r}" for n in names)
+            there = ", ".join(f"{n}={shown(before.get(n))}" for n in names)
+            here = ", ".join(f"{n}={shown(settings[n])}" for n in names)
             raise UserError(
                 f"{self.path} was made with {there}, and this run has {here}; use the "
                 "same settings or another --output"
@@ -155,9 +169,9 @@ class JsonlOutput:
         self.made_how["requests"] = {**requests, **self.requests}
 
     def __enter__(self) -> "JsonlOutput":
-        part = self.sidecar.with_name(self.sidecar.name + ".part")
         with writing_output(self.path):
-            self.file = self.path.open("a", encoding="utf-8")
+            # Without a buffer: closing would write again what a full disk has refused.
+            self.file = self.path.open("ab", buffering=0)
             self._lock(self.file)
             if os.fstat(self.file.fileno()).st_size != self.size_read:
                 raise UserError(
@@ -166,8 +180,8 @@ class JsonlOutput:
                 )
             # A run that was killed while writing leaves half a line: written again.
             self.file.truncate(self.size)
-            part.write_text(json.dumps(self.made_how, indent=1) + "\n")
-            os.replace(part, self.sidecar)
+        text = json.dumps(self.made_how, indent=1) + "\n"
+        replace_file(self.sidecar, text.encode())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -177,11 +191,12 @@ class JsonlOutput:
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record as one line, at once; raises UserError if it cannot."""
         assert self.file is not None
+        left = json.dumps(record).encode() + b"\n"
         with writing_output(self.path):
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            while left:  # a disk that is nearly full takes a part
+                left = left[self.file.write(left) :]
 
-    def _lock(self, file: TextIO) -> None:
+    def _lock(self, file: io.FileIO) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

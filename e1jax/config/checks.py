@@ -12,8 +12,39 @@ from typing import Any
 UNLIMITED = 2**31 - 1
 
 
+LONGEST_MESSAGE = 1500  # in characters
+
+
 class UserError(ValueError):
-    """A user's mistake; its message is one sentence: the fault, its place, and the way out."""
+    """A user's mistake; its message is one sentence: the fault, its place, and the way out.
+
+    A message beyond LONGEST_MESSAGE loses its middle.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(shortened(str(message), LONGEST_MESSAGE))
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most about `limit` characters: a longer one loses its middle."""
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
+class _Shown(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        """Also of a number with so many digits that Python refuses to write them."""
+        digits = int(x.bit_length() * 0.30103)
+        return repr(x) if digits < self.maxlong else f"a number of {digits} digits"
+
+
+_shown = _Shown()
+_shown.maxstring = _shown.maxother = 100
+
+
+def shown(value: Any) -> str:
+    """`value` in a message, as repr shows it, but of some 100 characters at most."""
+    return _shown.repr(value)
 
 
 def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -21,7 +52,9 @@ def check_known(names: Iterable[str], known: Iterable[str], where: str) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise UserError(f"{where}: unknown field {name!r}; {nearest(name, known)}")
+            raise UserError(
+                f"{where}: unknown field {shown(name)}; {nearest(name, known)}"
+            )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -31,17 +64,19 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raises UserError unless the value is an integer from `low` to `high`."""
+    """Raises UserError unless the value is an integer from `low` to `high`, which is
+    UNLIMITED if not given: devices count in 32 bits."""
+    high, stated = UNLIMITED if high is None else high, high
     if (
         isinstance(value, bool)
         or not isinstance(value, numbers.Integral)  # NumPy's too
         or int(value) < low
-        or (high is not None and int(value) > high)
+        or int(value) > high
     ):
-        span = f"{low} or more" if high is None else f"from {low} to {high}"
-        raise UserError(
-            f"{name} must be a whole number, {span}, not {reprlib.repr(value)}"
-        )
+        too_large = isinstance(value, int) and value > high
+        open_ended = stated is None and not too_large
+        span = f"{low} or more" if open_ended else f"from {low} to {high}"
+        raise UserError(f"{name} must be a whole number, {span}, not {shown(value)}")
 
 
 def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) -> None:
@@ -52,7 +87,7 @@ def check_number(name: str, value: Any, rule: str, ok: Callable[[float], bool]) 
         or not _is_finite(value)
         or not ok(float(value))
     ):
-        raise UserError(f"{name} must be a number {rule}, not {reprlib.repr(value)}")
+        raise UserError(f"{name} must be a number {rule}, not {shown(value)}")
 
 
 def _is_finite(value: Any) -> bool:
@@ -70,7 +105,7 @@ def check_share(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises UserError unless the value is one of `choices`."""
     if value not in choices:
-        raise UserError(f"{name} must be {' or '.join(choices)}, not {value!r}")
+        raise UserError(f"{name} must be {' or '.join(choices)}, not {shown(value)}")
 
 
 @contextlib.contextmanager
@@ -82,3 +117,8 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} cannot be written: {error.strerror or error}"
         ) from None
+    except Exception as error:
+        reason, rust, _ = str(error).partition(" (os error ")  # of tokenizers
+        if not rust:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}") from None

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import jsonargparse
 import yaml
 
-from e1jax.config.checks import UserError, check_known, writing
+from e1jax.config.checks import UserError, check_known, shortened, shown, writing
 from e1jax.config.texts import check_backslashes, two_backslashes
 
 ConfigT = TypeVar("ConfigT")
@@ -61,6 +62,8 @@ def load_config_and_flags(
         parsed = parser.instantiate(parser.parse_args(list(argv)))
     except argparse.ArgumentError as error:
         raise UserError(_sentence(error, (cls, flags), argv)) from None
+    except OverflowError:
+        raise UserError(f"{_beyond_floats(argv)} must be a smaller number") from None
     run_dir = str(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
     if "://" in run_dir:  # a Path would make a directory here of it
         raise UserError(
@@ -96,7 +99,7 @@ def record_config(config: Any, run_dir: Path) -> None:
     _add_defaults(then, config)
     then, now = dict(flatten(then)), dict(flatten(now))
     changes = [
-        f"{key} ({then.get(key)!r} there, {now.get(key)!r} now)"
+        f"{key} ({shown(then.get(key))} there, {shown(now.get(key))} now)"
         for key in {**then, **now}
         if then.get(key) != now.get(key)
     ]
@@ -119,13 +122,39 @@ def _add_defaults(values: dict[str, Any], config: Any) -> None:
             values.setdefault(field.name, json.loads(default))
 
 
+class _DuplicateKey(Exception):
+    """A key that a mapping of a YAML file has twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in first:
+                raise _DuplicateKey(
+                    f"{line}: {key.value} is set a second time, after line "
+                    f"{first[key.value]}; remove one of them"
+                )
+            first[key.value] = line
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file; raises UserError if it is missing or is not one."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _DuplicateKey as error:
+        raise UserError(f"{path} line {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: no UTF-8, a number of endless digits, a day that no month has.
         raise _not_yaml(path, error) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")
@@ -151,11 +180,21 @@ def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
     known = [*names, "--config", "--run-dir", "--print_config"]
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
     check_known(given, known, prog)
+    check_one_config(argv)
     path = _config_path(argv)
     if path is None:
         raise UserError(f"{prog} needs --config FILE.yaml; see configs/")
     _check_keys(cls, read_yaml(Path(path)), path)
     _check_quoted(Path(path))
+
+
+def check_one_config(argv: Sequence[str]) -> None:
+    """Refuses a second --config: which of both wins should not have to be guessed."""
+    if [word.partition("=")[0] for word in argv].count("--config") > 1:
+        raise UserError(
+            "--config is given twice; give one file, and change its settings by flags, "
+            "like --steps 100"
+        )
 
 
 def _check_quoted(path: Path) -> None:
@@ -193,7 +232,7 @@ def _sentence(
     found = re.match(r'"([\w.]+)": .*?(?:Got|Given) value: ?(.*)', text)
     if not found:
         return text
-    name, value = found[1], found[2] or "''"
+    name, value = found[1], shortened(found[2], 100) or "''"
     kind = {key: kind for cls in kinds for key, kind in flatten(_types(cls))}[name]
     path, places = _config_path(argv), []
     if path is not None and name in dict(flatten(read_yaml(Path(path)))):
@@ -205,6 +244,19 @@ def _sentence(
     if get_origin(kind) is tuple:  # of which the value may be an item
         return f"{where} must be {words}; {value} does not fit"
     return f"{where} must be {words}, not {value}"
+
+
+def _beyond_floats(argv: Sequence[str]) -> str:
+    """The settings, with their places, that are whole numbers beyond every float."""
+    path = _config_path(argv)
+    values = {} if path is None else dict(flatten(read_yaml(Path(path))))
+    found = [
+        f"{path}: {k}"
+        for k, v in values.items()
+        if isinstance(v, int) and abs(v) > sys.float_info.max
+    ]
+    flags = re.findall(r"(--[\w.]+)[= ]-?\d{300,}", " ".join(argv))
+    return " and ".join([*found, *flags])
 
 
 def _in_words(kind: Any) -> str:
@@ -234,7 +286,7 @@ def _check_keys(cls: Any, values: dict[str, Any], where: str) -> None:
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise UserError(
-                    f"{where}: {key} is {value!r}, but it is a section; write its "
+                    f"{where}: {key} is {shown(value)}, but it is a section; write its "
                     "settings below it, indented"
                 )
             _check_keys(fields[key], value, f"{where}: {key}")

@@ -10,6 +10,7 @@ from e1jax.config.checks import (
     check_choice,
     check_integer,
     check_number,
+    shown,
 )
 
 QuantizedForm = Literal["int8"]  # of weights; see e1jax.nn.quantize
@@ -60,7 +61,7 @@ class ModelConfig:
         check_number("rms_norm_eps", self.rms_norm_eps, "above 0", lambda v: v > 0)
         if not isinstance(self.tie_word_embeddings, bool):
             raise UserError(
-                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}"
+                f"tie_word_embeddings must be true or false, not {shown(self.tie_word_embeddings)}"
             )
         if self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -87,7 +88,7 @@ class ModelConfig:
         architecture = hf.get("model_type")
         if architecture not in list(ARCHITECTURES):
             raise UserError(
-                f"{where}: model_type={architecture!r} is not implemented; e1jax runs "
+                f"{where}: model_type={shown(architecture)} is not implemented; e1jax runs "
                 f"{' and '.join(map(repr, ARCHITECTURES))}"
             )
         table = ARCHITECTURES[architecture]
@@ -95,14 +96,14 @@ class ModelConfig:
             value = hf.get(key, allowed[0])
             if value not in allowed:
                 raise UserError(
-                    f"{where}: {key}={value!r} is not implemented; e1jax runs {key}={allowed[0]!r}"
+                    f"{where}: {key}={shown(value)} is not implemented; e1jax runs {key}={allowed[0]!r}"
                 )
         kinds = hf.get("layer_types") or []
         kinds = kinds if isinstance(kinds, list) else [kinds]
         others = [kind for kind in kinds if kind != "full_attention"]
         if others:
             raise UserError(
-                f"{where}: layer_types holds {others[0]!r}, which is not implemented (full_attention is)"
+                f"{where}: layer_types holds {shown(others[0])}, which is not implemented (full_attention is)"
             )
         try:
             num_heads = hf["num_attention_heads"]
@@ -167,7 +168,7 @@ def _rope_theta(hf: dict[str, Any], where: str) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UserError(
-            f"{where}: RoPE type {kind!r} is not implemented; e1jax runs 'default', without scaling"
+            f"{where}: RoPE type {shown(kind)} is not implemented; e1jax runs 'default', without scaling"
         )
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     if theta is None:

@@ -10,6 +10,7 @@ from e1jax.config.checks import (
     check_choice,
     check_integer,
     check_number,
+    shown,
 )
 from e1jax.config.texts import check_backslashes
 
@@ -55,7 +56,7 @@ class SamplingParams:
         check_integer("seed", self.seed, 0, 2**64 - 1)
         if not isinstance(self.end_of_thinking_text, str):
             raise UserError(
-                f"end_of_thinking_text must be a string, not {self.end_of_thinking_text!r}"
+                f"end_of_thinking_text must be a string, not {shown(self.end_of_thinking_text)}"
             )
         check_backslashes(self.end_of_thinking_text, "end_of_thinking_text")
         check_choice(
@@ -82,5 +83,5 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     texts = () if stop is None else (stop,) if isinstance(stop, str) else stop
     is_list = isinstance(texts, list | tuple)
     if not is_list or not all(isinstance(text, str) and text for text in texts):
-        raise UserError(f"stop must be a text or a list of texts, not {stop!r}")
+        raise UserError(f"stop must be a text or a list of texts, not {shown(stop)}")
     return tuple(texts)

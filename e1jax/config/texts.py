@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shown
 
 # LaTeX commands, by the control character that JSON and YAML make of their backslash and
 # first letter. No ordinary line, of a program either, goes on like them after it: hence
@@ -106,7 +106,7 @@ def parse_json(
     Raises UserError naming the line, and ending in `form`, a description of the expected text.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         reason = f"{error.msg} at column {error.colno}"
@@ -117,6 +117,16 @@ def parse_json(
         reason = str(error)
     hint = f"; {form}" if form else ""
     raise UserError(f"{path} line {line} is not JSON ({reason}){hint}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; of two with the same key, Python would take the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(twice)} is there twice")
+    return value
 
 
 def two_backslashes(text: str) -> str:

@@ -14,6 +14,7 @@ from e1jax.config.checks import (
     check_known,
     check_number,
     check_share,
+    shown,
 )
 from e1jax.config.model import ModelConfig
 from e1jax.config.sampling import SamplingParams
@@ -287,7 +288,8 @@ class UpdateConfig:
     remat: bool = True
     """Whether a layer's activations are computed again in the backward pass."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the parameters that are trained, their moments and their checkpoints."""
+    """Of the parameters that are trained, their moments and their checkpoints. train
+    refuses bfloat16, in which most updates of a small learning rate round to nothing."""
 
     def __post_init__(self):
         for name in ("minibatch_prompts", "microbatch", "epochs"):
@@ -356,7 +358,7 @@ class RewardConfig:
             r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", str(self.function)
         ):
             raise UserError(
-                f"reward.function must be package.module:name, not {self.function!r}"
+                f"reward.function must be package.module:name, not {shown(self.function)}"
             )
         cost = self.length_cost
         check_number("reward.length_cost", cost, "of 0 or more", lambda v: v >= 0)
@@ -448,7 +450,7 @@ class HostsConfig:
         address = re.fullmatch(r"\S+:([0-9]{1,5})", self.coordinator)
         if not address or int(address[1]) > 65535:
             raise UserError(
-                f"--coordinator must be like 10.0.0.1:1234, not {self.coordinator!r}"
+                f"--coordinator must be like 10.0.0.1:1234, not {shown(self.coordinator)}"
             )
         check_integer("--processes", self.processes, 1)
         check_integer("--process", self.process, 0, self.processes - 1)

@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub
 
 from e1jax.cli.files import looking_for
-from e1jax.config.checks import UserError, check_integer
+from e1jax.config.checks import UserError, check_integer, shown
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.nano import nano_problems
 from e1jax.rewards import final_answer
@@ -102,12 +102,12 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
         problem = _problem(row, index, where)
         if problem.id in problems:
             raise UserError(
-                f"{where}: an earlier problem has the id {problem.id!r} too; ids must "
+                f"{where}: an earlier problem has the id {shown(problem.id)} too; ids must "
                 "differ, or be left out"
             )
         problems[problem.id] = problem
     if not problems:
-        raise UserError(f"the dataset {name!r} holds no problems")
+        raise UserError(f"the dataset {shown(name)} holds no problems")
     if damaged:
         print(
             f"note: {name} is used as it is published, with {len(damaged)} of its "
@@ -123,14 +123,14 @@ def _dataset_files(name: str) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             raise UserError(
-                f"the dataset {name!r} is a directory; give a file, of the kind "
+                f"the dataset {shown(name)} is a directory; give a file, of the kind "
                 f"{', '.join(FORMATS)}"
             )
         if path.exists():
             return [path]
     hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/(.+))?", name)
     if path.suffix in FORMATS and not (hub and hub[2]):
-        raise UserError(f"there is no file {name!r}; check the path")
+        raise UserError(f"there is no file {shown(name)}; check the path")
     if not hub:
         known = [*NANO, *HUB]
         near = difflib.get_close_matches(name.lower(), known, n=1)
@@ -158,7 +158,7 @@ def _hub_files(name: str, repository: str, files: str | None) -> list[Path]:
     except Exception as error:  # many kinds: no network, no such repository, no right
         reason = str(error).strip().split("\n")[0].strip(" .:")
         raise UserError(
-            f"the dataset {name!r} is not a file here and cannot be had from the hub "
+            f"the dataset {shown(name)} is not a file here and cannot be had from the hub "
             f"({reason}); check the name and the network, or give a local file"
         ) from None
     sets: dict[str, list[Path]] = {}
@@ -170,13 +170,13 @@ def _hub_files(name: str, repository: str, files: str | None) -> list[Path]:
                 sets.setdefault(whole, []).append(file)
     if not sets:
         raise UserError(
-            f"the dataset {name!r} has no data on the hub in the formats "
+            f"the dataset {shown(name)} has no data on the hub in the formats "
             f"{', '.join(FORMATS)}; check the name of its files there"
         )
     if len(sets) > 1:
         more = ", ..." if len(sets) > 8 else ""
         raise UserError(
-            f"the dataset {name!r} has several sets of files "
+            f"the dataset {shown(name)} has several sets of files "
             f"({', '.join(list(sets)[:8])}{more}); say which, like "
             f"{repository}/{next(iter(sets))}"
         )

@@ -1,11 +1,12 @@
 """Accuracy against tokens, as a figure."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from e1jax.cli.outputs import writing_output
+from e1jax.cli.outputs import replace_file
 from e1jax.evaluation.results import Row
 
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
@@ -60,5 +61,6 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize="small")
-    with writing_output(path):
-        page.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    page.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
+    replace_file(path, drawn.getvalue())

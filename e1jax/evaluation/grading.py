@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from e1jax import rewards
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, check_integer, shown
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.problems import Problem
 from e1jax.evaluation.results import Budgets, Outcome
@@ -72,21 +72,24 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
     for number, line in lines:
         at = f"{path} line {number}"
         record = _checked_record(parse_json(line.rstrip(), path, number), at)
+        try:
+            outcome = outcome_of(record, reward=math.nan)
+        except UserError as error:
+            raise UserError(f"{at}: {error}") from None
         identity = record["id"]
         index = indices.get(identity, indices.get(str(identity)))
         if index is None:
             raise UserError(
-                f"{at}: no problem has the id {identity!r}; ids must be those of the "
+                f"{at}: no problem has the id {shown(identity)}; ids must be those of the "
                 "dataset's problems or, where these have none, their numbers from 0"
             )
         budgets = record.get("thinking_budget"), record.get("solution_budget")
         before = first.setdefault((index, record["sample"], budgets), number)
         if before != number:
             raise UserError(
-                f"{at}: sample {record['sample']} of id {identity!r} is in line {before} "
+                f"{at}: sample {record['sample']} of id {shown(identity)} is in line {before} "
                 "already; remove one of them"
             )
-        outcome = outcome_of(record, reward=math.nan)
         found.append(_Found(index, record["solution"], budgets, outcome))
         try:
             check_backslashes(record["solution"], f"{at}: solution")
@@ -119,7 +122,12 @@ def _checked_record(record: Any, at: str) -> dict[str, Any]:
 
 
 def outcome_of(record: Mapping[str, Any], reward: float) -> Outcome:
-    """The statistics of one completion, from its record and its reward."""
+    """The statistics of one completion, from its record and its reward.
+
+    Raises UserError for numbers of tokens that cannot be.
+    """
+    for name in ("thinking_tokens", "solution_tokens"):
+        check_integer(name, record[name], 0)
     return Outcome(
         reward=reward,
         tokens=len(record["token_ids"]),

@@ -27,7 +27,7 @@ from typing import Literal
 from e1jax.cli.command import check_command, run_command
 from e1jax.cli.flags import QuantizeFlags, flag, flags_parser
 from e1jax.config.checks import UserError
-from e1jax.config.load import load_config
+from e1jax.config.load import check_one_config, load_config
 from e1jax.config.training import GRPOConfig
 from e1jax.plan.report import dump, parse_size, report_json, report_table
 from e1jax.plan.sampling import DEFAULT_LIVE, plan_sampling
@@ -79,6 +79,7 @@ def main() -> None:
     if check_command(sys.argv[1:], ["topologies"], _PROG):
         print(topology_table())
         return
+    check_one_config(sys.argv[1:])
     args, rest = flags_parser(PlanFlags, _PROG).parse_known_args()
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]

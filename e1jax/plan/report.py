@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from e1jax.cli.flags import aligned
-from e1jax.config.checks import writing
+from e1jax.config.checks import shown, writing
 from e1jax.config.model import ModelConfig
 from e1jax.plan.account import Account
 from e1jax.plan.interconnect import Traffic
@@ -283,5 +283,7 @@ def dump(report: Report, directory: Path) -> None:
 def parse_size(text: str) -> int:
     """A positive integer of a flag, for argparse."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not a whole number, 1 or more"
+        )
     return int(text)

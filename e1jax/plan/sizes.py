@@ -9,7 +9,7 @@ import huggingface_hub
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import find_model
 from e1jax.cli.files import read_json
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shown
 from e1jax.config.model import ModelConfig
 
 
@@ -71,7 +71,7 @@ def model_sizes(name: str) -> ModelConfig:
         except Exception as error:  # many kinds: no network, no such repository
             reason = str(error).strip().split("\n")[0].strip(" .:")
             raise UserError(
-                f"the sizes of {name!r} cannot be had from the hub ({reason}); give a "
+                f"the sizes of {shown(name)} cannot be had from the hub ({reason}); give a "
                 "directory with its config.json as --model"
             ) from None
         return ModelConfig.from_hf(read_json(Path(file)), name)

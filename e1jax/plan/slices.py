@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from e1jax.cli.flags import aligned
-from e1jax.config.checks import UserError
+from e1jax.config.checks import UserError, shown
 from e1jax.config.model import ModelConfig
 from e1jax.sharding.mesh import make_mesh
 
@@ -130,7 +130,7 @@ def check_topology(topology: str) -> Chip:
         near = [f"{name}:{shape}" for shape in shapes] or near
     hint = f"the nearest are {', '.join(near)}" if near else "it is like v5e:2x4"
     raise UserError(
-        f"the topology {topology!r} is not known; {hint} (all of them: "
+        f"the topology {shown(topology)} is not known; {hint} (all of them: "
         "python -m e1jax.plan topologies)"
     )
 

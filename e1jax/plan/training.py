@@ -69,6 +69,8 @@ def plan_training(
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
     warn_if_undivided(report, sizes, learner.shapes)
+    if config.update.param_dtype == "bfloat16":
+        report.warnings.append("train refuses update.param_dtype=bfloat16")
     held = report.memory = resident(learner)
     state = sum(held.values())
     if state > report.hbm_limit_bytes:  # no need to compile for minutes

@@ -8,11 +8,13 @@ between them. With one process, all functions return their arguments.
 import collections
 import contextlib
 import ctypes
+import faulthandler
 import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -24,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from e1jax.cli.command import sentence_of
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import HostsConfig
@@ -35,7 +38,24 @@ from e1jax.sharding.runtime import COMPILER_OPTIONS
 HEARTBEAT_SECONDS = 30
 
 
+# Processes wait so long for the others to start.
+JOIN_SECONDS = 300
+
+
+# Errors of the collectives between CPUs, and of barriers, when another process is gone.
+_LOST = r"heartbeat|Gloo.*(closed|reset|refused|[Bb]roken pipe|[Tt]imed? ?out)"
+
+
 _GO_ON = "start all of them again, in any number, to go on from the last checkpoint"
+_NOT_FOUND = "the other processes of the run are not found"
+_START_ALL = (
+    "start all of them within five minutes, with the same --coordinator, an address of the "
+    "first one's host, and the same --processes"
+)
+_AS_IT_DOES = (
+    ", as it does when another of the run has stopped; the lines above say why; if that "
+    f"is so, {_GO_ON}"
+)
 
 
 @contextlib.contextmanager
@@ -47,28 +67,32 @@ def joined(config: HostsConfig) -> Iterator[None]:
     fails, it exits at once, with its error; the others end within HEARTBEAT_SECONDS,
     with a sentence and exit code 1.
     """
-    if not _join(config):
+    with _watching_for_abort(f"error: {_NOT_FOUND}; {_START_ALL}", 2):
+        several = _join(config)
+    if not several:
         yield
         return
-    _explain_abort()
-    try:
-        _check_even()
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        jax.distributed.shutdown()  # all of them stop at the same step
-        raise
-    except Exception as error:
-        if re.search("Gloo|heartbeat", str(error)):  # between CPUs; in Orbax's barriers
-            _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
-        if isinstance(error, UserError):
-            _leave(f"error: {error}", 2)
-        _leave(traceback.format_exc(), 1)
-    jax.distributed.shutdown()
+    with _watching_for_abort(f"error: JAX has aborted this process{_AS_IT_DOES}", 1):
+        try:
+            _check_even()
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            jax.distributed.shutdown()  # all of them stop at the same step
+            raise
+        except Exception as error:
+            if re.search(_LOST, str(error), re.DOTALL):
+                _leave(f"error: another process of this run has stopped; {_GO_ON}", 1)
+            if sentence := sentence_of(error):
+                _leave(f"error: {sentence}", 2)
+            _leave(traceback.format_exc(), 1)
+        jax.distributed.shutdown()
 
 
 def _join(config: HostsConfig) -> bool:
     if config.coordinator and config.process == 0:
         _check_port(config.coordinator)
+    elif config.coordinator:
+        _await_coordinator(config.coordinator)
     # JAX's would take SIGTERM, which is for `stop_signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -79,6 +103,7 @@ def _join(config: HostsConfig) -> bool:
                 config.coordinator,
                 config.processes,
                 config.process,
+                initialization_timeout=JOIN_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             )
@@ -93,10 +118,7 @@ def _join(config: HostsConfig) -> bool:
         if config.coordinator is None and "before any JAX calls" in str(error):
             return False  # called by a program that uses JAX already
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"the other processes of the run are not found ({reason}); start all of "
-            "them within five minutes, with the same --coordinator and --processes"
-        ) from None
+        raise UserError(f"{_NOT_FOUND} ({reason}); {_START_ALL}") from None
     return True
 
 
@@ -111,6 +133,21 @@ def _check_port(coordinator: str) -> None:
                 f"--coordinator {coordinator}: this process, the first one, cannot listen "
                 f"there ({error.strerror}); give a port of this host that is free"
             ) from None
+
+
+def _await_coordinator(coordinator: str) -> None:
+    """Waits until the first process listens; JAX would abort if nobody ever does."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = f"{coordinator}: {error.strerror or error}"
+                raise UserError(f"{_NOT_FOUND} ({reason}); {_START_ALL}") from None
+            time.sleep(1)
 
 
 def _check_even() -> None:
@@ -134,24 +171,42 @@ def _leave(message: str, code: int) -> None:
     os._exit(code)
 
 
-def _explain_abort() -> None:
-    """JAX ends a process by abort(), in a thread of its own, when another is gone."""
-    sentence = (
-        "error: JAX has ended this process, as it does when another of the run has "
-        f"stopped; {_GO_ON}\n"
-    ).encode()
+@contextlib.contextmanager
+def _watching_for_abort(sentence: str, code: int) -> Iterator[None]:
+    """JAX ends a process by abort(), in a thread of its own, when another is gone or does
+    not come: then the sentence is printed, and the process exits with the code.
 
-    def explain(number: int) -> None:
-        os.write(2, sentence)
-        os._exit(1)
+    No Python runs in the handler of SIGABRT, which could wait for the interpreter's lock
+    for ever. faulthandler writes to a pipe, libc's sleep() holds the aborting thread for
+    as many seconds as the signal's number, 6, and a thread here reads the pipe. Where it
+    cannot run, the process ends by the signal after these seconds.
+    """
+    read, write = os.pipe()
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    faulthandler.enable(write)  # its handler calls the one of before, sleep
 
-    # Not Python's signal: its handlers run in the main thread, which is not given time.
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
-    _handlers.append(handler)
+    def watch() -> None:
+        said = b""
+        while b"Aborted" not in said:
+            more = os.read(read, 2**16)
+            if not more:  # the run has ended
+                return
+            said += more
+        os.write(2, f"{sentence}\n".encode())
+        os._exit(code)
 
-
-_handlers: list[Any] = []  # alive as long as the process
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        faulthandler.disable()
+        libc.signal(signal.SIGABRT, None)
+        os.close(write)
+        watcher.join()
+        os.close(read)
 
 
 def is_first() -> bool:

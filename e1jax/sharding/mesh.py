@@ -211,7 +211,7 @@ def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
 
 
 def _parse(text: str) -> dict[str, int]:
-    shape: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
+    shape: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch("(data|tensor)=([1-9][0-9]{0,8})", part.strip())
         if not match:
@@ -219,5 +219,10 @@ def _parse(text: str) -> dict[str, int]:
                 f"mesh {reprlib.repr(text)}: {reprlib.repr(part)} is not an axis; "
                 "write it like data=1,tensor=4"
             )
+        if match[1] in shape:
+            raise UserError(
+                f"mesh {reprlib.repr(text)} names the axis {match[1]} twice; give its size "
+                "once"
+            )
         shape[match[1]] = int(match[2])
-    return shape
+    return {axis: shape.get(axis, 1) for axis in MESH_AXES}

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from e1jax.sharding.mesh import on_cpu
 # starts independent collectives in an order of each device's own, and with fewer threads
 # than devices they then wait for each other until the process is aborted.
 COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+CACHE_BYTES = 2 * 2**30  # of compiled programs that are kept between runs
 
 
 def backward_options(mesh: Mesh) -> dict[str, Any]:
@@ -34,8 +37,13 @@ def backward_options(mesh: Mesh) -> dict[str, Any]:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs in $JAX_COMPILATION_CACHE_DIR, by default
     ~/.cache/e1jax/xla, and says so on stderr when it starts that directory, or if it
-    cannot be written: then nothing is kept."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cannot be written: then nothing is kept.
+
+    Beyond CACHE_BYTES, or $JAX_COMPILATION_CACHE_MAX_SIZE, the programs that were used
+    least recently are dropped. A damaged one is compiled again.
+    """
+    path = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ""))
+    if not path.name:
         try:
             path = Path.home() / ".cache" / "e1jax" / "xla"
             new = not path.exists()
@@ -51,6 +59,43 @@ def use_compilation_cache() -> None:
             print(f"note: compiled programs are kept in {path}", file=sys.stderr)
         jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE"):
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    _add_times(path)
+    _drop_damaged(path)
+
+
+def _add_times(path: Path) -> None:
+    """Gives programs without a time of their last use the earliest one: JAX, which keeps
+    such times only since there is a limit, cannot drop any program while one lacks it."""
+    with contextlib.suppress(OSError):
+        for program in path.glob("*-cache"):
+            program.with_name(program.name.removesuffix("cache") + "atime").touch()
+
+
+def _drop_damaged(path: Path) -> None:
+    """Has JAX replace a program that it finds damaged: it warns of it, compiles it, and
+    writes it only where none is there. Its warnings become notes of one line."""
+    show = warnings.showwarning
+
+    def note(message: Warning | str, *where: Any) -> None:
+        found = re.match(
+            r"Error (read|writ)ing persistent compilation cache entry for '(.+?)': (.*)",
+            " ".join(str(message).split()),
+        )
+        if not found:
+            show(message, *where)
+            return
+        action, name, reason = found.groups()
+        if action == "read" and not re.search(r"Timeout|\[Errno", reason):
+            for program in path.glob(f"{name}-*-cache"):
+                program.unlink(missing_ok=True)
+            text = f"the compiled program {name} is damaged ({reason}): compiled again"
+        else:
+            text = f"the compiled program {name} is not kept ({reason})"
+        print(f"note: {text}", file=sys.stderr)
+
+    warnings.showwarning = note
 
 
 @contextlib.contextmanager
