@@ -25,6 +25,7 @@ from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
+from e1jax.sampling.record import model_record
 from e1jax.sampling.request import Prompt
 from e1jax.sharding.runtime import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
@@ -321,15 +322,10 @@ def _settings(
     defaults: SamplingParams,
 ) -> dict[str, Any]:
     """The settings that change completions, under the names of the flags."""
-    local = Path(loaded.files.name).is_dir()
     params = dataclasses.asdict(defaults)
     del params["n"]
     return {
-        "model": str(loaded.files.path.resolve()) if local else loaded.files.name,
-        "dtype": str(loaded.dtype),
-        "quantize": loaded.quantize,
-        "kv_dtype": engine.kv_dtype,
-        "cache_len": engine.cache_len,
+        **model_record(loaded, engine),
         "raw": args.raw,
         **params,
     }

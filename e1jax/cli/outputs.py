@@ -1,7 +1,6 @@
 """Output that grows while a command runs: lines of JSON that resume, and progress."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from e1jax.cli.command import stop_signals
+from e1jax.cli.files import OBJECT, read_json
+from e1jax.cli.locks import lock
 from e1jax.config.checks import UserError
 
 
@@ -126,20 +127,26 @@ class JsonlOutput:
         self.size_read = len(content)
         self.file: TextIO | None = None
 
-    def compare(self, settings: dict[str, Any]) -> None:
-        """Refuses settings or requests that differ from the earlier run's."""
+    def compare(
+        self, settings: dict[str, Any], older: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuses settings or requests that differ from the earlier run's.
+
+        A setting that the earlier run did not record, having been made by an older
+        version, is not compared. `older` holds values as such a version wrote them.
+        """
         self.made_how = {"settings": settings, "requests": self.requests}
         if not self.size:
             return
-        try:
-            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, requests = old["settings"], old["requests"]
-            names = [n for n, v in settings.items() if before.get(n) != v]
-            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.sidecar} is not readable; choose another --output"
-            ) from None
+        old = read_json(self.sidecar, {"settings": OBJECT, "requests": OBJECT})
+        before, requests = old["settings"], old["requests"]
+        older = {**settings, **(older or {})}
+        names = [
+            name
+            for name, value in settings.items()
+            if name in before and before[name] not in (value, older[name])
+        ]
+        changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
         if names:
             there = ", ".join(f"{n}={before.get(n)!r}" for n in names)
             here = ", ".join(f"{n}={settings[n]!r}" for n in names)
@@ -158,7 +165,7 @@ class JsonlOutput:
         part = self.sidecar.with_name(self.sidecar.name + ".part")
         with writing_output(self.path):
             self.file = self.path.open("a", encoding="utf-8")
-            self._lock(self.file)
+            lock(self.file.fileno(), self.path)
             if os.fstat(self.file.fileno()).st_size != self.size_read:
                 raise UserError(
                     f"another run has written {self.path} meanwhile; run the same "
@@ -180,15 +187,6 @@ class JsonlOutput:
         with writing_output(self.path):
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
-
-    def _lock(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing {self.path}; let it end or choose another "
-                "--output"
-            ) from None
 
     @contextlib.contextmanager
     def _reading(self):

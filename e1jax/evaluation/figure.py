@@ -1,10 +1,12 @@
 """Accuracy against tokens, as a figure."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from e1jax.cli.locks import owning
 from e1jax.cli.outputs import writing_output
 from e1jax.evaluation.results import Row
 
@@ -60,5 +62,11 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(handles=handles, frameon=False, fontsize="small")
-    with writing_output(path):
-        page.savefig(path, dpi=150)
+    path = Path(os.path.realpath(path))
+    new = path.with_name(f".{path.name}.new")
+    with owning(path), writing_output(path):
+        try:
+            page.savefig(new, dpi=150, format=path.suffix.removeprefix("."))
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""One writer at a time: a lock on the file or directory that a command writes."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from e1jax.config.checks import LOCK, UserError, writing
+
+# What flock answers on a file system that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def owning(target: Path, *, inside: bool = False) -> Iterator[None]:
+    """While it is entered, no other process that asks for it owns `target`.
+
+    The lock is a file beside `target`, or `inside` it, a directory that exists. The
+    kernel releases it when this process ends, however it ends; the file is removed when
+    the context is left, and a file that a kill left behind is no lock. Raises UserError
+    if another process owns `target`. On a file system without flock, a note on stderr
+    says that nothing is locked.
+    """
+    path = target / LOCK if inside else target.with_name(f".{target.name}{LOCK}")
+    with writing(target):
+        file = _locked_file(path, target)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the directory may be gone
+            path.unlink()
+        os.close(file)
+
+
+def _locked_file(path: Path, target: Path) -> int:
+    """Descriptor of the lock file, locked. Python closes it in children that it starts."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock(file, target)
+            # The process that owned it before has removed it, if we came in between.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def lock(file: int, target: Path) -> None:
+    """Locks an open file; raises UserError if another process has locked it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another run is writing {target}; let it end, or choose another one"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(
+            f"note: the file system of {target} has no locks; see to it that no other "
+            "process writes there",
+            file=sys.stderr,
+        )
