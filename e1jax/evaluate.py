@@ -64,7 +64,7 @@ from e1jax.evaluation.results import (
 )
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
-from e1jax.sampling.record import model_record, older_record
+from e1jax.sampling.record import model_record, upgrade_record
 from e1jax.sharding.runtime import use_compilation_cache
 
 PROG = "python -m e1jax.evaluate"
@@ -202,7 +202,7 @@ def _evaluate(args: EvaluateFlags, problems: Sequence[Problem]) -> None:
         instruction = data.default_instruction(loaded.tokenizer)
     settings = _settings(args, instruction, loaded, engine)
     if output:
-        output.compare(settings, older_record(loaded))
+        output.compare(settings, lambda old: upgrade_record(old, loaded))
     progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
         [data.prompt_text(problems[i].text, instruction) for i, _ in requests],

@@ -25,7 +25,7 @@ from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
-from e1jax.sampling.record import model_record
+from e1jax.sampling.record import model_record, upgrade_record
 from e1jax.sampling.request import Prompt
 from e1jax.sharding.runtime import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
@@ -130,7 +130,10 @@ def main() -> None:
         kv_dtype=args.kv_dtype,
     )
     if output:
-        output.compare(_settings(args, loaded, engine, defaults))
+        output.compare(
+            _settings(args, loaded, engine, defaults),
+            lambda old: upgrade_record(old, loaded),
+        )
     progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
         [item.encoded(engine.tokenizer) for item in items],

@@ -128,24 +128,20 @@ class JsonlOutput:
         self.file: TextIO | None = None
 
     def compare(
-        self, settings: dict[str, Any], older: Mapping[str, Any] | None = None
+        self,
+        settings: dict[str, Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ) -> None:
         """Refuses settings or requests that differ from the earlier run's.
 
-        A setting that the earlier run did not record, having been made by an older
-        version, is not compared. `older` holds values as such a version wrote them.
+        `upgrade` gives settings that an older version recorded as today's would.
         """
         self.made_how = {"settings": settings, "requests": self.requests}
         if not self.size:
             return
         old = read_json(self.sidecar, {"settings": OBJECT, "requests": OBJECT})
-        before, requests = old["settings"], old["requests"]
-        older = {**settings, **(older or {})}
-        names = [
-            name
-            for name, value in settings.items()
-            if name in before and before[name] not in (value, older[name])
-        ]
+        before, requests = upgrade(old["settings"]), old["requests"]
+        names = [n for n, v in settings.items() if before.get(n) != v]
         changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
         if names:
             there = ", ".join(f"{n}={before.get(n)!r}" for n in names)

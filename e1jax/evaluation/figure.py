@@ -64,7 +64,7 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.legend(handles=handles, frameon=False, fontsize="small")
     path = Path(os.path.realpath(path))
     new = path.with_name(f".{path.name}.new")
-    with owning(path), writing_output(path):
+    with writing_output(path), owning(path):
         try:
             page.savefig(new, dpi=150, format=path.suffix.removeprefix("."))
             new.replace(path)

@@ -138,7 +138,8 @@ def owned_directory(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with writing_output(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with owning(path, inside=True):
+    with contextlib.ExitStack() as stack:
+        with writing_output(path):
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(owning(path, inside=True))
         yield

@@ -1,8 +1,10 @@
 """The record of a model and of its engine, beside a file of completions."""
 
+import dataclasses
 from typing import Any
 
 from e1jax.checkpoint.load import LoadedModel
+from e1jax.config.sampling import SamplingParams
 from e1jax.sampling.engine import Engine
 
 
@@ -16,7 +18,17 @@ def model_record(loaded: LoadedModel, engine: Engine) -> dict[str, Any]:
     }
 
 
-def older_record(loaded: LoadedModel) -> dict[str, Any]:
-    """Values of `model_record` as `evaluate` of e1jax 0.1 wrote them, without a digest:
-    the directory of the weights, so that of a run its step counted."""
-    return {"model": str(loaded.files.weights.resolve())}
+def upgrade_record(settings: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """Settings of an earlier run, of which an older version did not record all.
+
+    A parameter of sampling that there was none of then has its default. e1jax 0.1
+    recorded no digest of the weights, so that they are taken for the same ones; as
+    `model`, `evaluate` wrote the directory of the weights.
+    """
+    upgraded = {**dataclasses.asdict(SamplingParams()), **settings}
+    if "weights" not in settings:
+        today = loaded.record()
+        upgraded |= {name: today[name] for name in ("step", "weights")}
+        if settings.get("model") == str(loaded.files.weights.resolve()):
+            upgraded["model"] = today["model"]
+    return upgraded

@@ -48,7 +48,7 @@ def owning_run(run_dir: Path) -> Iterator[None]:
         def own() -> None:
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(owning(run_dir, inside=True))
+                stack.enter_context(owning(run_dir, inside=True))
 
         call_in_first(own)
         yield
@@ -136,13 +136,14 @@ def restore_or_init(
     restored = checkpoints.restore(*shapes)
     if restored:
         step, params, state, record = restored
-        if not _alike(record["data"], batches.get_state()):
+        position = record.get("data")
+        if position is None or not _alike(position, batches.get_state()):
             raise UserError(
                 f"{checkpoints.directory / str(step)} is damaged: its position in the "
-                f"data is {reprlib.repr(record['data'])}; delete it to go on from the "
-                "step before"
+                f"data is {reprlib.repr(position)}; delete it to go on from the step "
+                "before"
             )
-        batches.set_state(record["data"])
+        batches.set_state(position)
         return step, params, state
     params = init_params()
     init = jax.jit(
