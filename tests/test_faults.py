@@ -473,20 +473,25 @@ def test_a_flipped_bit_is_found_at_restoring_and_at_loading(run_dir):
     step, restored, state, record = restore(run_dir, params)
     assert (step, int(state["count"]), record["data"]) == (2, 2, {"next_index": 2})
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(2 * a, b), params, restored)
-    name_best(run_dir, 2)
     files = (run_dir / "checkpoints" / "2" / "params").rglob("*")
     [data] = [p for p in files if p.is_file() and p.stat().st_size > 10**6]
     content = bytearray(data.read_bytes())
-    for place in np.linspace(0, len(content) - 1, 12, dtype=int):
+    expected = checksums(jax.tree.map(lambda p: 2 * p, params))
+    found = []
+    for place in np.linspace(100, len(content) - 100, 12, dtype=int):
         damaged = content.copy()
         damaged[place] ^= 16
         data.write_bytes(damaged)
         for use in (
-            lambda: restore(run_dir, params),
-            lambda: load_model(str(run_dir)).read_params(),
+            lambda: restore(run_dir, params)[1],
+            lambda: load_model(str(run_dir / "2")).read_params(),
         ):
-            with pytest.raises(UserError, match=r"checkpoints/2.* (damaged|is not a)"):
-                use()
+            try:
+                assert checksums(use()) == expected  # a bit that is not read
+            except UserError as error:
+                assert "checkpoints/2" in str(error) and "\n" not in str(error)
+                found.append("by their checksums" in str(error))
+    assert len(found) >= 20 and sum(found) >= 16, found
     data.write_bytes(content)
     assert restore(run_dir, params)[0] == 2
 
@@ -544,14 +549,11 @@ def test_an_undamaged_run_goes_on(run_dir):
 def test_a_damaged_file_is_one_sentence_or_no_matter(name, content, run_dir):
     path = run_dir / name
     harmless = {
-        *(("origin.json", "object"), ("metrics.jsonl", "empty")),
         # As a kill leaves the last line.
-        *(("metrics.jsonl", kind) for kind in ("half", "list", "number", "object")),
-        *(("metrics.jsonl", kind) for kind in ("nested", "types")),
-        # Of another step than the best one.
-        *(("checkpoints/2/metrics/metrics", kind) for kind in ("object", "types")),
-        *(("checkpoints/2/_CHECKPOINT_METADATA", kind) for kind in CONTENTS),
+        *(("metrics.jsonl", kind) for kind in CONTENTS if kind != "bytes"),
+        *(("origin.json", kind) for kind in ("object", "types")),  # as of older runs
     }
+    orbax = "metrics/" in name or "_CHECKPOINT" in name  # which may do without
     path.unlink()
     if content == "directory":
         path.mkdir()
@@ -563,7 +565,7 @@ def test_a_damaged_file_is_one_sentence_or_no_matter(name, content, run_dir):
         assert "\n" not in str(error), error
         assert (name, content) not in harmless, error
         return
-    assert (name, content) in harmless
+    assert (name, content) in harmless or orbax
 
 
 @pytest.mark.parametrize(
