@@ -569,6 +569,23 @@ def test_a_damaged_file_is_one_sentence_or_no_matter(name, content, run_dir):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        *("a: &a {b: *a}", "data: &a {problems: *a}", "data: &a [*a]", "steps: [3]"),
+        *("1: 2", "data: 5", "model: 2020-01-01", "? [1, 2]\n: 3", "a: 1\n---\nb: 2"),
+        *("seed: !!python/object:os.system x", f"seed: {'9' * 5000}", "x: !!set {a}"),
+    ],
+)
+def test_damaged_settings_of_a_run_are_one_sentence(text, tmp_path):
+    config = load_config(GRPOConfig, ["--config", str(RECORDED / "train.yaml")], "")[0]
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        record_config(config, tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(
     "line",
     [
         *('{"loss": 1}', '{"step": 1.5, "loss": 1}', '{"step": 1, "loss": "a"}'),

@@ -125,10 +125,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _not_yaml(path, error) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        # An alias that holds itself, a number of thousands of digits.
+        raise UserError(f"{path} holds no settings: {error}") from None
     return value
 
 
