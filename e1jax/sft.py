@@ -77,6 +77,11 @@ def train(config: SFTConfig, run_dir: Path) -> None:
     there, or once the loss is not a finite number; KeyboardInterrupt, after saving, if
     Ctrl-C came.
     """
+    if config.model.vocab_size < NUM_IDS:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is too small; "
+            f"the nano tokenizer has {NUM_IDS} ids"
+        )
     mesh = make_mesh(config.mesh, config.model)
     check_rows(config, mesh)
     with owning_run(run_dir):
@@ -138,11 +143,6 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
     """Makes the run directory a model: writes settings, sizes and tokenizer."""
-    if config.model.vocab_size < NUM_IDS:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is too small; "
-            f"the nano tokenizer has {NUM_IDS} ids"
-        )
     record_config(config, run_dir)
     write_model_files(
         run_dir,

@@ -220,12 +220,13 @@ def begin(tmp_path, monkeypatch, run_dir):
     monkeypatch.setattr(train, "Learner", stop)
     for name in ("problems", "held_out"):
         line = {"problem": "47a+5b*3c-8?", "answer": "0"}
-        Path(f"{name}.jsonl").write_text(f"{json.dumps(line)}\n" * 1)
+        Path(f"{name}.jsonl").write_text(json.dumps(line))
     shutil.copy(RECORDED / "train.yaml", "train.yaml")
-    flags = ["--model", "run", "--data.problems", "problems.jsonl"]
+    flags = ["--model", "model", "--data.problems", "problems.jsonl"]
     flags += ["--validation.problems", "held_out.jsonl", "--validation.budgets"]
     flags += ["[[4, 4]]"]
     argv = ["--config", "train.yaml", *flags]
+    Path("model").symlink_to(run_dir)
 
     def begin():
         with pytest.raises(Begun):
@@ -256,8 +257,24 @@ def test_a_run_whose_model_or_data_changed_is_refused_by_name(begin, run_dir):
     begin.refuse("other content of model (")
     name_best(run_dir, 1)
     begin()
-    weights = [p for p in (run_dir / "checkpoints/1").rglob("*") if p.is_file()]
-    assert weights
+
+
+def test_a_run_whose_model_directory_changed_is_refused_by_name(begin, tmp_path):
+    Path("model").unlink()
+    shutil.copytree(NANO, "model")
+    begin()
+    file = Path("model/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    begin.refuse("other content of model (", "bring that back")
+    # So is another tokenizer, by the prompts that come of it.
+    shutil.copy(NANO / "model.safetensors", file)
+    settings = Path("model/tokenizer_config.json")
+    value = json.loads(settings.read_text())
+    value["chat_template"] = "again " + value["chat_template"]
+    settings.write_text(json.dumps(value))
+    begin.refuse("other content of data.problems (")
 
 
 def test_a_converted_checkpoint_made_anew_and_a_hub_directory(tmp_path):

@@ -14,6 +14,9 @@ from e1jax.config.checks import LOCK, UserError
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
+_ATTEMPTS = 10
+
+
 @contextlib.contextmanager
 def owning(target: Path, *, inside: bool = False) -> Iterator[None]:
     """While it is entered, no other process that asks for it owns `target`.
@@ -36,17 +39,26 @@ def owning(target: Path, *, inside: bool = False) -> Iterator[None]:
 
 def _locked_file(path: Path, target: Path) -> int:
     """Descriptor of the lock file, locked. Python closes it in children that it starts."""
+    attempts = 0
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             lock(file, target)
-            # The process that owned it before has removed it, if we came in between.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                return file
         except BaseException:
             os.close(file)
             raise
+        attempts += 1
+        # The owner before us may have removed the file that we had opened by then. Not
+        # for ever: a mounted bucket may number a file anew each time that it is asked.
+        if _is_at(file, path) or attempts == _ATTEMPTS:
+            return file
         os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
 
 
 def lock(file: int, target: Path) -> None:
