@@ -40,6 +40,7 @@ from e1jax.checkpoint.params import (
 )
 from e1jax.cli.command import Parser, check_command, run_command, stop_signals
 from e1jax.cli.files import read_json
+from e1jax.cli.locks import owning
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.tokenizer import GENERATION, Tokenizer, copy_files
@@ -182,24 +183,32 @@ def _new_directory(dst: Path) -> Iterator[Path]:
     partial = target.parent / f".{target.name}.partial"
     made = [parent for parent in target.parents if not os.path.lexists(parent)]
     try:
-        if os.path.lexists(target) and not (
-            target.is_dir() and not any(target.iterdir())
-        ):
-            raise UserError(f"{dst} exists already; remove it or give another name")
-        # Leftovers of a conversion that was killed.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
+        _check_free(target, dst)
+        if made:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with owning(target):
+            _check_free(target, dst)  # another process may have made it meanwhile
+            # Leftovers of a conversion that was killed.
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                yield partial
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"{dst} cannot be written: {error.strerror or error}; nothing was written"
         ) from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):  # not empty: all went well
                 parent.rmdir()
+
+
+def _check_free(target: Path, dst: Path) -> None:
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{dst} exists already; remove it or give another name")
 
 
 @contextlib.contextmanager

@@ -44,13 +44,19 @@ from e1jax.config.texts import check_backslashes
 from e1jax.data.problems import Problem
 from e1jax.data.prompts import request_seed
 from e1jax.evaluation.figure import FIGURE_FORMATS, draw_figure
-from e1jax.evaluation.grading import noting_grader, outcome_of, read_completions
+from e1jax.evaluation.grading import (
+    Found,
+    check_completion,
+    noting_grader,
+    outcome_of,
+    read_completions,
+)
 from e1jax.evaluation.results import (
     Budgets,
     Outcome,
     budget_size,
     comparison,
-    make_directory,
+    owned_directory,
     read_results,
     result_row,
     results_table,
@@ -58,6 +64,7 @@ from e1jax.evaluation.results import (
 )
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
+from e1jax.sampling.record import model_record, upgrade_record
 from e1jax.sharding.runtime import use_compilation_cache
 
 PROG = "python -m e1jax.evaluate"
@@ -170,9 +177,14 @@ def evaluate(argv: Sequence[str]) -> None:
     """Samples every problem at every budget; goes on from the completions in DIR."""
     args = read_flags(EvaluateFlags, argv, PROG)
     chat_template.warm_up()
-    params = args.sampling
     check_backslashes(args.instruction, "--instruction")
     problems = data.load_problems(args.dataset, args.limit)
+    with owned_directory(args.output):
+        _evaluate(args, problems)
+
+
+def _evaluate(args: EvaluateFlags, problems: Sequence[Problem]) -> None:
+    params = args.sampling
     output = _output(args.output, problems)
     outcomes = output.done if output else {}
     # The longest requests first, so that the slots are full to the end.
@@ -195,7 +207,7 @@ def evaluate(argv: Sequence[str]) -> None:
         instruction = data.default_instruction(loaded.tokenizer)
     settings = _settings(args, instruction, loaded, engine)
     if output:
-        output.compare(settings)
+        output.compare(settings, lambda old: upgrade_record(old, loaded))
     progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
         [data.prompt_text(problems[i].text, instruction) for i, _ in requests],
@@ -240,7 +252,13 @@ def grade(argv: Sequence[str]) -> None:
     args = read_flags(GradeFlags, argv, f"{PROG} grade")
     problems = data.load_problems(args.dataset)
     found = read_completions(args.completions, problems)
-    make_directory(args.output)
+    with owned_directory(args.output):
+        _grade(args, problems, found)
+
+
+def _grade(
+    args: GradeFlags, problems: Sequence[Problem], found: Sequence[Found]
+) -> None:
     groups: dict[Budgets, dict[int, list[Outcome]]] = {}  # budgets, index, sample
     answers = [problem.answers for problem in problems]
     with (
@@ -299,11 +317,11 @@ def _output(directory: Path | None, problems: Sequence[Problem]) -> JsonlOutput 
     """completions.jsonl, whose records are known by id, sample and thinking budget."""
     if directory is None:
         return None
-    make_directory(directory)
     # A problem's index is a part of it, because its seed depends on that.
     digests = {p.id: digest([p.text, p.answers, i]) for i, p in enumerate(problems)}
 
     def entry(record: dict[str, Any]) -> tuple[Any, Outcome]:
+        check_completion(record, "a record")
         key = record["id"], record["sample"], record["thinking_budget"]
         check_number("reward", record["reward"], "that is finite", lambda v: True)
         return key, outcome_of(record, record["reward"])
@@ -318,16 +336,10 @@ def _settings(
 
     Not thinking budgets, n and limit: more may be added later.
     """
-    local = Path(loaded.files.name).exists()
-    # Of a run directory it is the step that counts: a later one may be the best.
     dataset = Path(args.dataset)
     return {
-        "model": str(loaded.files.weights.resolve()) if local else loaded.files.name,
+        **model_record(loaded, engine),
         "dataset": str(dataset.resolve()) if dataset.exists() else args.dataset,
-        "dtype": str(loaded.dtype),
-        "quantize": loaded.quantize,
-        "kv_dtype": engine.kv_dtype,
-        "cache_len": engine.cache_len,
         "instruction": instruction,
         **{name: getattr(args.sampling, name) for name in _PARAMS if name != "n"},
     }

@@ -21,10 +21,11 @@ from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
 from e1jax.config.checks import UserError, check_known, shown
-from e1jax.config.sampling import SamplingParams
+from e1jax.config.sampling import LATER_FIELDS, SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
+from e1jax.sampling.record import model_record, upgrade_record
 from e1jax.sampling.request import Prompt
 from e1jax.sharding.runtime import use_compilation_cache
 from e1jax.tokenizer import Tokenizer
@@ -97,7 +98,11 @@ class Item:
 
     def digest(self) -> str:
         """Names prompt and parameters, but for n: more samples may be added later."""
-        params = dataclasses.replace(self.params, n=1).record()
+        params = {
+            name: value
+            for name, value in dataclasses.replace(self.params, n=1).record().items()
+            if name not in LATER_FIELDS or value != LATER_FIELDS[name]
+        }
         return digest([self.prompt, self.raw, params])
 
 
@@ -134,7 +139,10 @@ def main() -> None:
         kv_dtype=args.kv_dtype,
     )
     if output:
-        output.compare(_settings(args, loaded, engine, defaults))
+        output.compare(
+            _settings(args, loaded, engine, defaults),
+            lambda old: upgrade_record(old, loaded),
+        )
     progress = Progress(left, kept_in=output and output.path)
     completions = engine.stream(
         [item.encoded(engine.tokenizer) for item in items],
@@ -329,15 +337,10 @@ def _settings(
     defaults: SamplingParams,
 ) -> dict[str, Any]:
     """The settings that change completions, under the names of the flags."""
-    local = Path(loaded.files.name).is_dir()
     params = defaults.record()
     del params["n"]
     return {
-        "model": str(loaded.files.path.resolve()) if local else loaded.files.name,
-        "dtype": str(loaded.dtype),
-        "quantize": loaded.quantize,
-        "kv_dtype": engine.kv_dtype,
-        "cache_len": engine.cache_len,
+        **model_record(loaded, engine),
         "raw": args.raw,
         **params,
     }

@@ -55,6 +55,7 @@ from e1jax.training import (
     jit_update,
     learning_rates,
     make_optimizer,
+    owning_run,
     restore_or_init,
     running,
     write_model_files,
@@ -72,11 +73,22 @@ def main() -> None:
 def train(config: SFTConfig, run_dir: Path) -> None:
     """Trains to the last step, from where the run directory left off.
 
-    Raises UserError if the directory was begun with other settings, or once the loss is
-    not a finite number; KeyboardInterrupt, after saving, if Ctrl-C came.
+    Raises UserError if the directory was begun with other settings, if another run writes
+    there, or once the loss is not a finite number; KeyboardInterrupt, after saving, if
+    Ctrl-C came.
     """
+    if config.model.vocab_size < NUM_IDS:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is too small; "
+            f"the nano tokenizer has {NUM_IDS} ids"
+        )
     mesh = make_mesh(config.mesh, config.model)
     check_rows(config, mesh)
+    with owning_run(run_dir):
+        _train(config, run_dir, mesh)
+
+
+def _train(config: SFTConfig, run_dir: Path, mesh: Mesh) -> None:
     tokenizer = prepare(config, run_dir)
     use_compilation_cache()
     styles = style_batches(nano_problems(EVALUATED, held_out=True), tokenizer)
@@ -131,11 +143,6 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
     """Makes the run directory a model: writes settings, sizes and tokenizer."""
-    if config.model.vocab_size < NUM_IDS:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is too small; "
-            f"the nano tokenizer has {NUM_IDS} ids"
-        )
     record_config(config, run_dir)
     write_model_files(
         run_dir,

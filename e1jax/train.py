@@ -17,10 +17,10 @@ checkpoint holds no generator.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -31,11 +31,12 @@ from e1jax.checkpoint.metrics import check_finite, import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command
 from e1jax.cli.files import read_json
+from e1jax.cli.outputs import digest
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config_and_flags, record_config
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.training import GRPOConfig, HostsConfig, ValidationConfig, budget_name
-from e1jax.data.problems import load_problems
+from e1jax.data.problems import Problem, load_problems
 from e1jax.data.prompts import (
     default_instruction,
     prompt_batches,
@@ -54,10 +55,22 @@ from e1jax.grpo.rollouts import (
 )
 from e1jax.rewards import Grader, RewardFunction, grade, load_function
 from e1jax.sampling.engine import Engine
-from e1jax.sharding.hosts import any_process, is_first, joined, process_allgather
+from e1jax.sharding.hosts import (
+    any_process,
+    call_in_first,
+    joined,
+    process_allgather,
+)
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
 from e1jax.tokenizer import copy_files
-from e1jax.training import Run, running, write_model_files
+from e1jax.training import (
+    Run,
+    check_processes,
+    owning_run,
+    record_origin,
+    running,
+    write_model_files,
+)
 
 if TYPE_CHECKING:
     import grain
@@ -93,7 +106,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     writes everything but checkpoints, and prints.
 
     Raises UserError if sizes or problems do not fit together, if the directory was begun
-    with other settings, or once a metric is not a finite number; KeyboardInterrupt, after
+    with other settings, another model or other problems, if another run writes there, if
+    the processes differ in any of these, or once a metric is not a finite number; KeyboardInterrupt, after
     saving, if Ctrl-C came.
     """
     if config.wandb:
@@ -113,29 +127,40 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         processes=jax.process_count(),
     )
     engine = make_engine(config, loaded, examples)
-    validate = make_validation(config.validation, engine, instruction)
-    prepare(config, loaded, instruction, run_dir)
-    use_compilation_cache()
-
-    best = config.validation.best if validate else None
-    checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
-    lengths = [len(example.prompt_ids) for example in examples]
-    longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
-    learner = Learner(config, loaded, longest)
-    step = learner.restore(checkpoints, batches)
-    with (
-        Grader() as grader,
-        running(
-            run_dir,
-            config,
-            checkpoints,
-            step,
-            headline=["reward", "thinking_tokens", "forced_share", "kl"],
-            next_command="python -m e1jax.evaluate",
-            wandb=config.wandb,
-        ) as run,
-    ):
-        take_steps(config, run, learner, engine, batches, grader, function, validate)
+    held_out = []
+    if config.validation.problems is not None:
+        held_out = load_problems(config.validation.problems, config.validation.limit)
+    validate = make_validation(config.validation, held_out, engine, instruction)
+    origin = {
+        "model": loaded.files.digest,
+        "data.problems": digest(examples),
+        "validation.problems": digest([(p.text, p.answers) for p in held_out]),
+    }
+    check_processes(config, run_dir, origin)
+    with owning_run(run_dir):
+        prepare(config, loaded, instruction, run_dir, origin)
+        use_compilation_cache()
+        best = config.validation.best if validate else None
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
+        lengths = [len(example.prompt_ids) for example in examples]
+        longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
+        learner = Learner(config, loaded, longest)
+        step = learner.restore(checkpoints, batches)
+        with (
+            Grader() as grader,
+            running(
+                run_dir,
+                config,
+                checkpoints,
+                step,
+                headline=["reward", "thinking_tokens", "forced_share", "kl"],
+                next_command="python -m e1jax.evaluate",
+                wandb=config.wandb,
+            ) as run,
+        ):
+            take_steps(
+                config, run, learner, engine, batches, grader, function, validate
+            )
 
 
 def take_steps(
@@ -241,16 +266,19 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
 
 
 def prepare(
-    config: GRPOConfig, loaded: LoadedModel, instruction: str, run_dir: Path
+    config: GRPOConfig,
+    loaded: LoadedModel,
+    instruction: str,
+    run_dir: Path,
+    origin: Mapping[str, Any],
 ) -> None:
     """Makes the run directory a model: settings, sizes and tokenizer.
 
-    The first process writes, and the others wait for it. Raises UserError in a process
-    that does not see the first one's files.
+    The first process writes, and the others wait for it. Raises UserError, in all of
+    them, for a run that was begun otherwise, and in a process that does not see the first
+    one's files.
     """
-    if is_first():
-        write_run(config, loaded, instruction, run_dir)
-    any_process(False)  # the others wait for that
+    call_in_first(lambda: write_run(config, loaded, instruction, run_dir, origin))
     if not (run_dir / "config.yaml").exists():
         raise UserError(
             f"{run_dir} was made by the first process, and this one does not see it; "
@@ -259,7 +287,11 @@ def prepare(
 
 
 def write_run(
-    config: GRPOConfig, loaded: LoadedModel, instruction: str, run_dir: Path
+    config: GRPOConfig,
+    loaded: LoadedModel,
+    instruction: str,
+    run_dir: Path,
+    origin: Mapping[str, Any],
 ) -> None:
     """Writes the files of `prepare`; refuses a run that was begun otherwise."""
     record_config(config, run_dir)
@@ -268,6 +300,7 @@ def write_run(
             f"{run_dir} was begun with a model of other sizes than {config.model} has "
             "now; bring that model back, or take another --run-dir"
         )
+    record_origin(origin, run_dir)
     source = loaded.files.directory
     ids = ("bos_token_id", "eos_token_id")
     named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
@@ -280,7 +313,10 @@ def write_run(
 
 
 def make_validation(
-    config: ValidationConfig, engine: Engine, instruction: str
+    config: ValidationConfig,
+    problems: Sequence[Problem],
+    engine: Engine,
+    instruction: str,
 ) -> Callable[[Grader], dict[str, float]] | None:
     """Measures accuracy and length at each pair of budgets; None without problems.
 
@@ -288,9 +324,8 @@ def make_validation(
     and refused, here. Problem i has the same seed at every budget and every step, so
     that budgets and steps are compared on the same random draws.
     """
-    if config.problems is None:
+    if not problems:
         return None
-    problems = load_problems(config.problems, config.limit)
     texts = [prompt_text(problem.text, instruction) for problem in problems]
     requests = [
         SamplingParams(

@@ -16,6 +16,7 @@ import yaml
 from conftest import PATIENCE, Chip, several_devices
 
 from e1jax import train
+from e1jax.cli.locks import owning
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config, load_config_and_flags
 from e1jax.config.training import GRPOConfig, HostsConfig
@@ -26,7 +27,9 @@ from e1jax.sharding import hosts
 from e1jax.sharding.hosts import (
     _check_even,
     allgather_rows,
+    allgather_texts,
     any_process,
+    check_agreement,
     joined,
     process_allgather,
 )
@@ -178,6 +181,26 @@ def test_lost_processes_and_the_run_of_one(place, alone):
     assert [r["data"] for r in records(run_dir)] == [r["data"] for r in records(alone)]
 
 
+def test_processes_that_differ_or_whose_directory_is_taken_are_all_refused(place):
+    run_dir = place / "refused"
+    codes, outputs = start(run_dir, [COMMAND, [*COMMAND, "--seed", "1"]])
+    ends = [error.strip().splitlines()[-1] for _, error in outputs]
+    assert codes == [2, 2], outputs
+    for end in ends:
+        assert end.startswith(
+            "error: the processes of the run differ in seed (0 in "
+        ), end
+        assert "process 0, 1 in process 1)" in end
+    assert not run_dir.exists()
+    run_dir.mkdir()
+    with owning(run_dir, inside=True):
+        codes, outputs = start(run_dir, [COMMAND, COMMAND])
+    assert codes == [2, 2], outputs
+    for _, error in outputs:
+        assert "error: another run is writing" in error.strip().splitlines()[-1]
+    assert not list(run_dir.iterdir())
+
+
 @pytest.mark.slow
 def test_four_processes_stop_together_and_two_of_two_devices_go_on(
     place, alone, monkeypatch
@@ -323,6 +346,35 @@ def test_numbers_of_all_processes_are_not_rounded(monkeypatch):
     numbers = [[0.1, 2.0**60 + 1], [-1e-300, 3.0]]
     np.testing.assert_array_equal(process_allgather(numbers), [numbers, numbers])
     assert any_process([0]) is True and any_process([]) is False
+
+
+def gathered(monkeypatch, *texts: str) -> None:
+    """As if each process had given one of the texts."""
+    monkeypatch.setattr(jax, "process_count", lambda: len(texts))
+    every = [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def gather(array):
+        if array.dtype == np.uint32:  # sizes
+            sizes = np.array([len(data) for data in every], np.float64)
+            return sizes.view(np.uint32).reshape(len(every), 2)
+        longest = max(map(len, every)) + 1
+        return np.stack([np.pad(data, (0, longest - len(data))) for data in every])
+
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+
+
+def test_values_that_differ_between_processes_are_named(monkeypatch):
+    gathered(monkeypatch, "aé", "", "bcd")
+    assert allgather_texts("aé") == ["aé", "", "bcd"]
+    here = {"steps": 5, "data.problems": "ab", "the code of e1jax": "00"}
+    gathered(monkeypatch, *[json.dumps(here)] * 3)
+    check_agreement(here)
+    for name, value in {"steps": 6, "data.problems": "cd", "new": 1}.items():
+        other = json.dumps({**here, name: value})
+        gathered(monkeypatch, json.dumps(here), json.dumps(here), other)
+        there = rf"{name} \({here.get(name)!r} in process 0, {value!r} in process 2\)"
+        with pytest.raises(UserError, match=there):
+            check_agreement(here)
 
 
 def test_a_whole_step_from_those_of_each_process(monkeypatch):

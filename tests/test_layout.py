@@ -14,15 +14,15 @@ PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
     "config": "checks texts architectures model sampling training load",
-    "cli": "command flags files outputs",
+    "cli": "command flags files locks outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
     "kernels.decode_attention kernels.top_p attention paths layers model",
     "processes": "",
     "chat_template": "",
     "tokenizer": "",
-    "checkpoint": "lazy params runs int8 huggingface load metrics",
-    "sampling": "draw budget request completion decode scheduler engine",
+    "checkpoint": "lazy params digests runs int8 huggingface load metrics",
+    "sampling": "draw budget request completion decode scheduler engine record",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "training": "optimizer run",

@@ -16,6 +16,7 @@ from conftest import PATIENCE, several_devices
 
 from e1jax import sample
 from e1jax.cli.command import run_command
+from e1jax.cli.outputs import digest
 from e1jax.config.sampling import SamplingParams
 
 SHORT = ["--thinking-budget", "8", "--solution-budget", "6"]
@@ -456,13 +457,16 @@ def test_ctrl_c_keeps_what_is_done(tiny_hf, tmp_path):
     assert 3 <= len(done) < 3600
 
 
-def test_settings_that_came_later_do_not_change_older_records():
+def test_settings_that_came_later_do_not_change_older_digests():
     """An output of an older version has none of them, and can be resumed."""
-    recorded = SamplingParams(stop=[]).record()
-    assert set(recorded) == {
-        "thinking_budget", "solution_budget", "n", "temperature", "top_p", "top_k",
-        "seed", "end_of_thinking_text",
+
+    def item(**settings):
+        return sample.Item("a", 0, "x", False, SamplingParams(**settings))
+
+    older = {
+        "thinking_budget": 1024, "solution_budget": 1024, "n": 1, "temperature": 0.6,
+        "top_p": 0.95, "top_k": 0, "seed": 0, "end_of_thinking_text": "",
     }  # fmt: skip
-    assert SamplingParams(stop=("a",)).record()["stop"] == ["a"]
-    stops = SamplingParams(on_thinking_budget="stop").record()
-    assert stops["on_thinking_budget"] == "stop" and "stop" not in stops
+    assert item(n=3).digest() == digest(["x", False, older])
+    others = [item(stop="a"), item(stop=("a", "b")), item(on_thinking_budget="stop")]
+    assert len({other.digest() for other in [item(), *others]}) == 4

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import reprlib
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from e1jax.checkpoint.digests import check_checksums, files_digest
 from e1jax.checkpoint.huggingface import (
     INDEX_FILE,
     StoredTensor,
@@ -22,8 +24,9 @@ from e1jax.checkpoint.huggingface import (
 )
 from e1jax.checkpoint.int8 import as_int8
 from e1jax.checkpoint.params import check_saved, open_params, place, quantized
-from e1jax.checkpoint.runs import find_params
-from e1jax.cli.files import looking_for, read_json
+from e1jax.checkpoint.runs import find_params, is_step, saved_checksums
+from e1jax.cli.files import OBJECT, TEXT, check_fields, looking_for, read_json
+from e1jax.cli.outputs import digest
 from e1jax.config.checks import UserError, check_choice, shown
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.nn.model import abstract_params
@@ -35,6 +38,9 @@ _BUNDLED = Path(__file__).parent.parent / "models"
 
 
 FORMAT_VERSION = 1  # of the manifest, and with it of the directory
+
+_TENSOR = {"dtype": TEXT, "sha256": TEXT}
+
 
 HUGGING_FACE, CHECKPOINT = "Hugging Face directory", "e1jax checkpoint"
 RUN = "run directory"
@@ -80,6 +86,29 @@ class ModelFiles:
     def _hugging_face(self) -> tuple[ModelConfig, dict[str, StoredTensor]]:
         return open_hf(self.weights)
 
+    @property
+    def step(self) -> int | None:
+        """The step of a run that this is; None for any other model."""
+        return int(self.weights.parent.name) if self.kind == RUN else None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the weights: 16 hexadecimal digits.
+
+        Made of checksums where they were recorded, by `convert` in the manifest (a
+        SHA-256 of each tensor) and by a run in each step; else of the files, see
+        `files_digest`.
+        """
+        if "tensors" in self.manifest:
+            named = {name: t["sha256"] for name, t in self.manifest["tensors"].items()}
+            forms = [self.manifest.get(name) for name in ("dtype", "quantize")]
+            return digest([named, *forms])
+        if self.kind == RUN and (sums := saved_checksums(self.weights)):
+            return digest(sums)
+        if self.kind == HUGGING_FACE:
+            return files_digest(sorted({t.file for t in self.tensors.values()}))
+        return files_digest(sorted(f for f in self.weights.rglob("*") if f.is_file()))
+
     def lazy_arrays(self) -> Mapping[str, Any]:
         """Arrays by their names in e1jax, which are read when they are sliced."""
         if self.kind == HUGGING_FACE:
@@ -98,14 +127,48 @@ class LoadedModel:
     dtype: Any  # of the parameters and of the computation
     quantize: str | None = None  # form of kernels and embedding, see quantize
 
+    _params: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
+
     def read_params(self) -> Params:
-        """Reads the parameters from disk onto the mesh, each device its own part: 15 GB
-        for 7B in bfloat16, each time. They are not kept here, or a trained model would
-        be in memory twice."""
+        """The parameters, read from disk onto the mesh, each device its own part: 15 GB
+        for 7B in bfloat16.
+
+        Read again while the arrays are alive, and were not donated, they are the same
+        arrays. They are not kept alive here, or a trained model would be in memory twice.
+        """
+        if self._params:
+            tree, references = self._params
+            arrays = [reference() for reference in references]
+            if all(array is not None and not array.is_deleted() for array in arrays):
+                return jax.tree.unflatten(tree, arrays)
+        params = self._read()
+        arrays, tree = jax.tree.flatten(params)
+        self._params[:] = tree, [weakref.ref(array) for array in arrays]
+        return params
+
+    def _read(self) -> Params:
         arrays = self.files.lazy_arrays()
+        as_saved = all(array.dtype == self.dtype for array in arrays.values())
         if self.quantize and not quantized(arrays):
-            arrays = as_int8(arrays)
-        return place(arrays, self.config, self.mesh, self.dtype)
+            arrays, as_saved = as_int8(arrays), False
+        params = place(arrays, self.config, self.mesh, self.dtype)
+        if as_saved and self.files.kind == RUN:
+            sums = saved_checksums(self.files.weights)
+            if sums is not None:
+                path, way_out = str(self.files.weights), "take another step of the run"
+                check_checksums(params, sums, path, way_out)
+        return params
+
+    def record(self) -> dict[str, Any]:
+        """What decides which model this is, as JSON, for the record of a file made by it."""
+        local = Path(self.files.name).exists()
+        return {
+            "model": str(self.files.path.resolve()) if local else self.files.name,
+            "step": self.files.step,
+            "weights": self.files.digest,
+            "dtype": str(self.dtype),
+            "quantize": self.quantize,
+        }
 
 
 def load_model(
@@ -164,7 +227,7 @@ def resolve(model: str) -> Path:
         return _BUNDLED / model
     with looking_for("model", model):
         path = Path(model).expanduser()
-        if path.is_dir() or (path.name.isdigit() and find_params(path)):
+        if path.is_dir() or (is_step(path.name) and find_params(path)):
             return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
@@ -227,7 +290,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises UserError for one of another version of the format.
     """
     file = path / "manifest.json"
-    if not file.is_file():
+    if not file.exists():
         return {}
     manifest = read_json(file)
     version = manifest.get("format_version")
@@ -236,4 +299,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format_version {shown(version)}, and this e1jax reads "
             f"{FORMAT_VERSION}; convert the model again, or install a newer e1jax"
         )
+    check_fields(manifest, {"tensors": OBJECT}, str(file), ["tensors"])
+    for name, tensor in manifest.get("tensors", {}).items():
+        check_fields(tensor, _TENSOR, f"{file}: {name}")
     return manifest

@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from e1jax.cli.files import NUMBER, WHOLE, check_fields, read_text
 from e1jax.config.checks import UserError, writing
+from e1jax.config.texts import parse_json
+
+_STEP = {"step": WHOLE}  # a line of metrics.jsonl, whose other fields are numbers
 
 FLUSH_SECONDS = 120  # of TensorBoard
 
@@ -38,17 +42,16 @@ class MetricsLog:
     ):
         self.wandb = _wandb_run(wandb, run_dir) if wandb else None
         self.path = path = run_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
         new = run_dir / "metrics.jsonl.new"
         with writing(run_dir):
-            new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            new.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
             new.replace(path)
             # Drawn anew: a kill loses the points that TensorBoard still buffers.
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
             self.board = _TensorBoard(run_dir / "tensorboard")
         for line in kept:
-            self._draw(json.loads(line))
+            self._draw(line)
         self.headline = headline
         self.waiting: dict[str, Any] | None = None
         self.clock = time.perf_counter()
@@ -173,7 +176,7 @@ def _wandb_run(project: str, run_dir: Path) -> Any:
     file = run_dir / "wandb_id"
     if not file.exists():
         file.write_text(uuid.uuid4().hex)
-    key, name = file.read_text(), run_dir.absolute().name
+    key, name = read_text(file), run_dir.absolute().name
     try:
         return wandb.init(
             project=project, id=key, name=name, dir=run_dir, resume="allow"
@@ -185,9 +188,20 @@ def _wandb_run(project: str, run_dir: Path) -> Any:
         ) from None
 
 
-def _step(line: str) -> float:
-    """The step of a line of metrics; infinite if a kill has cut the line short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each a step and its numbers; none without a file.
+
+    Its last line may be half of one, if a kill came, and is left out. Raises UserError,
+    naming the line, for any other damage.
+    """
+    lines = read_text(path).split("\n") if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            at = f"{path} line {number}"
+            record = check_fields(parse_json(line, path, number), _STEP, at)
+            records.append(check_fields(record, dict.fromkeys(record, NUMBER), at))
+        except UserError as error:
+            if number < len(lines):
+                raise UserError(f"{error}; remove that line") from None
+    return records

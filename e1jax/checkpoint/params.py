@@ -147,10 +147,10 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
         ocp.Checkpointer(handler) as checkpointer,
     ):
         metadata = checkpointer.metadata(path.absolute()).item_metadata
-    if metadata is None:
-        raise UserError(f"{broken_checkpoint(path)}: its metadata is missing")
-    saved = named_leaves(metadata.tree)
-    shapes = {name: array.shape for name, array in saved.items()}
+        if metadata is None:
+            raise UserError(f"{broken_checkpoint(path)}: its metadata is missing")
+        saved = named_leaves(metadata.tree)
+        shapes = {name: array.shape for name, array in saved.items()}
     check_same(shapes, named_shapes(config, quantized(saved)), str(path))
     return saved
 

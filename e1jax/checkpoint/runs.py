@@ -7,6 +7,7 @@ beside `checkpoints/<step>/params/`.
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from e1jax.checkpoint.digests import check_checksums, checksums
 from e1jax.checkpoint.params import PARAMS, explain_orbax, restore_args
-from e1jax.cli.files import read_json
-from e1jax.config.checks import UserError
+from e1jax.cli.files import OBJECT, WHOLE, check_fields, read_json
+from e1jax.config.checks import UserError, writing
 from e1jax.config.training import CheckpointConfig
 from e1jax.nn.quantize import Params
 from e1jax.sharding.hosts import is_first
 from e1jax.sharding.mesh import replicated
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, RECORD, BEST = "checkpoints", "record/metadata", "best.json"
+
+
+CHECKSUMS = "checksums"  # in the record of a step; steps of e1jax 0.1 have none
 
 
 def find_params(path: Path) -> tuple[Path, Path] | None:
@@ -40,9 +45,9 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
         if (path / CHECKPOINTS).is_dir():
             return path / CHECKPOINTS / str(_best_step(path)) / PARAMS, path
         return (path / PARAMS, path) if (path / PARAMS).is_dir() else None
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+    if is_step(path.name) and path.parent.name == CHECKPOINTS:
         run_dir, step = path.parent.parent, path
-    elif path.name.isdigit() and (path.parent / CHECKPOINTS).is_dir():
+    elif is_step(path.name) and (path.parent / CHECKPOINTS).is_dir():
         run_dir, step = path.parent, path.parent / CHECKPOINTS / path.name
     else:
         return None
@@ -52,11 +57,25 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
     return step / PARAMS, run_dir
 
 
+def is_step(name: str) -> bool:
+    """Whether a directory of this name can be a step: a number as Orbax writes it."""
+    return re.fullmatch("0|[1-9][0-9]{0,17}", name) is not None
+
+
+def saved_checksums(params: Path) -> dict[str, int] | None:
+    """The checksums of a step's parameters, by name; None if it was saved without."""
+    path = params.parent / RECORD
+    if not path.is_file():
+        return None
+    sums = read_json(path, {CHECKSUMS: OBJECT}, [CHECKSUMS]).get(CHECKSUMS, {})
+    return sums.get(PARAMS)
+
+
 def _saved_steps(run_dir: Path) -> list[int]:
     return sorted(
         int(step.name)
         for step in (run_dir / CHECKPOINTS).iterdir()
-        if step.name.isdigit() and (step / PARAMS).is_dir()
+        if is_step(step.name) and (step / PARAMS).is_dir()
     )
 
 
@@ -65,8 +84,8 @@ def _best_step(run_dir: Path) -> int:
     steps = _saved_steps(run_dir)
     if not steps:
         raise UserError(f"{run_dir} has no finished checkpoint yet; let the run go on")
-    record = run_dir / CHECKPOINTS / "best.json"
-    best = read_json(record).get("step") if record.is_file() else None
+    record = run_dir / CHECKPOINTS / BEST
+    best = read_json(record, {"step": WHOLE})["step"] if record.exists() else None
     return best if best in steps else steps[-1]
 
 
@@ -91,14 +110,15 @@ class RunCheckpoints:
         self.best = best
         # Its threads log the tracebacks of errors that `wait` then raises.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=value,  # or Orbax does not write the metrics
-                cleanup_tmp_directories=True,
-            ),
-        )
+        with explain_orbax(f"{self.directory} cannot be read"):
+            self.manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    best_fn=value,  # or Orbax does not write the metrics
+                    cleanup_tmp_directories=True,
+                ),
+            )
 
     def save(
         self, step: int, params: Params, optimizer: Any, record: dict[str, Any]
@@ -109,10 +129,11 @@ class RunCheckpoints:
         `record["metrics"]` holds that metric if it was measured at this step.
         """
         self.wait()
+        sums = {"params": checksums(params), "optimizer": checksums(optimizer)}
         args = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params),
             optimizer=ocp.args.PyTreeSave(optimizer),
-            record=ocp.args.JsonSave(record),
+            record=ocp.args.JsonSave({**record, CHECKSUMS: sums}),
         )
         with self._saying_what_is_left():
             self.manager.save(step, args=args, metrics=record.get("metrics", {}))
@@ -132,11 +153,15 @@ class RunCheckpoints:
             optimizer=restore_args(optimizer),
             record=ocp.args.JsonRestore(),
         )
-        with explain_orbax(
-            f"{self.directory / str(step)} is damaged, delete it to go on"
-        ):
+        path = self.directory / str(step)
+        way_out = "delete it to go on from the step before"
+        with explain_orbax(f"{path} is damaged, {way_out}"):
             saved = self.manager.restore(step, args=args)
-        return step, saved["params"], saved["optimizer"], saved["record"]
+        record = saved["record"]
+        check_fields(record, {CHECKSUMS: OBJECT}, f"{path / RECORD}", [CHECKSUMS])
+        for name, expected in record.pop(CHECKSUMS, {}).items():
+            check_checksums(saved[name], expected, f"{path / name}", way_out)
+        return step, saved["params"], saved["optimizer"], record
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises UserError if it cannot be."""
@@ -157,16 +182,21 @@ class RunCheckpoints:
 
     def _name_best(self, metric: str) -> None:
         """Only a complete step can be the best one; of equals it is the latest."""
-        measured = [
-            (metrics[metric], step)
-            for step in self.manager.all_steps()
-            if metric in (metrics := self.manager.metrics(step) or {})
-        ]
+        damaged = (
+            f"{self.directory}: the metrics of a step are damaged, delete that step"
+        )
+        with explain_orbax(damaged):
+            measured = [
+                (float(metrics[metric]), step)
+                for step in self.manager.all_steps()
+                if metric in (metrics := self.manager.metrics(step) or {})
+            ]
         if measured:
             value, step = max(measured)
-            new = self.directory / "best.json.new"
-            new.write_text(json.dumps({"step": step, metric: value}) + "\n")
-            new.replace(self.directory / "best.json")
+            with writing(self.directory / BEST):
+                new = self.directory / f"{BEST}.new"
+                new.write_text(json.dumps({"step": step, metric: value}) + "\n")
+                new.replace(self.directory / BEST)
 
 
 def abstract_state(

@@ -1,22 +1,48 @@
-"""Reading small files, and looking paths up."""
+"""Reading small files, each checked against a schema, and looking paths up."""
 
 import contextlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from e1jax.config.checks import UserError
 from e1jax.config.texts import parse_json
 
+Schema = Mapping[
+    str, tuple[tuple[type, ...], str]
+]  # types of fields, and these in words
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError if it is missing or is not one."""
-    text = read_text(path)
-    value = parse_json(text, path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
+NUMBER = ((int, float), "a number")
+WHOLE = ((int,), "a whole number")
+TEXT = ((str,), "a text")
+OBJECT = ((dict,), "an object")
+
+
+def read_json(
+    path: Path, schema: Schema | None = None, optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A JSON object from a file, which `check_fields` checks; raises UserError if the
+    file is missing or holds anything else."""
+    value = parse_json(read_text(path), path)
+    return check_fields(value, schema or {}, str(path), optional)
+
+
+def check_fields(
+    record: Any, schema: Schema, where: str, optional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A JSON value, which must be an object with the fields of `schema`; it may have
+    others, and lack `optional` ones. Raises UserError, saying `where`, for anything else.
+    """
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object but a {type(record).__name__}")
+    for name, (types, words) in schema.items():
+        if name not in record and name not in optional:
+            raise UserError(f"{where} has no field {name}")
+        if name in record and type(record[name]) not in types:
+            value = reprlib.repr(record[name])
+            raise UserError(f"{where}: {name} must be {words}, not {value}")
+    return record
 
 
 def read_text(path: Path) -> str:

@@ -1,7 +1,6 @@
 """Output that grows while a command runs: lines of JSON that resume, and progress."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -15,6 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from e1jax.cli.command import stop_signals
+from e1jax.cli.files import OBJECT, read_json
+from e1jax.cli.locks import lock
 from e1jax.config.checks import UserError, shown
 
 
@@ -140,20 +141,22 @@ class JsonlOutput:
         self.size_read = len(content)
         self.file: io.FileIO | None = None
 
-    def compare(self, settings: dict[str, Any]) -> None:
-        """Refuses settings or requests that differ from the earlier run's."""
+    def compare(
+        self,
+        settings: dict[str, Any],
+        upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        """Refuses settings or requests that differ from the earlier run's.
+
+        `upgrade` gives settings that an older version recorded as today's would.
+        """
         self.made_how = {"settings": settings, "requests": self.requests}
         if not self.size:
             return
-        try:
-            old = json.loads(self.sidecar.read_text(encoding="utf-8"))
-            before, requests = old["settings"], old["requests"]
-            names = [n for n, v in settings.items() if before.get(n) != v]
-            changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.sidecar} is not readable; choose another --output"
-            ) from None
+        old = read_json(self.sidecar, {"settings": OBJECT, "requests": OBJECT})
+        before, requests = upgrade(old["settings"]), old["requests"]
+        names = [n for n, v in settings.items() if before.get(n) != v]
+        changed = [n for n, v in self.requests.items() if requests.get(n, v) != v]
         if names:
             there = ", ".join(f"{n}={shown(before.get(n))}" for n in names)
             here = ", ".join(f"{n}={shown(settings[n])}" for n in names)
@@ -172,7 +175,7 @@ class JsonlOutput:
         with writing_output(self.path):
             # Without a buffer: closing would write again what a full disk has refused.
             self.file = self.path.open("ab", buffering=0)
-            self._lock(self.file)
+            lock(self.file.fileno(), self.path)
             if os.fstat(self.file.fileno()).st_size != self.size_read:
                 raise UserError(
                     f"another run has written {self.path} meanwhile; run the same "
@@ -195,15 +198,6 @@ class JsonlOutput:
         with writing_output(self.path):
             while left:  # a disk that is nearly full takes a part
                 left = left[self.file.write(left) :]
-
-    def _lock(self, file: io.FileIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing {self.path}; let it end or choose another "
-                "--output"
-            ) from None
 
     @contextlib.contextmanager
     def _reading(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 UNLIMITED = 2**31 - 1
+LOCK = ".lock"  # a file of the process that writes a directory, see cli.locks
 
 
 LONGEST_MESSAGE = 1500  # in characters

@@ -12,7 +12,14 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import jsonargparse
 import yaml
 
-from e1jax.config.checks import UserError, check_known, shortened, shown, writing
+from e1jax.config.checks import (
+    LOCK,
+    UserError,
+    check_known,
+    shortened,
+    shown,
+    writing,
+)
 from e1jax.config.texts import check_backslashes, two_backslashes
 
 ConfigT = TypeVar("ConfigT")
@@ -86,7 +93,7 @@ def record_config(config: Any, run_dir: Path) -> None:
     with writing(run_dir):
         if not path.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            if any(file != new for file in run_dir.iterdir()):
+            if any(f.name not in (new.name, LOCK) for f in run_dir.iterdir()):
                 raise UserError(
                     f"{run_dir} holds files but no config.yaml, so it is not the "
                     "directory of a run; take another --run-dir"
@@ -158,6 +165,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise _not_yaml(path, error) from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no settings; write lines like 'steps: 100'")
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, TypeError, RecursionError) as error:
+        # An alias that holds itself, a number of thousands of digits.
+        raise UserError(f"{path} holds no settings: {error}") from None
     return value
 
 

@@ -17,6 +17,11 @@ from e1jax.config.texts import check_backslashes
 OnThinkingBudget = Literal["force", "stop"]
 
 
+# Fields that version 0.1 had not, with their defaults: a digest of a request leaves them
+# out then, so that outputs of that version can be resumed.
+LATER_FIELDS = {"on_thinking_budget": "force", "stop": []}
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How one prompt is sampled. Budgets are in sampled tokens, None is unlimited."""
@@ -71,11 +76,8 @@ class SamplingParams:
                 object.__setattr__(self, name, float(value))
 
     def record(self) -> dict[str, Any]:
-        """The fields as an output records them. A field that came later is left out
-        while it has its default, so that older outputs can be resumed."""
-        fields = dataclasses.asdict(self) | {"stop": list(self.stop)}
-        later = {"on_thinking_budget": "force", "stop": []}
-        return {k: v for k, v in fields.items() if k not in later or v != later[k]}
+        """The fields as JSON values, as outputs record them."""
+        return dataclasses.asdict(self) | {"stop": list(self.stop)}
 
 
 def _stop_texts(stop: Any) -> tuple[str, ...]:

@@ -2,10 +2,12 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from e1jax.cli.locks import owning
 from e1jax.cli.outputs import replace_file
 from e1jax.evaluation.results import Row
 
@@ -63,4 +65,6 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.legend(handles=handles, frameon=False, fontsize="small")
     drawn = io.BytesIO()
     page.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
-    replace_file(path, drawn.getvalue())
+    path = Path(os.path.realpath(path))
+    with owning(path):
+        replace_file(path, drawn.getvalue())

@@ -2,13 +2,13 @@
 
 import contextlib
 import math
-import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from e1jax import rewards
+from e1jax.cli.files import NUMBER, TEXT, WHOLE, check_fields
 from e1jax.config.checks import UserError, check_integer, shown
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.problems import Problem
@@ -17,18 +17,20 @@ from e1jax.evaluation.results import Budgets, Outcome
 # The fields of a record that `grade` reads: their types, and the same in words.
 _FIELDS = {
     "id": ((str, int), "a text or a whole number"),
-    "sample": ((int,), "a whole number"),
-    "solution": ((str,), "a text"),
+    "sample": WHOLE,
+    "solution": TEXT,
     "token_ids": ((list,), "a list"),
-    "thinking_tokens": ((int,), "a whole number"),
-    "solution_tokens": ((int,), "a whole number"),
+    "thinking_tokens": WHOLE,
+    "solution_tokens": WHOLE,
     "thinking_end": ((str, type(None)), "a text or null"),
     "thinking_budget": ((int, type(None)), "a whole number or null"),
     "solution_budget": ((int, type(None)), "a whole number or null"),
+    "reward": NUMBER,
 }
 
 
-_MAY_LACK = ("thinking_budget", "solution_budget")  # in files of other programs
+# Budgets in files of other programs, the reward in files of `sample`.
+_MAY_LACK = ("thinking_budget", "solution_budget", "reward")
 
 
 @contextlib.contextmanager
@@ -45,7 +47,7 @@ def noting_grader() -> Iterator[rewards.Grader]:
             )
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """A completion of a file, with the fields that `rewards.grade` looks at."""
 
     prompt_index: int  # which problem
@@ -54,7 +56,7 @@ class _Found(NamedTuple):
     outcome: Outcome  # its reward is not known yet
 
 
-def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
+def read_completions(path: Path, problems: Sequence[Problem]) -> list[Found]:
     """The completions in a file of `sample` or `evaluate`.
 
     Raises UserError naming the line for one that is broken, has an id that no problem
@@ -71,11 +73,7 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     for number, line in lines:
         at = f"{path} line {number}"
-        record = _checked_record(parse_json(line.rstrip(), path, number), at)
-        try:
-            outcome = outcome_of(record, reward=math.nan)
-        except UserError as error:
-            raise UserError(f"{at}: {error}") from None
+        record = check_completion(parse_json(line.rstrip(), path, number), at)
         identity = record["id"]
         index = indices.get(identity, indices.get(str(identity)))
         if index is None:
@@ -90,7 +88,8 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
                 f"{at}: sample {record['sample']} of id {shown(identity)} is in line {before} "
                 "already; remove one of them"
             )
-        found.append(_Found(index, record["solution"], budgets, outcome))
+        outcome = outcome_of(record, reward=math.nan)
+        found.append(Found(index, record["solution"], budgets, outcome))
         try:
             check_backslashes(record["solution"], f"{at}: solution")
         except UserError as error:  # a model may have written it so
@@ -106,19 +105,15 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[_Found]:
     return found
 
 
-def _checked_record(record: Any, at: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise UserError(f"{at} is not a JSON object but a {type(record).__name__}")
-    for name, (types, rule) in _FIELDS.items():
-        if name not in record and name not in _MAY_LACK:
-            raise UserError(
-                f"{at} has no field {name}; give a file of sample --json or --output, "
-                "or the completions.jsonl of evaluate"
-            )
-        if name in record and type(record[name]) not in types:
-            value = reprlib.repr(record[name])
-            raise UserError(f"{at}: {name} must be {rule}, not {value}")
-    return record
+def check_completion(record: Any, at: str) -> dict[str, Any]:
+    """A record of a completion; raises UserError if it lacks a field that is read here."""
+    try:
+        return check_fields(record, _FIELDS, at, _MAY_LACK)
+    except UserError as error:
+        raise UserError(
+            f"{error}; give a file of sample --json or --output, or the "
+            "completions.jsonl of evaluate"
+        ) from None
 
 
 def outcome_of(record: Mapping[str, Any], reward: float) -> Outcome:

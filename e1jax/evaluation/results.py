@@ -1,7 +1,8 @@
 """Rows of results.json: accuracy and lengths at a budget, and tables of them."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from e1jax.cli.files import read_json
 from e1jax.cli.flags import aligned
+from e1jax.cli.locks import owning
 from e1jax.cli.outputs import writing_output
 from e1jax.config.checks import UNLIMITED, UserError
 
@@ -118,7 +120,7 @@ def _can_be_drawn(row: Any) -> bool:
     try:
         accuracy, stderr, tokens = (
             row["accuracy"],
-            row["stderr"] or 0,
+            0 if row["stderr"] is None else row["stderr"],
             row["mean_tokens"],
         )
         known = all(type(budget) in (int, type(None)) for budget in budgets_of(row))
@@ -129,8 +131,15 @@ def _can_be_drawn(row: Any) -> bool:
         return False
 
 
-def make_directory(path: Path | None) -> None:
-    """Makes the directory of --output; raises UserError if that cannot be."""
-    if path is not None:
+@contextlib.contextmanager
+def owned_directory(path: Path | None) -> Iterator[None]:
+    """Makes the directory of --output, if one is given; while the context is entered, no
+    other evaluation writes there. Raises UserError if that cannot be."""
+    if path is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
         with writing_output(path):
             path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(owning(path, inside=True))
+        yield

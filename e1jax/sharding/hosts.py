@@ -9,8 +9,10 @@ import collections
 import contextlib
 import ctypes
 import faulthandler
+import json
 import os
 import re
+import reprlib
 import signal
 import socket
 import sys
@@ -18,7 +20,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -225,6 +227,52 @@ def process_allgather(numbers: Any) -> np.ndarray:
 def any_process(flag: Any) -> bool:
     """Whether it is true in any process. Waits for all of them."""
     return bool(process_allgather(bool(flag)).any())
+
+
+def allgather_texts(text: str) -> list[str]:
+    """The text of every process. Waits for all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = process_allgather(len(data)).astype(int)
+    padded = np.zeros(1 + sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    every = multihost_utils.process_allgather(padded)
+    rows = zip(every, sizes, strict=True)
+    return [bytes(row[:size]).decode() for row, size in rows]
+
+
+def call_in_first(do: Callable[[], None]) -> None:
+    """Calls a function in the first process, while the others wait. A UserError that it
+    raises is raised in all of them."""
+    problem = ""
+    if is_first():
+        try:
+            do()
+        except UserError as error:
+            problem = str(error)
+    problem, *_ = allgather_texts(problem)
+    if problem:
+        raise UserError(problem)
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Refuses, in every process, values (JSON) that the processes of a run do not share."""
+    first, *others = map(json.loads, allgather_texts(json.dumps(values)))
+    differences = []
+    for number, other in enumerate(others, 1):
+        differences += [
+            f"{name} ({reprlib.repr(first.get(name))} in process 0, "
+            f"{reprlib.repr(other.get(name))} in process {number})"
+            for name in {**first, **other}
+            if first.get(name) != other.get(name)
+        ]
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise UserError(
+            f"the processes of the run differ in {', '.join(differences[:5])}{more}; "
+            "start all of them with the same code, settings, model and data"
+        )
 
 
 def allgather_rows(rows: Any, group: int) -> Any:

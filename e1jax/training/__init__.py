@@ -7,15 +7,26 @@ from e1jax.training.optimizer import (
     learning_rates,
     make_optimizer,
 )
-from e1jax.training.run import Run, restore_or_init, running, write_model_files
+from e1jax.training.run import (
+    Run,
+    check_processes,
+    owning_run,
+    record_origin,
+    restore_or_init,
+    running,
+    write_model_files,
+)
 
 __all__ = [
     "Run",
     "apply_gradients",
+    "check_processes",
     "clip_by_norm",
     "jit_update",
     "learning_rates",
     "make_optimizer",
+    "owning_run",
+    "record_origin",
     "restore_or_init",
     "running",
     "write_model_files",

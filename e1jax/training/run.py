@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import reprlib
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -16,15 +17,83 @@ from e1jax.checkpoint.metrics import MetricsLog, NoLog
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import stop_signals
 from e1jax.cli.files import read_json
-from e1jax.config.checks import writing
+from e1jax.cli.locks import owning
+from e1jax.cli.outputs import digest
+from e1jax.config.checks import UserError, writing
+from e1jax.config.load import flatten
 from e1jax.config.training import GRPOConfig, SFTConfig
 from e1jax.nn.quantize import Params
-from e1jax.sharding.hosts import any_process, is_first
+from e1jax.sharding.hosts import (
+    any_process,
+    call_in_first,
+    check_agreement,
+    is_first,
+)
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 from e1jax.tokenizer import INSTRUCTION_KEY
 
 if TYPE_CHECKING:
     import grain
+
+
+@contextlib.contextmanager
+def owning_run(run_dir: Path) -> Iterator[None]:
+    """Makes a run directory; while the context is entered, no other run writes there.
+
+    The first process of several owns it for all. Raises UserError, in all of them, if
+    another run owns it or it cannot be made.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def own() -> None:
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(owning(run_dir, inside=True))
+
+        call_in_first(own)
+        yield
+
+
+def record_origin(origin: Mapping[str, Any], run_dir: Path) -> None:
+    """Writes `origin.json`, what a run was begun with besides its settings: digests, by
+    the names of the settings. In a run that was begun earlier, refuses any change.
+
+    A run that lacks one, as those begun by e1jax 0.1 do, gets it now.
+    """
+    path, new = run_dir / "origin.json", run_dir / "origin.json.new"
+    then = read_json(path) if path.exists() else {}
+    changes = [
+        f"{name} ({then[name]!r} there, {value!r} now)"
+        for name, value in origin.items()
+        if then.get(name, value) != value
+    ]
+    if changes:
+        raise UserError(
+            f"{run_dir} was begun with other content of {', '.join(changes)}; bring that "
+            "back, or take another --run-dir"
+        )
+    if {**then, **origin} != then:
+        with writing(run_dir):
+            new.write_text(json.dumps({**then, **origin}, indent=2) + "\n")
+            new.replace(path)
+
+
+def check_processes(
+    config: SFTConfig | GRPOConfig, run_dir: Path, origin: Mapping[str, Any]
+) -> None:
+    """Refuses, in all processes of a run, ones with other settings, content or code."""
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    code = {"the code of e1jax": code_digest(), "the version of jax": jax.__version__}
+    place = {"--run-dir": str(run_dir)}
+    check_agreement({**dict(flatten(settings)), **place, **origin, **code})
+
+
+def code_digest() -> str:
+    """Names the source code of this package."""
+    package = Path(__file__).parent.parent
+    sources = sorted(package.rglob("*.py"))
+    texts = [(str(p.relative_to(package)), p.read_text("utf-8")) for p in sources]
+    return digest(texts)
 
 
 def write_model_files(
@@ -67,7 +136,14 @@ def restore_or_init(
     restored = checkpoints.restore(*shapes)
     if restored:
         step, params, state, record = restored
-        batches.set_state(record["data"])
+        position = record.get("data")
+        if position is None or not _alike(position, batches.get_state()):
+            raise UserError(
+                f"{checkpoints.directory / str(step)} is damaged: its position in the "
+                f"data is {reprlib.repr(position)}; delete it to go on from the step "
+                "before"
+            )
+        batches.set_state(position)
         return step, params, state
     params = init_params()
     init = jax.jit(
@@ -76,6 +152,15 @@ def restore_or_init(
         compiler_options=COMPILER_OPTIONS,
     )
     return 0, params, init(params)
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether JSON values have the same keys and types, and no number below 0."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(
+            _alike(value[key], other[key]) for key in value
+        )
+    return type(value) is type(other) and (type(value) is not int or value >= 0)
 
 
 @dataclasses.dataclass
