@@ -168,7 +168,11 @@ def test_deep_yaml_is_refused(tmp_path):
         (RolloutConfig, {"slots": 0}, "slots must be"),
         (RolloutConfig, {"cache_len": 0}, "cache_len must be"),
         (RolloutConfig, {"solution_budget": None}, "needs rollout.cache_len"),
-        (LossConfig, {"clip": "dual"}, "clip must be ppo or none, not 'dual'"),
+        (
+            LossConfig,
+            {"clip": "dual"},
+            "clip must be ppo or none or cispo or gspo, not 'dual'",
+        ),
         (LossConfig, {"aggregate": "mean"}, "aggregate must be token or sequence"),
         (LossConfig, {"old_logprobs": "old"}, "old_logprobs must be recomputed or"),
         (LossConfig, {"clip_low": 1.5}, "clip_low must be a number from 0 to 1"),
@@ -299,9 +303,13 @@ def test_a_bucket_is_not_a_run_directory(tmp_path):
         (
             "rollout: {thinking_budget: all}",
             ["--seed", "3"],
-            "{path}: rollout.thinking_budget must be a whole number or null, not all",
+            "{path}: rollout.thinking_budget must be a whole number or null or [a whole number or null, ...], not all",
         ),
-        ("loss: {clip: hard}", [], "{path}: loss.clip must be ppo or none, not hard"),
+        (
+            "loss: {clip: hard}",
+            [],
+            "{path}: loss.clip must be ppo or none or cispo or gspo, not hard",
+        ),
         (
             "",
             ["--dtype", "float16"],

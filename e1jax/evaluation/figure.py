@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from e1jax.cli.locks import owning
-from e1jax.cli.outputs import replace_file
+from e1jax.cli.outputs import replace_file, writing_output
 from e1jax.evaluation.results import Row
 
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
@@ -66,5 +66,5 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     drawn = io.BytesIO()
     page.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
     path = Path(os.path.realpath(path))
-    with owning(path):
+    with writing_output(path), owning(path):
         replace_file(path, drawn.getvalue())

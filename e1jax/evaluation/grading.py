@@ -74,6 +74,10 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[Found]:
     for number, line in lines:
         at = f"{path} line {number}"
         record = check_completion(parse_json(line.rstrip(), path, number), at)
+        try:
+            outcome = outcome_of(record, reward=math.nan)
+        except UserError as error:
+            raise UserError(f"{at}: {error}") from None
         identity = record["id"]
         index = indices.get(identity, indices.get(str(identity)))
         if index is None:
@@ -88,7 +92,6 @@ def read_completions(path: Path, problems: Sequence[Problem]) -> list[Found]:
                 f"{at}: sample {record['sample']} of id {shown(identity)} is in line {before} "
                 "already; remove one of them"
             )
-        outcome = outcome_of(record, reward=math.nan)
         found.append(Found(index, record["solution"], budgets, outcome))
         try:
             check_backslashes(record["solution"], f"{at}: solution")
