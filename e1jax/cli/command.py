@@ -33,6 +33,7 @@ def run_command(main: Callable[[], None]) -> None:
     alone = getattr(interrupted, "__module__", None) == "e1jax"
     if alone:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if alone or _is_the_program():
         sys.unraisablehook = _unraisable
     _open_streams()
     try:
@@ -134,6 +135,13 @@ def _allow_open_files() -> None:
         )
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _is_the_program() -> bool:
+    """Whether this process was started as `python -m e1jax.NAME`, also where a shell made
+    it ignore Ctrl-C, as of a job in the background."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.startswith("e1jax.")
 
 
 def _unraisable(unraisable: Any) -> None:
