@@ -109,7 +109,8 @@ class RunCheckpoints:
         self.directory = run_dir.absolute() / CHECKPOINTS
         self.best = best
         # Its threads log the tracebacks of errors that `wait` then raises.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         with explain_orbax(f"{self.directory} cannot be read"):
             self.manager = ocp.CheckpointManager(
                 self.directory,
