@@ -680,6 +680,14 @@ def test_a_key_is_asked_for():
             assert client.get(path).status_code == 200
 
 
+def listens(client) -> bool:
+    try:
+        client.get("/health")
+    except httpx.ConnectError:
+        return False
+    return True
+
+
 def test_health_while_loading_and_after_a_failure(capsys):
     engine = nano_engine(slots=2, cache_len=4096, endless=True)
     params, may_load = engine.params, threading.Event()
@@ -692,6 +700,7 @@ def test_health_while_loading_and_after_a_failure(capsys):
         serving(engine, ready=False, read=read) as live,
         httpx.Client(base_url=live.url, timeout=30) as client,
     ):
+        wait_for(lambda: listens(client))
         assert client.get("/health").status_code == 503
         check_error(client.post("/v1/completions"), 503, "being loaded")
         may_load.set()
