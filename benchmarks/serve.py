@@ -193,7 +193,7 @@ def make_requests(name: str, count: int, longest: int):
 
 
 def compile_programs(engine) -> None:
-    """Those of each bucket that a prompt can fall into."""
+    """Compiles the programs of each prompt bucket."""
     from e1jax import SamplingParams  # here, as the clients' process needs no JAX
 
     params = SamplingParams(thinking_budget=0, solution_budget=1)
@@ -249,7 +249,7 @@ class Served:
 
 
 def from_clients(url: str, requests, rate: float | None) -> dict[str, Any]:
-    """What the process of clients measures; `rate` is in requests per second."""
+    """Runs the client process; returns its measurements. `rate` is in requests per second."""
     bodies = [
         {
             "prompt": prompt,
@@ -275,7 +275,7 @@ def from_clients(url: str, requests, rate: float | None) -> dict[str, Any]:
 
 
 async def run_clients(url: str) -> None:
-    """Sends the requests of standard input at their times; prints what they met."""
+    """Reads requests from standard input, sends each at its time, and prints latencies."""
     bodies, times = json.load(sys.stdin)
     start = time.perf_counter()
     answers = await asyncio.gather(

@@ -18,7 +18,7 @@ from typing import Any
 from e1jax import processes
 from e1jax.config.checks import UserError
 
-MOST_CHARACTERS = 1 << 22  # of a prompt: several times what a context of today holds
+MOST_CHARACTERS = 1 << 22  # of a prompt; far more than fit a context of 32,768 tokens
 _SECONDS = 2.0  # of processor time; an ordinary template takes a millisecond
 _MEMORY = 2 << 30  # bytes of address space
 

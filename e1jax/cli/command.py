@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from e1jax.config.checks import UserError, nearest, shortened, shown
 
-# What a process runs out of, whatever it does: disk, quota, the limits of ulimit -f and -n.
+# Errors of exhausted resources: disk, quota, file size (ulimit -f), open files (ulimit -n).
 _LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 _STDOUT = "standard output"
 _FEWEST_FILES = 128  # open at a time; JAX and Orbax stall without a word on fewer
@@ -63,7 +63,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if alone:  # what is left is Python's own end
+        if alone:  # only the interpreter's shutdown is left
             signal.signal(signal.SIGINT, interrupted)
 
 

@@ -14,7 +14,7 @@ Schema = Mapping[
 ]  # types of fields, and these in words
 
 NUMBER = ((int, float), "a number")
-WHOLE = ((int,), "a whole number")
+WHOLE = ((int,), "a whole number")  # types of a field, and their name in messages
 TEXT = ((str,), "a text")
 OBJECT = ((dict,), "an object")
 

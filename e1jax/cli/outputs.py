@@ -173,7 +173,7 @@ class JsonlOutput:
 
     def __enter__(self) -> "JsonlOutput":
         with writing_output(self.path):
-            # Without a buffer: closing would write again what a full disk has refused.
+            # Unbuffered: closing a buffered file would retry the write that a full disk refused.
             self.file = self.path.open("ab", buffering=0)
             lock(self.file.fileno(), self.path)
             if os.fstat(self.file.fileno()).st_size != self.size_read:
