@@ -129,11 +129,8 @@ def main() -> None:
     left = sum(key not in done for key in keys)
     loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
     # Everything is checked before the weights are read, which can take minutes.
-    engine = Engine(
-        loaded.config,
-        params=None,
-        tokenizer=loaded.tokenizer,
-        mesh=loaded.mesh,
+    engine = Engine.without_weights(
+        loaded,
         cache_len=args.cache_len,
         slots=min(16, max(left, 1)) if args.slots is None else args.slots,
         kv_dtype=args.kv_dtype,

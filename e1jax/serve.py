@@ -65,11 +65,8 @@ def main() -> None:
             "pip install 'e1jax[serve]'"
         ) from None
     loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
-    engine = Engine(
-        loaded.config,
-        params=None,
-        tokenizer=loaded.tokenizer,
-        mesh=loaded.mesh,
+    engine = Engine.without_weights(
+        loaded,
         cache_len=args.cache_len,
         slots=args.slots,
         kv_dtype=args.kv_dtype,

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from e1jax.checkpoint.load import load_model
+from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.config.checks import UserError, check_choice, check_integer
 from e1jax.config.model import KV_DTYPES, ModelConfig
 from e1jax.config.sampling import SamplingParams
@@ -167,6 +167,28 @@ class Engine:
         return cls(
             loaded.config,
             loaded.read_params(),
+            loaded.tokenizer,
+            loaded.mesh,
+            cache_len=cache_len,
+            slots=slots,
+            kv_dtype=kv_dtype,
+        )
+
+    @classmethod
+    def without_weights(
+        cls,
+        loaded: LoadedModel,
+        *,
+        slots: int,
+        cache_len: int | None = None,
+        kv_dtype: str | None = None,
+    ) -> "Engine":
+        """For checking requests before the weights, which can take minutes, are read:
+        assign `loaded.read_params()` to `params` then. Raises UserError as the
+        constructor does."""
+        return cls(
+            loaded.config,
+            None,
             loaded.tokenizer,
             loaded.mesh,
             cache_len=cache_len,
