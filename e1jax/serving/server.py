@@ -30,6 +30,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, worker: EngineThread, grace: float):
         config = uvicorn.Config(
             app,
+            log_config=None,  # uvicorn's own would close the streams of other handlers
             log_level="warning",
             timeout_graceful_shutdown=_SENDING_SECONDS,
         )
