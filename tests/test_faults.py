@@ -240,7 +240,7 @@ def begin(tmp_path, monkeypatch, run_dir):
         for word in words:
             assert word in str(error.value)
 
-    begin.refuse = refuse
+    begin.refuse, begin.argv = refuse, argv
     return begin
 
 
@@ -257,6 +257,25 @@ def test_a_run_whose_model_or_data_changed_is_refused_by_name(begin, run_dir):
     begin.refuse("other content of model (")
     name_best(run_dir, 1)
     begin()
+
+
+def test_a_run_whose_reward_function_changed_is_refused_by_name(
+    begin, tmp_path, monkeypatch
+):
+    """Its source is content of the run; a run of before that was recorded goes on."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Path("own_rewards.py")
+    source.write_text("def of(completions, answers): return [1 for _ in completions]\n")
+    begin.argv += ["--reward.function", "own_rewards:of"]
+    begin()
+    origin = json.loads(Path("grpo/origin.json").read_text())
+    source.write_text(source.read_text().replace("[1", "[2"))
+    begin.refuse("other content of reward.function (", "bring that back")
+    del origin["reward.function"]
+    Path("grpo/origin.json").write_text(json.dumps(origin))
+    begin()
+    source.write_text(source.read_text().replace("[2", "[3"))
+    begin.refuse("reward.function")
 
 
 def test_a_run_whose_model_directory_changed_is_refused_by_name(begin, tmp_path):
