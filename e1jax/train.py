@@ -53,7 +53,13 @@ from e1jax.grpo.rollouts import (
     sample_rollouts,
     unequal_groups,
 )
-from e1jax.rewards import Grader, RewardFunction, grade, load_function
+from e1jax.rewards import (
+    Grader,
+    RewardFunction,
+    grade,
+    load_function,
+    source_digest,
+)
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.hosts import (
     any_process,
@@ -136,6 +142,8 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         "data.problems": digest(examples),
         "validation.problems": digest([(p.text, p.answers) for p in held_out]),
     }
+    if name is not None:
+        origin["reward.function"] = source_digest(name)
     check_processes(config, run_dir, origin)
     with owning_run(run_dir):
         prepare(config, loaded, instruction, run_dir, origin)

@@ -17,6 +17,7 @@ import yaml
 from conftest import Chip, set_everywhere
 
 from e1jax.checkpoint.params import named_shapes
+from e1jax.cli.locks import owning
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
@@ -790,6 +791,17 @@ def test_mistakes(flags, message, fake, config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(UserError, match=message):
         main()
+
+
+def test_texts_of_two_plans_are_not_mixed(config, tmp_path, monkeypatch, refusal):
+    """--dump-hlo has one writer at a time, from before the first program is compiled."""
+    set_everywhere(monkeypatch, "describe", lambda topology: None)
+    argv = ["plan", "--config", str(config), "--topology", "v5e:2x2"]
+    argv += ["--dump-hlo", str(tmp_path / "hlo")]
+    (tmp_path / "hlo").mkdir()
+    with owning(tmp_path / "hlo", inside=True):
+        error = refusal(main, argv)
+    assert f"another run is writing {tmp_path / 'hlo'}" in error
 
 
 # With the TPU compiler.

@@ -1,11 +1,12 @@
 """Models of any kind, by name or directory: files found, checked and read onto a mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import re
 import reprlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class ModelFiles:
         by its Hugging Face name, or the abstract array by its own."""
         if self.kind == HUGGING_FACE:
             return self._hugging_face[1]
-        return check_saved(self.weights, self.config)
+        with self.reading():
+            return check_saved(self.weights, self.config)
 
     @functools.cached_property
     def _hugging_face(self) -> tuple[ModelConfig, dict[str, StoredTensor]]:
@@ -113,7 +115,22 @@ class ModelFiles:
         """Arrays by their names in e1jax, which are read when they are sliced."""
         if self.kind == HUGGING_FACE:
             return lazy_arrays(self.tensors, self.config)
-        return open_params(self.weights, self.config)
+        with self.reading():
+            return open_params(self.weights, self.config)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around reads of the weights: an error because a run that goes on has deleted
+        this step, for a better or a later one, says so."""
+        try:
+            yield
+        except (UserError, OSError):
+            if self.kind != RUN or self.weights.is_dir():
+                raise
+            raise UserError(
+                f"{self.weights.parent} was deleted before it was read, by the run that "
+                "goes on; run the same command again, or name another step"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +168,8 @@ class LoadedModel:
         as_saved = all(array.dtype == self.dtype for array in arrays.values())
         if self.quantize and not quantized(arrays):
             arrays, as_saved = as_int8(arrays), False
-        params = place(arrays, self.config, self.mesh, self.dtype)
+        with self.files.reading():
+            params = place(arrays, self.config, self.mesh, self.dtype)
         if as_saved and self.files.kind == RUN:
             sums = saved_checksums(self.files.weights)
             if sums is not None:
