@@ -1,6 +1,7 @@
 """The decode kernel of GPUs against a plain computation in NumPy's float64: by the
 interpreter anywhere, and compiled where there is a GPU."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -10,13 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import set_everywhere, several_devices
+from conftest import several_devices
 from jax.sharding import AxisType, Mesh
 
+from e1jax import Engine, SamplingParams
+from e1jax.checkpoint.load import load_model
+from e1jax.nn import paths
 from e1jax.nn.cache import sequence_shards
 from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, num_splits
 from e1jax.nn.quantize import LANES, quantize_kv
 from e1jax.nn.scores import BLOCK_LEN
+from e1jax.sampling.decode import decode
 from e1jax.sharding.mesh import sharding
 
 LAYERS = 3
@@ -139,6 +144,37 @@ def test_triton_takes_the_kernel(dtype):
     traced = jax.jit(gpu_decode_attention).trace(q, cache, cache, layer, at, scales=scales)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gpu_decode_attention" in text and "triton" in text
+
+
+@pytest.mark.slow
+def test_greedy_tokens_are_those_of_plain_attention(tiny_hf, monkeypatch):
+    """1,000 tokens of an engine, in float32, over 8 blocks; the two rows differ in length."""
+    loaded = load_model(str(tiny_hf()), "data=1,tensor=1")
+    endless = dataclasses.replace(loaded.tokenizer, eos_id=2**20, think_end_id=None)
+    prompts = [[5, 6, 7], list(range(40, 240))]
+    params = SamplingParams(
+        thinking_budget=None, solution_budget=1000, temperature=0.0
+    )
+
+    def tokens():
+        decode.clear_cache()
+        args = loaded.config, loaded.read_params(), endless, loaded.mesh
+        engine = Engine(*args, cache_len=1280, slots=2)
+        return [of[0].token_ids for of in engine.generate(prompts, params)]
+
+    plain, called = tokens(), []
+
+    def kernel(*args, **options):
+        called.append(args)
+        return interpreted(*args, **options)
+
+    monkeypatch.setattr(paths, "takes_gpu_decode", lambda *_: True)
+    monkeypatch.setattr(paths, "gpu_decode_attention", kernel)
+    ours = tokens()
+    decode.clear_cache()
+    assert called and [len(row) for row in plain] == [1000, 1000]
+    assert ours == plain
+    assert len({*plain[0]}) > 20  # not one token over and over
 
 
 def on_a_mesh(data: int, tensor: int):
