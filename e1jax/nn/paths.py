@@ -49,6 +49,7 @@ class Operations(NamedTuple):
     write_by_head: bool  # of one token a row: see cache.write
     # (gaps [B, V], top_k [B], top_p [B]) -> [B, 1]: see kernels.top_p
     last_ranks: Callable[..., jax.Array]
+    draws_again: bool  # until a token is kept, instead of `last_ranks`
 
 
 class Path(NamedTuple):
@@ -73,10 +74,11 @@ def choose_operations(mesh: Mesh | None) -> Operations:
         in_slabs=False,
         write_by_head=mesh is not None,
         last_ranks=last_ranks,
+        draws_again=True,
     )
     if mesh is not None and on_tpu(mesh):
         kernel = functools.partial(last_ranks_on_tpu, mesh=mesh)
-        return operations._replace(last_ranks=kernel)
+        return operations._replace(last_ranks=kernel, draws_again=False)
     if mesh is not None and on_cpu(mesh):
         return operations._replace(
             product=matmul_on_cpu,
