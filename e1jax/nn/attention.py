@@ -8,6 +8,7 @@ five-dimensional einsum runs several times slower on a CPU.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,8 +50,10 @@ def shared_prompt_attention(
     k: tuple[jax.Array, jax.Array],
     v: tuple[jax.Array, jax.Array],
     shared: SharedPrompts,
+    causal: Callable[..., jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
-    """`causal_attention` of prompts, and of responses that also see their prompt.
+    """Attention of prompts, and of responses that also see their prompt, by `causal`,
+    which is `causal_attention` or another form of it.
 
     Heads of each part, [N, H, P, C] and [N*G, H, R, C] or with K heads.
     """
@@ -62,8 +65,8 @@ def shared_prompt_attention(
 
     prompt_len = jnp.repeat(shared.prompt_len, shared.samples)
     return (
-        causal_attention(q[0], k[0], v[0]),
-        causal_attention(q[1], all_keys(k), all_keys(v), prompt_len=prompt_len),
+        causal(q[0], k[0], v[0]),
+        causal(q[1], all_keys(k), all_keys(v), prompt_len=prompt_len),
     )
 
 

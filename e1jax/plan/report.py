@@ -221,7 +221,10 @@ def _counted(number: int, what: str) -> str:
 def _settings(report: Report) -> tuple[str, str]:
     settings = report.settings
     if report.part == "train":
-        return f"{settings['rows']} x {settings['tokens']} tokens", "a device's rows"
+        samples = settings["samples_in_pass"]
+        shared = f", a prompt of {samples} once" if samples > 1 else ""
+        rows = f"{settings['rows']} x {settings['tokens']} tokens"
+        return rows, f"a device's rows{shared}"
     forms = {"quantize": "weights", "kv_dtype": "cache"}
     told = [f", {forms[key]} {settings[key]}" for key in forms if key in settings]
     return (

@@ -16,6 +16,7 @@ from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.learner import Learner, default_mesh
+from e1jax.grpo.logprobs import shares_prompts
 from e1jax.grpo.rollouts import (
     Batch,
     least_room,
@@ -68,6 +69,7 @@ def plan_training(
     report = new_report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
+    report.settings["samples_in_pass"] = samples_in_pass(learner)
     warn_if_undivided(report, sizes, learner.shapes)
     if config.update.param_dtype == "bfloat16":
         report.warnings.append("train refuses update.param_dtype=bfloat16")
@@ -284,15 +286,25 @@ _KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of ker
 
 def update_flops(learner: Learner) -> float:
     """6 flops per weight of a matrix product and token, of one update; the output
-    matrix sees responses only. Attention's products are not in it."""
+    matrix sees responses only. Tokens of a prompt that several responses share count
+    once. Attention's products are not in it."""
     config, sizes = learner.config, learner.loaded.config
     matrices = jax.tree.leaves(learner.shapes["layers"])
     per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
     head = sizes.hidden_size * sizes.vocab_size
     prompt_len, response_len = learner.longest
     rows = config.update.minibatch_prompts * config.rollout.samples
-    tokens = prompt_len + response_len
-    return 6.0 * rows * (tokens * per_token + response_len * head)
+    prompts = rows // samples_in_pass(learner)
+    tokens = prompts * prompt_len + rows * response_len
+    return 6.0 * (tokens * per_token + rows * response_len * head)
+
+
+def samples_in_pass(learner: Learner) -> int:
+    """Responses that go through the model with one prompt; see response_logprobs."""
+    config = learner.config
+    rows = config.update.microbatch // learner.loaded.mesh.shape["data"]
+    samples, (_, response_len) = config.rollout.samples, learner.longest
+    return samples if shares_prompts(rows, samples, response_len) else 1
 
 
 def _kernel_flops(counted: Account, learner: Learner) -> float:
@@ -300,11 +312,6 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
 
     JAX's splash kernels state no cost (0.10.2); kernels that do are counted as they say.
     """
-    sizes, mesh = learner.loaded.config, learner.loaded.mesh
-    tokens = sum(learner.longest)
-    rows = learner.config.update.microbatch / mesh.shape["data"]
-    heads = sizes.num_heads / mesh.shape["tensor"]
-    product = rows * heads * tokens**2 * sizes.head_dim
     count, stated = 0, 0
     for op in counted.custom_calls:
         if op.states_cost:
@@ -315,7 +322,21 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
             passes = {"dkv": 4, "dq": 3}
             products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
             count += op.times * products[0]
-    return count * product + stated
+    return count * _product_flops(learner) + stated
+
+
+def _product_flops(learner: Learner) -> float:
+    """Flops of one of the products of a call of attention on one device; of two calls
+    in turn, for prompts and for responses that follow them, the mean."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    rows = learner.config.update.microbatch / mesh.shape["data"]
+    heads = sizes.num_heads / mesh.shape["tensor"]
+    samples, (prompt_len, response_len) = samples_in_pass(learner), learner.longest
+    if samples == 1:
+        return rows * heads * sizes.head_dim * (prompt_len + response_len) ** 2
+    of_prompts = rows / samples * prompt_len**2
+    of_responses = rows * response_len * (2 * prompt_len + response_len)
+    return heads * sizes.head_dim * (of_prompts + of_responses) / 2
 
 
 def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
