@@ -194,12 +194,14 @@ def load_model(
     mesh_text: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    state_budgets: bool = True,
 ) -> LoadedModel:
     """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
     `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
-    Raises UserError for whatever is missing, broken, or of another model.
+    Without `state_budgets`, its tokenizer has no text that states them, whatever the
+    checkpoint records. Raises UserError for whatever is missing, broken, or of another model.
     """
     if dtype is not None:
         check_choice("dtype", dtype, ("float32", "bfloat16"))
@@ -207,6 +209,8 @@ def load_model(
         check_choice("quantize", quantize, QUANTIZED)
     files = find_model(model)
     tokenizer, config = files.tokenizer, files.config
+    if not state_budgets:
+        tokenizer = dataclasses.replace(tokenizer, budget_text=None)
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

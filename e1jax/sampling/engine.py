@@ -157,15 +157,18 @@ class Engine:
         dtype: str | None = None,
         quantize: str | None = None,
         kv_dtype: str | None = None,
+        state_budgets: bool = True,
     ) -> "Engine":
         """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
 
         `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or
         "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere), `quantize` "int8" for
-        weights of half the size of bfloat16, `kv_dtype` as in the constructor. Raises
-        UserError, a ValueError, for anything wrong with them.
+        weights of half the size of bfloat16, `kv_dtype` as in the constructor. A model
+        trained with stated budgets gets those of each request stated, unless
+        `state_budgets` is false. Raises UserError, a ValueError, for anything wrong with
+        them.
         """
-        loaded = load_model(name, mesh, dtype, quantize)
+        loaded = load_model(name, mesh, dtype, quantize, state_budgets)
         return cls(
             loaded.config,
             loaded.read_params(),
@@ -207,8 +210,9 @@ class Engine:
         Completion per sample.
 
         A prompt is a text (put into the chat template as the user's message), a list of
-        chat messages or a list of token ids (used as they are). Raises UserError before
-        any work for a request that cannot fit, naming it.
+        chat messages or a list of token ids (used as they are). Of a model trained with
+        stated budgets, a text and the last message of the user begin with the request's.
+        Raises UserError before any work for a request that cannot fit, naming it.
         """
         results: list[list[Completion]] = [[] for _ in prompts]
         for completion in self.stream(prompts, params):
@@ -293,9 +297,17 @@ class Engine:
         self._unclaimed = []
         self._cache = self._rows = self._weights = None
 
-    def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
-        """Token ids of a prompt, checked; see `generate`."""
-        return encode_prompt(prompt, where, self.tokenizer, self.config.vocab_size)
+    def encode(
+        self,
+        prompt: Prompt,
+        where: str = "prompt",
+        *,
+        params: SamplingParams | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt, checked, with the budgets of `params` stated; see
+        `generate`."""
+        vocab_size = self.config.vocab_size
+        return encode_prompt(prompt, where, self.tokenizer, vocab_size, params)
 
     def _requests(
         self,
