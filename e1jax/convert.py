@@ -2,7 +2,8 @@
 
 A conversion streams. A few parts of tensors at a time are in host memory, and everything
 is written to a sibling of DST that gets its name at the very end, so that an interrupted
-conversion leaves nothing at DST.
+conversion leaves nothing at DST. In a bucket, which cannot rename, parameters are written
+to DST and config.json, the mark of a model, at the very end.
 """
 
 import contextlib
@@ -42,8 +43,13 @@ from e1jax.cli.command import Parser, check_command, run_command, stop_signals
 from e1jax.cli.files import read_json
 from e1jax.cli.flags import parse_path
 from e1jax.cli.locks import owning
-from e1jax.config.buckets import check_local
-from e1jax.config.checks import UserError, check_choice
+from e1jax.config.buckets import (
+    copy_file,
+    in_bucket,
+    remove_tree,
+    temporary_directory,
+)
+from e1jax.config.checks import LOCK, UserError, check_choice
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.tokenizer import GENERATION, Tokenizer, copy_files
 
@@ -59,7 +65,7 @@ def from_hf(
     """
     if quantize is not None:
         check_choice("quantize", quantize, QUANTIZED)
-    with _new_directory(dst) as new:
+    with _new_directory(dst) as (new, params):
         files = find_model(source)
         path = files.path
         if files.kind != HUGGING_FACE:
@@ -100,9 +106,9 @@ def from_hf(
             if quantize:  # from the stored values, not from values cast to `dtype`
                 packed = as_int8(lazy_arrays(tensors, config, None, seen))
                 arrays = {name: arrays.get(name, packed[name]) for name in packed}
-            save_params(new / PARAMS, as_tree(arrays, config))
+            save_params(params, as_tree(arrays, config))
         manifest["tensors"] = {name: described[name] for name in tensors}
-        _copy_files(path, new, dtype, config)
+        _copy_files(files.directory, new, dtype, config)
         write_json(new / "manifest.json", manifest)
 
 
@@ -111,7 +117,7 @@ def to_hf(source: str, dst: Path) -> None:
 
     Raises UserError if a tensor is not the one of the manifest, bit for bit.
     """
-    with _new_directory(dst) as new:
+    with _new_directory(dst) as (new, _):
         files = find_model(source)
         if files.kind == HUGGING_FACE:
             raise UserError(
@@ -176,12 +182,17 @@ def _copy_files(src: Path, dst: Path, dtype: str, sizes: ModelConfig) -> None:
 
 
 @contextlib.contextmanager
-def _new_directory(dst: Path) -> Iterator[Path]:
-    """A directory beside `dst` to write in, which becomes `dst` if all goes well.
+def _new_directory(dst: Path) -> Iterator[tuple[Path, Path]]:
+    """A directory beside `dst` to write in, which becomes `dst` if all goes well, and the
+    directory for parameters, PARAMS in it.
 
     Else nothing is left. A link at `dst` is followed. That `dst` can be written is known
     before anything else is done.
     """
+    if in_bucket(dst):
+        with _new_in_bucket(dst) as new:
+            yield new, dst / PARAMS
+        return
     target = Path(os.path.realpath(dst))
     partial = target.parent / f".{target.name}.partial"
     made = [parent for parent in target.parents if not os.path.lexists(parent)]
@@ -195,7 +206,7 @@ def _new_directory(dst: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir()
-                yield partial
+                yield partial, partial / PARAMS
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -207,6 +218,43 @@ def _new_directory(dst: Path) -> Iterator[Path]:
         for parent in made:
             with contextlib.suppress(OSError):  # not empty: all went well
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def _new_in_bucket(dst: Path) -> Iterator[Path]:
+    """A local directory, whose files are uploaded to `dst` if all goes well.
+
+    The last one is config.json, without which a directory is no model. Of a conversion
+    that fails, nothing is left; one that was killed leaves its lock, by which the next one
+    knows that the rest may be removed.
+    """
+    try:
+        there = {path.name for path in dst.glob("*")}
+        if there and (LOCK not in there or "config.json" in there):
+            raise UserError(f"{dst} exists already; remove it or give another name")
+        with owning(dst, inside=True):
+            _empty(dst)
+            try:
+                new = temporary_directory(dst)
+                yield new
+                files = [file for file in new.rglob("*") if file.is_file()]
+                for file in sorted(files, key=lambda file: file.name == "config.json"):
+                    copy_file(file, dst / str(file.relative_to(new)))
+            except BaseException:
+                _empty(dst)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{dst} cannot be written: {error.strerror or error}; nothing was written"
+        ) from None
+
+
+def _empty(dst: Path) -> None:
+    """Removes everything but the lock in a directory of a bucket; config.json first."""
+    remove_tree(dst / "config.json")
+    for path in dst.glob("*"):
+        if path.name != LOCK:
+            remove_tree(path)
 
 
 def _check_free(target: Path, dst: Path) -> None:
@@ -302,7 +350,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("inspect", help="show what a model directory holds")
     command.add_argument("src", metavar="DIR", help="model directory of any kind")
     args = parser.parse_args(argv)
-    check_local(getattr(args, "dst", None), "DST")
     # A conversion needs no accelerator, and must not take one from who uses it.
     jax.config.update("jax_platforms", "cpu")
     if args.command == "inspect":

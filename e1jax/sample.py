@@ -20,7 +20,7 @@ from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
-from e1jax.config.buckets import check_local, open_path
+from e1jax.config.buckets import open_path
 from e1jax.config.checks import UserError, check_known, shown
 from e1jax.config.sampling import LATER_FIELDS, SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
@@ -114,7 +114,6 @@ def _is_message(value: Any) -> bool:
 def main() -> None:
     """`python -m e1jax.sample`."""
     args = read_flags(SampleFlags, sys.argv[1:], "python -m e1jax.sample")
-    check_local(args.output, "--output")
     defaults = args.sampling
     items = _items(args, defaults)
     if not args.raw:

@@ -144,14 +144,14 @@ def check_rows(config: SFTConfig, mesh: Mesh) -> None:
 def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
     """Makes the run directory a model: writes settings, sizes and tokenizer."""
     record_config(config, run_dir)
-    write_model_files(
+    local = write_model_files(
         run_dir,
         config.model.to_hf("float32"),
         instruction="",
         budget_text=config.stated.text,
         write_tokenizer=lambda directory: write_byte_tokenizer(directory, WORDS),
     )
-    return Tokenizer.from_dir(run_dir)
+    return Tokenizer.from_dir(local)
 
 
 def place(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:

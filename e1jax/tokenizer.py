@@ -12,7 +12,6 @@ import json
 import math
 import re
 import reprlib
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import tokenizers
 
 from e1jax.chat_template import MOST_CHARACTERS, render
 from e1jax.cli.files import read_json, read_text
+from e1jax.config.buckets import copy_file
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import check_budget_text
 from e1jax.config.texts import check_backslashes
@@ -194,10 +194,17 @@ def extract_boxed(text: str) -> str | None:
 def copy_files(src: Path, dst: Path) -> None:
     """Copies FILES, as far as they exist, from one model directory to another."""
     for pattern in FILES:
-        for file in filter(Path.is_file, src.glob(pattern)):
+        for file in (file for file in src.glob(pattern) if file.is_file()):
             target = dst / file.relative_to(src)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            copy_file(file, target)
+
+
+def upload_model(src: Path, dst: Path) -> None:
+    """Copies config.json and FILES to a directory in a bucket: config.json, by which a
+    directory is a model, as the last one."""
+    copy_files(src, dst)
+    copy_file(src / "config.json", dst / "config.json")
 
 
 def _special_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:

@@ -87,7 +87,7 @@ def test_every_kind_of_value():
         cache_len=99,
         dtype="bfloat16",
         kv_dtype="int8",
-        output="o.jsonl",
+        output=Path("o.jsonl"),
     )
     flags = read_flags(EvaluateFlags, [*EVALUATE, "--budgets", "8,none,4"], "evaluate")
     assert flags.budgets == (4, 8, None)

@@ -14,7 +14,7 @@ PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
     "config": "checks buckets texts architectures model sampling training load",
-    "cli": "command flags files locks outputs",
+    "cli": "command flags files leases locks mirror outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
     "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model",

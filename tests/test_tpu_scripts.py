@@ -214,7 +214,7 @@ def test_copying(cloud):
 
 def test_installing(cloud):
     [installed] = cloud.calls("install.sh", BUCKET="")
-    assert "--worker=all" in installed and '-e ".[tpu,serve]"' in remote(installed)
+    assert "--worker=all" in installed and '-e ".[tpu,serve,gcs]"' in remote(installed)
     installed_too, mounted = cloud.calls("install.sh")
     assert installed_too == installed and "--worker=all" in mounted
     assert "\nbucket=my-bucket\n" in remote(mounted)
@@ -502,7 +502,7 @@ def test_a_missing_input_is_named(cloud, script, missing):
         ("create.sh", {"ACCELERATOR": "v5e:2x4"}),
         ("create.sh", {"RUNTIME": "-x"}),
         ("install.sh", {"BUCKET": "gs://my-bucket"}),
-        ("train.sh", {"RUN_DIR": "gs://my-bucket/runs/e1"}),
+        ("train.sh", {"RUN_DIR": "s3://my-bucket/runs/e1"}),
         ("train.sh", {"RUN_DIR": "runs/e1"}),
     ],
     ids=str,

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Installs the copied checkout with the TPU build of JAX in ~/e1jax/.venv on every worker
-# and, if BUCKET is set, mounts that bucket at /mnt/e1jax.
+# and, if BUCKET is set, mounts that bucket at /mnt/e1jax. Commands read and write gs://
+# without a mount.
 #
 #   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 BUCKET=my-bucket \
 #       tpu_scripts/install.sh [--dry-run]
 #
 # Inputs: PROJECT, ZONE, TPU_NAME, and if you like BUCKET: the name of a bucket with a
 #   hierarchical namespace, near the zone. docs/tpu.md says how to make one, and why no other
-#   kind will do. Run it again after a restart of the VMs, which ends the mount.
+#   kind can be mounted. Run it again after a restart of the VMs, which ends the mount.
 # Hardware: any TPU VM with a way to the internet. The images of Cloud TPU VMs bring Python
 #   3.10; uv brings 3.12.
 # Duration: a few minutes. Cost: that of the TPU meanwhile.
@@ -20,7 +21,7 @@ on_worker all 'set -eu
 cd e1jax
 python3 -m pip install --user --quiet --upgrade uv
 python3 -m uv venv --allow-existing --python 3.12 .venv
-python3 -m uv pip install --python .venv/bin/python -e ".[tpu,serve]"
+python3 -m uv pip install --python .venv/bin/python -e ".[tpu,serve,gcs]"
 JAX_PLATFORMS=cpu .venv/bin/python -c "import libtpu, e1jax.train"'
 
 if [[ -n ${BUCKET-} ]]; then

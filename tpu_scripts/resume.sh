@@ -4,7 +4,7 @@
 # training, which goes on from its last checkpoint. Where training is running, it does
 # nothing, so it can be run every few minutes.
 #
-#   PROJECT=... ZONE=... TPU_NAME=... ACCELERATOR=... SPOT=yes BUCKET=... RUN_DIR=... \
+#   PROJECT=... ZONE=... TPU_NAME=... ACCELERATOR=... SPOT=yes RUN_DIR=gs://... \
 #       tpu_scripts/resume.sh [--dry-run] configs/e1_math_7b.yaml
 #
 # Inputs: those of create.sh, install.sh and train.sh, as they were given to these; the
@@ -17,8 +17,9 @@ scripts=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$scripts/common.sh"
 
-: "${BUCKET:?the bucket that install.sh mounts; the disk of a preempted VM is lost}"
-: "${RUN_DIR:?the directory of the run in it, like /mnt/e1jax/runs/e1}"
+: "${RUN_DIR:?the directory of the run, like gs://my-bucket/runs/e1}"
+[[ $RUN_DIR = gs://* ]] ||
+  : "${BUCKET:?the bucket that install.sh mounts; the disk of a preempted VM is lost}"
 : "${1:?the configuration, like configs/e1_math_7b.yaml}"
 export PROJECT ZONE TPU_NAME QUEUED BUCKET RUN_DIR
 

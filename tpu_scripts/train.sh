@@ -2,11 +2,11 @@
 # Starts `python -m e1jax.train` on all workers, and returns. It goes on when the connection
 # ends; its output is in ~/train.log on each worker. Where it is running, nothing is started.
 #
-#   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 RUN_DIR=/mnt/e1jax/runs/e1_math_7b \
+#   PROJECT=my-project ZONE=us-central1-a TPU_NAME=e1 RUN_DIR=gs://my-bucket/runs/e1_math_7b \
 #       tpu_scripts/train.sh [--dry-run] configs/e1_math_7b.yaml
 #
-# Inputs: PROJECT, ZONE, TPU_NAME, RUN_DIR: an absolute path that every worker sees, and that
-#   outlives the VMs: below /mnt/e1jax, where install.sh mounts the bucket.
+# Inputs: PROJECT, ZONE, TPU_NAME, RUN_DIR: gs://BUCKET/PATH, or an absolute path that every
+#   worker sees, and that outlives the VMs: below /mnt/e1jax, where install.sh mounts a bucket.
 # Hardware: the slice of the configuration's header; several hosts are one run.
 # Duration: steps x (sampling + update) of a step; metrics.jsonl has both times after the
 #   first one. Compiling takes minutes more at the first step.
@@ -15,8 +15,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-: "${RUN_DIR:?the directory of the run, the same for every worker, like /mnt/e1jax/runs/e1}"
-check RUN_DIR '/.*' 'an absolute path; of a bucket, give the path where it is mounted'
+: "${RUN_DIR:?the directory of the run, the same for every worker, like gs://my-bucket/runs/e1}"
+check RUN_DIR '/.*|gs://.*' 'an absolute path or gs://BUCKET/PATH'
 config=${1:?the configuration, like configs/e1_math_7b.yaml}
 shift
 [[ $config = /* || -f $root/$config ]] || die "there is no $config in $root"

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import re
 import reprlib
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,12 +29,19 @@ from e1jax.checkpoint.params import check_saved, open_params, place, quantized
 from e1jax.checkpoint.runs import find_params, is_step, saved_checksums
 from e1jax.cli.files import OBJECT, TEXT, check_fields, looking_for, read_json
 from e1jax.cli.outputs import digest
+from e1jax.config.buckets import (
+    copy_file,
+    files_below,
+    in_bucket,
+    open_path,
+    temporary_directory,
+)
 from e1jax.config.checks import UserError, check_choice, shown
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.nn.model import abstract_params
 from e1jax.nn.quantize import Params
 from e1jax.sharding.mesh import make_mesh, note_undivided
-from e1jax.tokenizer import FILES, GENERATION, Tokenizer
+from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files
 
 _BUNDLED = Path(__file__).parent.parent / "models"
 
@@ -42,6 +50,8 @@ FORMAT_VERSION = 1  # of the manifest, and with it of the directory
 
 _TENSOR = {"dtype": TEXT, "sha256": TEXT}
 
+
+_NOTED_BYTES = 10**8  # of a model that is copied from a bucket
 
 HUGGING_FACE, CHECKPOINT = "Hugging Face directory", "e1jax checkpoint"
 RUN = "run directory"
@@ -60,7 +70,7 @@ class ModelFiles:
     path: Path  # the directory of that name, downloaded if need be
     kind: str  # HUGGING_FACE, CHECKPOINT or RUN
     weights: Path  # directory of safetensors, or of parameters written by Orbax
-    directory: Path  # of config.json, the tokenizer and the manifest
+    directory: Path  # of config.json, tokenizer and manifest: local, also of a bucket
     manifest: Mapping[str, Any]  # see `read_manifest`
 
     @functools.cached_property
@@ -109,6 +119,10 @@ class ModelFiles:
             return digest(sums)
         if self.kind == HUGGING_FACE:
             return files_digest(sorted({t.file for t in self.tensors.values()}))
+        if in_bucket(self.weights):
+            return digest(
+                [(n, f["md5Hash"]) for n, f in files_below(self.weights).items()]
+            )
         return files_digest(sorted(f for f in self.weights.rglob("*") if f.is_file()))
 
     def lazy_arrays(self) -> Mapping[str, Any]:
@@ -222,22 +236,53 @@ def load_model(
 
 
 def find_model(model: str) -> ModelFiles:
-    """The files of a model: bundled, local, or downloaded from the hub.
+    """The files of a model: bundled, local, in a bucket, or downloaded from the hub.
 
-    Raises UserError if there is no such directory or the hub does not give it.
+    Of a checkpoint or run in a bucket, small files are copied here, and arrays are read
+    from there when they are needed; a Hugging Face directory is copied in full. Raises
+    UserError if there is no such directory or the hub does not give it.
     """
     path = resolve(model)
-    saved = find_params(path)
-    if saved is None:
-        return ModelFiles(model, path, HUGGING_FACE, path, path, {})
-    weights, directory = saved
-    kind = CHECKPOINT if weights.parent == directory else RUN
+    with looking_for("model", model):
+        saved = find_params(path)
+        if saved is None:
+            local = _download(path) if in_bucket(path) else path
+            return ModelFiles(model, path, HUGGING_FACE, local, local, {})
+        weights, directory = saved
+        kind = CHECKPOINT if weights.parent == directory else RUN
+        if in_bucket(directory):
+            local = temporary_directory(directory)
+            for name in ("config.json", "manifest.json"):
+                if (directory / name).is_file():
+                    copy_file(directory / name, local / name)
+            copy_files(directory, local)
+            directory = local
     manifest = read_manifest(directory)
     return ModelFiles(model, path, kind, weights, directory, manifest)
 
 
+def _download(path: Path) -> Path:
+    """A copy, deleted at the end, of a Hugging Face directory in a bucket."""
+    files = {name: file for name, file in files_below(path).items() if "/" not in name}
+    wanted = [name for name in files if name.endswith((".json", ".safetensors"))]
+    if "config.json" not in files:  # no model, of which `read_config` tells
+        wanted = []
+    size = sum(files[name]["size"] for name in wanted)
+    local = temporary_directory(path)
+    if size > _NOTED_BYTES:
+        print(
+            f"note: {path} is copied to {local} first, {size / 1e9:.1f} GB; a model that "
+            "e1jax.convert from-hf made is read where it is",
+            file=sys.stderr,
+        )
+    for name in wanted:
+        copy_file(path / name, local / name)
+    copy_files(path, local)
+    return local
+
+
 def resolve(model: str) -> Path:
-    """The directory of a model: bundled, local, or downloaded from the hub.
+    """The directory of a model: bundled, local, in a bucket, or downloaded from the hub.
 
     Raises UserError if there is no such directory or the hub does not give it.
     """
@@ -248,9 +293,14 @@ def resolve(model: str) -> Path:
             )
         return _BUNDLED / model
     with looking_for("model", model):
-        path = Path(model).expanduser()
+        path = open_path(model).expanduser()
         if path.is_dir() or (is_step(path.name) and find_params(path)):
             return path
+    if in_bucket(path):
+        raise UserError(
+            f"the model {shown(model)} is not in the bucket, or there is no such bucket; "
+            "check its address, as by gcloud storage ls"
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
             f"the model {shown(model)} is neither a directory nor a hub id (owner/name); "

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 import uuid
@@ -15,6 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from e1jax.cli.files import NUMBER, WHOLE, check_fields, read_text
+from e1jax.cli.mirror import Mirror
+from e1jax.config.buckets import (
+    in_bucket,
+    remove_tree,
+    temporary_directory,
+    write_whole,
+)
 from e1jax.config.checks import UserError, writing
 from e1jax.config.texts import parse_json
 
@@ -41,15 +47,15 @@ class MetricsLog:
         wandb: str | None = None,
     ):
         self.wandb = _wandb_run(wandb, run_dir) if wandb else None
-        self.path = path = run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        new = run_dir / "metrics.jsonl.new"
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        kept = [line for line in lines if line["step"] <= step]
+        self.mirror = Mirror(run_dir)
+        self.path = self.mirror.path / "metrics.jsonl"
         with writing(run_dir):
-            new.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-            new.replace(path)
+            write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in kept))
             # Drawn anew: a kill loses the points that TensorBoard still buffers.
-            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-            self.board = _TensorBoard(run_dir / "tensorboard")
+            remove_tree(run_dir / "tensorboard")
+            self.board = _TensorBoard(self.mirror.path / "tensorboard")
         for line in kept:
             self._draw(line)
         self.headline = headline
@@ -78,10 +84,16 @@ class MetricsLog:
         # Opened for each line: a mounted bucket stores a file when it is closed.
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.mirror.push_if_due()
         values = self._draw(line)
         if self.wandb:
             self.wandb.log(values, step=line["step"])
         self._show(line)
+
+    def push(self) -> None:
+        """Of a run in a bucket, uploads all lines; raises UserError if it cannot."""
+        with writing(self.mirror.directory):
+            self.mirror.push()
 
     def _draw(self, line: dict[str, Any]) -> dict[str, Any]:
         """Hands a line to TensorBoard; its numbers without the step."""
@@ -104,6 +116,8 @@ class MetricsLog:
         if self.wandb:
             self.wandb.finish()
         self.bar.close()
+        with writing(self.mirror.directory):
+            self.mirror.close()
 
 
 class _TensorBoard:
@@ -144,6 +158,7 @@ class NoLog:
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
     def flush(self, more: Mapping[str, float] | None = None) -> None: ...
+    def push(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -175,12 +190,11 @@ def _wandb_run(project: str, run_dir: Path) -> Any:
     # whose steps cannot be written again.
     file = run_dir / "wandb_id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex)
+        write_whole(file, uuid.uuid4().hex)
     key, name = read_text(file), run_dir.absolute().name
+    place = temporary_directory(run_dir) if in_bucket(run_dir) else run_dir
     try:
-        return wandb.init(
-            project=project, id=key, name=name, dir=run_dir, resume="allow"
-        )
+        return wandb.init(project=project, id=key, name=name, dir=place, resume="allow")
     except Exception as error:  # many kinds: no login, no network, no right
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(

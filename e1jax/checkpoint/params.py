@@ -48,7 +48,7 @@ def save_params(path: Path, params: Params) -> None:
         explain_orbax(f"{path} cannot be written"),
         ocp.Checkpointer(handler) as checkpointer,
     ):
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(params))
+        checkpointer.save(str(path.absolute()), args=ocp.args.PyTreeSave(params))
 
 
 def load_params(path: Path, config: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
@@ -73,7 +73,7 @@ def open_params(path: Path, config: ModelConfig) -> dict[str, LazyArray]:
         ocp.Checkpointer(handler) as checkpointer,
     ):
         args = ocp.args.PyTreeRestore(item, lazy)
-        return named_leaves(checkpointer.restore(path.absolute(), args=args))
+        return named_leaves(checkpointer.restore(str(path.absolute()), args=args))
 
 
 def place(
@@ -146,7 +146,7 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
         explain_orbax(broken_checkpoint(path)),
         ocp.Checkpointer(handler) as checkpointer,
     ):
-        metadata = checkpointer.metadata(path.absolute()).item_metadata
+        metadata = checkpointer.metadata(str(path.absolute())).item_metadata
         if metadata is None:
             raise UserError(f"{broken_checkpoint(path)}: its metadata is missing")
         saved = named_leaves(metadata.tree)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from e1jax.checkpoint.digests import check_checksums, checksums
 from e1jax.checkpoint.params import PARAMS, explain_orbax, restore_args
 from e1jax.cli.files import OBJECT, WHOLE, check_fields, read_json
+from e1jax.config.buckets import in_bucket, write_whole
 from e1jax.config.checks import UserError, writing
 from e1jax.config.training import CheckpointConfig
 from e1jax.nn.quantize import Params
@@ -27,6 +28,10 @@ from e1jax.sharding.mesh import replicated
 
 CHECKPOINTS, RECORD, BEST = "checkpoints", "record/metadata", "best.json"
 
+
+COMMIT_SUCCESS_FILE = (
+    "commit_success.txt"  # Orbax's mark of a complete step in a bucket
+)
 
 CHECKSUMS = "checksums"  # in the record of a step; steps of e1jax 0.1 have none
 
@@ -51,7 +56,7 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
         run_dir, step = path.parent, path.parent / CHECKPOINTS / path.name
     else:
         return None
-    if not (step / PARAMS).is_dir():
+    if not _is_complete(step):
         steps = ", ".join(map(str, _saved_steps(run_dir))) or "none"
         raise UserError(f"{run_dir} has no step {path.name}; its saved steps: {steps}")
     return step / PARAMS, run_dir
@@ -60,6 +65,14 @@ def find_params(path: Path) -> tuple[Path, Path] | None:
 def is_step(name: str) -> bool:
     """Whether a directory of this name can be a step: a number as Orbax writes it."""
     return re.fullmatch("0|[1-9][0-9]{0,17}", name) is not None
+
+
+def _is_complete(step: Path) -> bool:
+    """Whether a step is written. On a disk it gets its name then; in a bucket, which cannot
+    rename, Orbax writes a file into it."""
+    if in_bucket(step):
+        return (step / COMMIT_SUCCESS_FILE).is_file()
+    return (step / PARAMS).is_dir()
 
 
 def saved_checksums(params: Path) -> dict[str, int] | None:
@@ -74,8 +87,8 @@ def saved_checksums(params: Path) -> dict[str, int] | None:
 def _saved_steps(run_dir: Path) -> list[int]:
     return sorted(
         int(step.name)
-        for step in (run_dir / CHECKPOINTS).iterdir()
-        if is_step(step.name) and (step / PARAMS).is_dir()
+        for step in (run_dir / CHECKPOINTS).glob("*")
+        if is_step(step.name) and _is_complete(step)
     )
 
 
@@ -113,7 +126,7 @@ class RunCheckpoints:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         with explain_orbax(f"{self.directory} cannot be read"):
             self.manager = ocp.CheckpointManager(
-                self.directory,
+                str(self.directory),
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policy,
                     best_fn=value,  # or Orbax does not write the metrics
@@ -195,9 +208,8 @@ class RunCheckpoints:
         if measured:
             value, step = max(measured)
             with writing(self.directory / BEST):
-                new = self.directory / f"{BEST}.new"
-                new.write_text(json.dumps({"step": step, metric: value}) + "\n")
-                new.replace(self.directory / BEST)
+                best = json.dumps({"step": step, metric: value}) + "\n"
+                write_whole(self.directory / BEST, best)
 
 
 def abstract_state(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from e1jax.config.buckets import as_named, remove_temporary
+from e1jax.config.buckets import as_named, in_bucket, remove_temporary
 from e1jax.config.checks import UserError, nearest, shortened, shown
 
 # Errors of exhausted resources: disk, quota, file size (ulimit -f), open files (ulimit -n).
@@ -75,6 +75,8 @@ def sentence_of(error: Exception) -> str | None:
         return as_named(str(error))
     if not isinstance(error, OSError):
         return None
+    if in_bucket(str(error.filename)):
+        return f"{error.filename}: {error.strerror}"
     if error.filename == _STDOUT:
         return f"{_STDOUT} cannot be written: {error.strerror}"
     if error.errno not in _LACKING:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from e1jax.cli.leases import leasing
+from e1jax.config.buckets import BucketPath
 from e1jax.config.checks import LOCK, UserError
 
 # What flock answers on a file system that has no locks.
@@ -24,10 +26,15 @@ def owning(target: Path, *, inside: bool = False) -> Iterator[None]:
     The lock is a file beside `target`, or `inside` it, a directory that exists. The
     kernel releases it when this process ends, however it ends; the file is removed when
     the context is left, and a file that a kill left behind is no lock. On a file system
-    without flock, a note on stderr says that nothing is locked. Raises UserError if
+    without flock, a note on stderr says that nothing is locked. In a bucket it is an
+    object, see `leases`. Raises UserError if
     another process owns `target`, OSError if the lock's file cannot be made.
     """
     path = target / LOCK if inside else target.with_name(f".{target.name}{LOCK}")
+    if isinstance(path, BucketPath):
+        with leasing(path, target):
+            yield
+        return
     file = _locked_file(path, target)
     try:
         yield

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from e1jax.cli.command import stop_signals
 from e1jax.cli.files import OBJECT, read_json
-from e1jax.cli.locks import lock
+from e1jax.cli.locks import lock, owning
+from e1jax.cli.mirror import Mirror
+from e1jax.config.buckets import in_bucket, write_whole
 from e1jax.config.checks import UserError, shown
 
 
@@ -92,14 +94,8 @@ def writing_output(path: Path) -> Iterator[None]:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes a file of --output under its name once it is complete; where it cannot be
     written, an earlier one stays, and UserError is raised."""
-    new = path.with_name(path.name + ".new")
     with writing_output(path):
-        try:
-            new.write_bytes(content)
-            new.replace(path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
 
 
 class JsonlOutput:
@@ -108,7 +104,8 @@ class JsonlOutput:
 
     Beside it, FILE.settings.json says how it was made, so that a run with
     other settings is refused and not mixed in. Nothing is written before the context is
-    entered.
+    entered. A file in a bucket grows in a local directory, and is uploaded now and then
+    and at the end; a kill loses the completions since the last upload, and no others.
 
     `requests` holds a digest of each request by its id. `entry` gives the key and the
     value under which `done` keeps a record; it raises KeyError or TypeError for
@@ -135,10 +132,12 @@ class JsonlOutput:
                 f"{path} has content but no {self.sidecar.name} beside it, so it was "
                 "not made by this command; choose another --output"
             )
-        if not os.access(path.parent, os.W_OK):
+        if not (in_bucket(path) or os.access(path.parent, os.W_OK)):
             raise UserError(f"--output {path}: {path.parent} is no writable directory")
         self.done, self.size = self._whole_lines(content, entry)
         self.size_read = len(content)
+        self.content = content[: self.size] if in_bucket(path) else b""
+        self.stack = contextlib.ExitStack()
         self.file: io.FileIO | None = None
 
     def compare(
@@ -172,24 +171,39 @@ class JsonlOutput:
         self.made_how["requests"] = {**requests, **self.requests}
 
     def __enter__(self) -> "JsonlOutput":
-        with writing_output(self.path):
-            # Unbuffered: closing a buffered file would retry the write that a full disk refused.
-            self.file = self.path.open("ab", buffering=0)
-            lock(self.file.fileno(), self.path)
-            if os.fstat(self.file.fileno()).st_size != self.size_read:
+        with writing_output(self.path), contextlib.ExitStack() as stack:
+            self.mirror = Mirror(self.path.parent)
+            if in_bucket(self.path):
+                stack.enter_context(owning(self.path))
+                file = stack.enter_context(self._copy())
+                size = len(self.path.read_bytes()) if self.path.exists() else 0
+            else:
+                # Unbuffered: closing a buffered file would retry the write that a full
+                # disk refused.
+                file = stack.enter_context(self.path.open("ab", buffering=0))
+                lock(file.fileno(), self.path)
+                size = os.fstat(file.fileno()).st_size
+            if size != self.size_read:
                 raise UserError(
                     f"another run has written {self.path} meanwhile; run the same "
                     "command again"
                 )
             # A run that was killed while writing leaves half a line: written again.
-            self.file.truncate(self.size)
+            file.truncate(self.size)
+            self.file, self.stack = file, stack.pop_all()
         text = json.dumps(self.made_how, indent=1) + "\n"
         replace_file(self.sidecar, text.encode())
         return self
 
+    def _copy(self) -> io.FileIO:
+        """The file with its earlier lines, in the local directory of the mirror."""
+        copy = self.mirror.path / self.path.name
+        copy.write_bytes(self.content)
+        return copy.open("ab", buffering=0)
+
     def __exit__(self, *error: object) -> None:
-        assert self.file is not None
-        self.file.close()
+        with self.stack, writing_output(self.path):
+            self.mirror.close()
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record as one line, at once; raises UserError if it cannot."""
@@ -198,6 +212,7 @@ class JsonlOutput:
         with writing_output(self.path):
             while left:  # a disk that is nearly full takes a part
                 left = left[self.file.write(left) :]
+            self.mirror.push_if_due()
 
     @contextlib.contextmanager
     def _reading(self):

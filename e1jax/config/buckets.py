@@ -234,6 +234,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def files_below(path: Path) -> dict[str, dict[str, Any]]:
+    """All files below a directory in a bucket, by their path within it: size, md5Hash..."""
+    return cast(BucketPath, path).details()
+
+
 def remove_tree(path: Path) -> None:
     """Deletes a directory, if it is there."""
     if isinstance(path, BucketPath):
@@ -260,6 +265,11 @@ def temporary_directory(stands_for: Path) -> Path:
     made = tempfile.mkdtemp(prefix="e1jax-")
     _temporary[made] = stands_for
     return Path(made)
+
+
+def keep_temporary(directory: Path) -> None:
+    """Leaves a directory of `temporary_directory` to the user, who is told its name."""
+    _temporary.pop(str(directory))
 
 
 def as_named(text: str) -> str:

@@ -60,7 +60,9 @@ def load_config_and_flags(
         "--config", action="config", help="YAML file with these settings; required"
     )
     parser.add_argument(
-        "--run-dir", help="directory of the run (default: runs/NAME-OF-THE-YAML-FILE)"
+        "--run-dir",
+        help="directory of the run, which may be in a bucket, gs://BUCKET/PATH (default: "
+        "runs/NAME-OF-THE-YAML-FILE)",
     )
     parser.add_class_arguments(flags)
     parser.add_class_arguments(cls)
@@ -72,15 +74,10 @@ def load_config_and_flags(
         raise UserError(_sentence(error, (cls, flags), argv)) from None
     except OverflowError:
         raise UserError(f"{_beyond_floats(argv)} must be a smaller number") from None
-    run_dir = str(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
-    if "://" in run_dir:  # a Path would make a directory here of it
-        raise UserError(
-            f"--run-dir {run_dir} is not a path; mount the bucket (docs/tpu.md says "
-            "how) and give the path where it is mounted"
-        )
+    run_dir = open_path(parsed.run_dir or Path("runs") / Path(parsed.config[0]).stem)
     config = cls(**{name: parsed[name] for name in _types(cls)})
     others = flags(**{name: parsed[name] for name in _types(flags)})
-    return config, Path(run_dir), others
+    return config, run_dir, others
 
 
 def record_config(config: Any, run_dir: Path) -> None:

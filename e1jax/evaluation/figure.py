@@ -9,6 +9,7 @@ from typing import Any
 
 from e1jax.cli.locks import owning
 from e1jax.cli.outputs import replace_file, writing_output
+from e1jax.config.buckets import in_bucket
 from e1jax.evaluation.results import Row
 
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
@@ -65,6 +66,7 @@ def draw_figure(curves: Sequence[tuple[str, Sequence[Row]]], path: Path) -> None
     axes.legend(handles=handles, frameon=False, fontsize="small")
     drawn = io.BytesIO()
     page.savefig(drawn, format=path.suffix.removeprefix("."), dpi=150)
-    path = Path(os.path.realpath(path))
+    if not in_bucket(path):
+        path = Path(os.path.realpath(path))
     with writing_output(path), owning(path):
         replace_file(path, drawn.getvalue())

@@ -7,7 +7,8 @@ from pathlib import Path
 import huggingface_hub
 
 from e1jax.checkpoint.huggingface import read_config
-from e1jax.checkpoint.load import find_model
+from e1jax.checkpoint.load import resolve
+from e1jax.checkpoint.runs import find_params
 from e1jax.cli.files import read_json
 from e1jax.config.checks import UserError, shown
 from e1jax.config.model import ModelConfig
@@ -75,4 +76,6 @@ def model_sizes(name: str) -> ModelConfig:
                 "directory with its config.json as --model"
             ) from None
         return ModelConfig.from_hf(read_json(Path(file)), name)
-    return read_config(find_model(name).directory)
+    path = resolve(name)  # and no more: of a bucket, the weights would be copied
+    saved = find_params(path)
+    return read_config(saved[1] if saved else path)

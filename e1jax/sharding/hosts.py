@@ -243,14 +243,17 @@ def allgather_texts(text: str) -> list[str]:
 
 
 def call_in_first(do: Callable[[], None]) -> None:
-    """Calls a function in the first process, while the others wait. A UserError that it
-    raises is raised in all of them."""
+    """Calls a function in the first process, while the others wait. An error that is the
+    user's is raised in all of them, as a UserError."""
     problem = ""
     if is_first():
         try:
             do()
-        except UserError as error:
-            problem = str(error)
+        except (UserError, OSError) as error:
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            problem = sentence
     problem, *_ = allgather_texts(problem)
     if problem:
         raise UserError(problem)

@@ -19,6 +19,7 @@ from e1jax.cli.command import stop_signals
 from e1jax.cli.files import read_json
 from e1jax.cli.locks import owning
 from e1jax.cli.outputs import digest
+from e1jax.config.buckets import in_bucket, temporary_directory, write_whole
 from e1jax.config.checks import UserError, writing
 from e1jax.config.load import flatten
 from e1jax.config.training import GRPOConfig, SFTConfig
@@ -30,7 +31,7 @@ from e1jax.sharding.hosts import (
     is_first,
 )
 from e1jax.sharding.runtime import COMPILER_OPTIONS
-from e1jax.tokenizer import BUDGET_TEXT_KEY, INSTRUCTION_KEY
+from e1jax.tokenizer import BUDGET_TEXT_KEY, INSTRUCTION_KEY, upload_model
 
 if TYPE_CHECKING:
     import grain
@@ -60,7 +61,7 @@ def record_origin(origin: Mapping[str, Any], run_dir: Path) -> None:
 
     A run that lacks one, as those begun by e1jax 0.1 do, gets it now.
     """
-    path, new = run_dir / "origin.json", run_dir / "origin.json.new"
+    path = run_dir / "origin.json"
     then = read_json(path) if path.exists() else {}
     changes = [
         f"{name} ({then[name]!r} there, {value!r} now)"
@@ -74,8 +75,7 @@ def record_origin(origin: Mapping[str, Any], run_dir: Path) -> None:
         )
     if {**then, **origin} != then:
         with writing(run_dir):
-            new.write_text(json.dumps({**then, **origin}, indent=2) + "\n")
-            new.replace(path)
+            write_whole(path, json.dumps({**then, **origin}, indent=2) + "\n")
 
 
 def check_processes(
@@ -102,16 +102,18 @@ def write_model_files(
     instruction: str,
     budget_text: str | None,
     write_tokenizer: Callable[[Path], Any],
-) -> None:
+) -> Path:
     """Makes a run directory a model: writes `config.json` and the tokenizer files.
 
     `config` is in the format of Hugging Face. The instruction that prompts end with, and
     the text that states their budgets, if any does, are recorded with the tokenizer,
-    beside the chat template, so that they go wherever the model is converted to.
+    beside the chat template, so that they go wherever the model is converted to. Gives the
+    local directory of the files, which is `run_dir` unless that is in a bucket.
     """
+    local = temporary_directory(run_dir) if in_bucket(run_dir) else run_dir
     with writing(run_dir):
-        write_tokenizer(run_dir)
-        tokenizer = read_json(run_dir / "tokenizer_config.json")
+        write_tokenizer(local)
+        tokenizer = read_json(local / "tokenizer_config.json")
         tokenizer |= {INSTRUCTION_KEY: instruction, BUDGET_TEXT_KEY: budget_text}
         if budget_text is None:
             del tokenizer[BUDGET_TEXT_KEY]
@@ -120,9 +122,10 @@ def write_model_files(
             ("config.json", config),
         ):
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
-            new = run_dir / f"{name}.new"
-            new.write_text(text, encoding="utf-8")
-            new.replace(run_dir / name)  # atomic, wherever the run is killed
+            write_whole(local / name, text)
+        if in_bucket(run_dir):
+            upload_model(local, run_dir)
+    return local
 
 
 def restore_or_init(
@@ -201,6 +204,7 @@ class Run:
         `data` is the position in the data from which the next step goes on.
         """
         self.log.flush(metrics)
+        self.log.push()  # first, so that no step that is resumed from lacks its line
         record = {"seed": self.config.seed, "data": data, "metrics": metrics}
         self.checkpoints.save(self.step, params, state, record)
         self.saved = self.step
