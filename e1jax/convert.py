@@ -321,9 +321,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser(
         "from-hf", help="Hugging Face files to an e1jax checkpoint"
     )
-    command.add_argument("src", metavar="SRC", help="hub id or directory")
     command.add_argument(
-        "dst", metavar="DST", type=parse_path, help="new directory to write"
+        "src", metavar="SRC", help="hub id, or directory, local or gs://"
+    )
+    command.add_argument(
+        "dst",
+        metavar="DST",
+        type=parse_path,
+        help="new directory to write, local or gs://",
     )
     command.add_argument(
         "--dtype",
@@ -345,7 +350,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="e1jax checkpoint, run directory (its best step) or RUN_DIR/STEP",
     )
     command.add_argument(
-        "dst", metavar="DST", type=parse_path, help="new directory to write"
+        "dst",
+        metavar="DST",
+        type=parse_path,
+        help="new directory to write, local or gs://",
     )
     command = commands.add_parser("inspect", help="show what a model directory holds")
     command.add_argument("src", metavar="DIR", help="model directory of any kind")

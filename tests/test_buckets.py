@@ -1,7 +1,6 @@
 """Everything in a bucket: an emulator of Google Cloud Storage in a process beside."""
 
 import copy
-import importlib.util
 import json
 import os
 import random
@@ -30,10 +29,8 @@ from e1jax.config.checks import UserError
 from e1jax.config.load import load_config
 from e1jax.config.training import GRPOConfig
 
-pytestmark = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("gcsfs", "gcp_storage_emulator"))),
-    reason="needs gcsfs and gcp-storage-emulator",
-)
+gcsfs = pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
 
 EMULATOR = str(Path(__file__).parent / "bucket_emulator.py")
 
@@ -187,6 +184,28 @@ def test_models_of_all_kinds_are_read_from_a_bucket(
         assert completions(monkeypatch, capsys, bucket / name) == expected
     assert call(monkeypatch, convert, "inspect", bucket / "ours") == 0
     assert f"{bucket}/ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Name or service not known"), "service not known"),
+        (OSError("Forbidden: b/bucket\nAnonymous caller"), "application-default login"),
+        (RuntimeError("cannot be"), "RuntimeError: cannot be"),
+    ],
+)
+def test_an_error_of_the_service_is_no_missing_file(error, words, monkeypatch, refusal):
+    async def fail(*args, **options):
+        raise error
+
+    assert not open_path("gs://bucket/x").exists()
+    monkeypatch.setattr(gcsfs.core.GCSFileSystem, "_call", fail)
+    for path in (open_path("gs://bucket/x"), open_path("gs://bucket")):
+        for ask in (path.exists, path.is_dir, path.is_file, path.read_bytes):
+            with pytest.raises(OSError) as raised:
+                ask()
+            assert words in raised.value.strerror
+    assert words in refusal(sample.main, ["sample", "--model", "gs://bucket/x", "?"])
 
 
 def test_a_model_that_is_not_there_is_one_sentence(bucket, refusal):

@@ -55,7 +55,8 @@ class EngineFlags(QuantizeFlags):
     """Flags of every command that samples."""
 
     model: str = flag("MODEL")
-    """Hub id, Hugging Face or e1jax directory, run directory, nano or nano-e1."""
+    """Hub id, Hugging Face or e1jax directory, run directory (each directory also as
+    gs://BUCKET/PATH), nano or nano-e1."""
     mesh: str | None = flag("data=1,tensor=4", None)
     """Device mesh: rows over data, heads over tensor (default: all devices, as many on
     tensor as the model's heads allow)."""

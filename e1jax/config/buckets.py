@@ -11,6 +11,7 @@ import errno
 import fnmatch
 import functools
 import io
+import logging
 import os
 import re
 import shutil
@@ -75,6 +76,9 @@ def _file_system() -> Any:
             f"{error.name} is missing, by which {SCHEME} is read and written; install "
             "it: pip install 'e1jax[gcs]'"
         ) from None
+    # Their errors are raised, and told in one sentence.
+    for name in ("gcsfs", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Other processes, and tensorstore in this one, write there too. Orbax, which makes a
     # file system of its own, has the same setting by this.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
@@ -101,6 +105,8 @@ def _os_error(error: Exception, path: str) -> OSError:
     text = shortened(" ".join(f"{type(error).__name__}: {error}".split()), 300)
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, "no such object or bucket", path)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # of the local disk
+        return error
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     if re.search(_DENIED, text, re.IGNORECASE):
@@ -126,16 +132,22 @@ class BucketPath(PurePosixPath):
     resolve = expanduser = absolute
 
     @_explained
+    def _type(self) -> str | None:
+        """Either "file" or "directory"; None if it is not there. Not fsspec's isfile and
+        isdir: to them, a bucket that cannot be reached is empty."""
+        try:
+            return _file_system().info(str(self))["type"]
+        except FileNotFoundError:
+            return None
+
     def exists(self) -> bool:
-        return _file_system().exists(str(self))
+        return self._type() is not None
 
-    @_explained
     def is_dir(self) -> bool:
-        return _file_system().isdir(str(self))
+        return self._type() == "directory"
 
-    @_explained
     def is_file(self) -> bool:
-        return _file_system().isfile(str(self))
+        return self._type() == "file"
 
     @_explained
     def details(self) -> dict[str, dict[str, Any]]:
