@@ -405,7 +405,7 @@ def test_one_writer_at_a_time(bucket, monkeypatch, capsys):
     capsys.readouterr()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    here = {"host": socket.gethostname(), "pid": gone.pid, "id": "x", "renewed": 7}
+    here = {"host": leases._host(), "pid": gone.pid, "id": "x", "renewed": 7}
     for left in (here, here | {"host": "elsewhere"}, {"pid": "?"}):
         lock.write_text(json.dumps(left))
         with owning(bucket, inside=True):

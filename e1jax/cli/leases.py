@@ -34,7 +34,7 @@ def leasing(path: BucketPath, target: Path) -> Iterator[None]:
 
     Raises UserError if another process owns it, OSError if the bucket cannot be written.
     """
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+    owner = {"host": _host(), "pid": os.getpid(), "id": uuid.uuid4().hex}
     _take(path, target, owner)
     _held.add(owner["id"])
     ended = threading.Event()
@@ -61,7 +61,9 @@ def _take(path: BucketPath, target: Path, owner: dict) -> None:
     if found is not None and not _is_gone(_owner(found)):
         if _owner(found).get("id") in _held or _is_renewed(path, target, found):
             raise busy
-        found = _read(path)  # it may have been released meanwhile
+        watched, found = found, _read(path)
+        if found not in (None, watched):  # taken by another process meanwhile
+            raise busy
     content = _content(owner, 0)
     if found is None:
         try:
@@ -92,10 +94,18 @@ def _is_renewed(path: BucketPath, target: Path, found: bytes) -> bool:
     return False
 
 
+def _host() -> str:
+    """Where numbers of processes mean the same: this host or, on it, this container."""
+    space = ""
+    with contextlib.suppress(OSError):
+        space = os.readlink("/proc/self/ns/pid")
+    return f"{socket.gethostname()} {space}".strip()
+
+
 def _is_gone(owner: dict) -> bool:
     """Whether the owner was a process of this host that has ended."""
     pid = owner.get("pid")
-    if owner.get("host") != socket.gethostname() or type(pid) is not int:
+    if owner.get("host") != _host() or type(pid) is not int:
         return False
     if pid == os.getpid():  # of an earlier process, or else this one holds it
         return owner.get("id") not in _held
