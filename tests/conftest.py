@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -29,6 +30,17 @@ torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 # Seconds to wait for another process: only one that hangs reaches them, however loaded
 # the machine is.
 PATIENCE = 600
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose marker names a backend that is not here; see pyproject.toml."""
+    for backend in ("cpu", "gpu"):
+        if item.get_closest_marker(backend) and jax.default_backend() != backend:
+            pytest.skip(
+                f"needs a {backend.upper()}, and JAX has {jax.default_backend()}"
+            )
+    if item.get_closest_marker("libtpu") and not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu")
 
 
 def several_devices(count: int) -> str:

@@ -140,6 +140,7 @@ def test_gradients_keep_all_digits_of_float32_where_products_would_not():
     assert products >= 6 and text.count("Precision.HIGHEST") == 2 * products
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("length", [5, 128, 700])
 def test_splash_attention(length):
     """On a mesh and inside a shard_map over `data`."""
@@ -157,6 +158,7 @@ def test_splash_attention(length):
     check(inside, given, exact, 2e-2)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("shards, rows", [(3, 2), (8, 1)])
 def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
     """Where every position goes is stated here by a loop over positions. By the XLA

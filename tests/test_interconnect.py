@@ -1,7 +1,6 @@
 """The floor of the interconnect, against bytes counted on every link of a torus."""
 
 import collections
-import importlib.util
 import itertools
 import json
 import os
@@ -332,7 +331,7 @@ print(json.dumps([[c.opcode, c.times, c.payload, torus.seconds(c)] for c in coun
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.libtpu
 def test_collectives_of_a_compiled_program():
     """On four lines of four chips without a ring, links of 50 GB/s each way."""
     done = subprocess.run(

@@ -99,7 +99,7 @@ def difference(ours: np.ndarray, reference: np.ndarray) -> float:
 @pytest.mark.parametrize("start", [0, 32767 - 12])
 def test_logits_are_those_of_hugging_face(tiny_hf, shape, start):
     path = tiny_hf(**shape)
-    loaded = load_model(str(path))
+    loaded = load_model(str(path), dtype="float32")
     inputs = tokens_and_positions(loaded.config, start=start)
     reference = torch_logits(path, *inputs)
     assert reference.std() > 0.1 * np.abs(reference).max()  # not flat
@@ -245,7 +245,7 @@ def test_rope(tiny_hf, theta, head_dim):
 def test_prefill_and_decode_are_one_forward(tiny_hf, splits, monkeypatch):
     """Whatever the pieces, also where they start or end at an edge of a block of 4."""
     set_everywhere(monkeypatch, "BLOCK_LEN", 4)
-    loaded = load_model(str(tiny_hf()))
+    loaded = load_model(str(tiny_hf()), dtype="float32")
     tokens, positions = tokens_and_positions(loaded.config)
     hidden, _ = forward(loaded.config, loaded.read_params(), tokens, positions)
     cache = init_cache(loaded.config, 3, 20, jnp.float32)
@@ -264,7 +264,7 @@ def test_prefill_and_decode_are_one_forward(tiny_hf, splits, monkeypatch):
 def test_rows_of_different_lengths_do_not_see_each_other(tiny_hf, monkeypatch):
     """A row is the same to the bit, however far the others are."""
     set_everywhere(monkeypatch, "BLOCK_LEN", 4)
-    loaded = load_model(str(tiny_hf()))
+    loaded = load_model(str(tiny_hf()), dtype="float32")
     tokens, positions = tokens_and_positions(loaded.config, rows=2)
 
     def last(second_row_at: int):
@@ -277,7 +277,7 @@ def test_rows_of_different_lengths_do_not_see_each_other(tiny_hf, monkeypatch):
 
 
 def test_later_tokens_change_nothing_before_them(tiny_hf):
-    loaded = load_model(str(tiny_hf()))
+    loaded = load_model(str(tiny_hf()), dtype="float32")
     tokens, positions = tokens_and_positions(loaded.config)
     changed = tokens.at[:, 6:].set((tokens[:, 6:] + 1) % loaded.config.vocab_size)
     before = our_logits(loaded, tokens, positions)
@@ -304,7 +304,7 @@ def test_causal_attention_and_its_gradients_are_those_of_torch(length):
 
 
 def test_remat_changes_no_value_and_no_gradient(tiny_hf):
-    loaded = load_model(str(tiny_hf()))
+    loaded = load_model(str(tiny_hf()), dtype="float32")
     tokens, positions = tokens_and_positions(loaded.config)
 
     def loss(params, remat):
