@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
+from conftest import set_everywhere, several_devices
 from jax.sharding import AxisType, Mesh
 
 from e1jax import Engine, SamplingParams
@@ -21,7 +21,7 @@ from e1jax.nn.cache import sequence_shards
 from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, num_splits
 from e1jax.nn.quantize import LANES, quantize_kv
 from e1jax.nn.scores import BLOCK_LEN
-from e1jax.sampling.decode import decode
+from e1jax.sampling.decode import decode, layers_apart
 from e1jax.sharding.mesh import sharding
 
 LAYERS = 3
@@ -144,6 +144,26 @@ def test_triton_takes_the_kernel(dtype):
     traced = jax.jit(gpu_decode_attention).trace(q, cache, cache, layer, at, scales=scales)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gpu_decode_attention" in text and "triton" in text
+
+
+@pytest.mark.parametrize(
+    ("free", "apart"), [(None, True), (2**30 + 500_000, True), (2**30, False)]
+)
+def test_layers_are_copied_apart_on_gpus_where_they_fit(
+    free, apart, tiny_hf, monkeypatch
+):
+    loaded = load_model(str(tiny_hf()), "data=1,tensor=1")
+    params = loaded.read_params()
+    set_everywhere(monkeypatch, "on_cpu", lambda mesh: False, within="e1jax.sampling")
+    set_everywhere(monkeypatch, "on_gpu", lambda mesh: True, within="e1jax.sampling")
+    set_everywhere(monkeypatch, "free_bytes", lambda mesh: free)
+    ours = layers_apart(params, loaded.mesh)
+    assert isinstance(ours["layers"], list) == apart
+    for layer, weights in enumerate(ours["layers"] if apart else []):
+        jax.tree.map(
+            lambda x, stack, i=layer: np.testing.assert_array_equal(x, stack[i]),
+            *(weights, params["layers"]),
+        )
 
 
 @pytest.mark.slow

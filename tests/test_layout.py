@@ -16,7 +16,7 @@ FLOORS = {
     "config": "checks texts architectures model sampling training load",
     "cli": "command flags files locks outputs",
     "sharding": "mesh fsdp runtime hosts",
-    "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
+    "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.gpu_flash kernels.decode_heads "
     "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model",
     "processes": "",
     "chat_template": "",

@@ -225,6 +225,10 @@ def make_update(
         # So that gradients are of float32, whatever the parameters are.
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         zeros = jax.tree.map(jnp.zeros_like, params)
+        if len(weights) == 1:  # XLA goes through a loop of one step twice (0.10.2)
+            only = jax.tree.map(lambda x: x[0], (batch, weights))
+            grads, metrics = add(zeros, only)
+            return grads, sum_over_data(metrics)
         grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
@@ -336,6 +340,8 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
             )
             return logprobs
 
+        if len(batch.tokens) == 1:  # see make_update
+            return of_one(jax.tree.map(lambda x: x[0], batch))[None]
         return jax.lax.map(of_one, batch)
 
     rows = PartitionSpec(None, "data")

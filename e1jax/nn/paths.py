@@ -26,6 +26,7 @@ from e1jax.nn.heads import Vectors, add_biases, join_heads, make_heads
 from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
 from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads, takes_heads
 from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, takes_gpu_decode
+from e1jax.nn.kernels.gpu_flash import gpu_flash_attention, takes_gpu_flash
 from e1jax.nn.kernels.splash import splash_attention, takes_splash
 from e1jax.nn.kernels.top_p import last_ranks, last_ranks_on_tpu
 from e1jax.nn.norm import rms_normalise
@@ -108,6 +109,8 @@ def choose_path(
     causal = causal_attention
     if mesh is not None and takes_splash(mesh, dtype, config.head_dim):
         causal = functools.partial(splash_attention, mesh=mesh)
+    elif mesh is not None and takes_gpu_flash(mesh, dtype, config.head_dim):
+        causal = functools.partial(gpu_flash_attention, mesh=mesh)
     if shared is not None:
         prepare, attend = _with_shared_prompts(heads, rope, shared, causal)
         return Path(operations, _as_it_is, prepare, attend)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e1jax.config.model import ModelConfig
 from e1jax.nn.cache import (
@@ -23,7 +23,8 @@ from e1jax.nn.cache import (
     prompt_of_shards,
     prompt_shards,
 )
-from e1jax.nn.cpu import as_bits
+from e1jax.nn.cpu import as_bits, unstack
+from e1jax.nn.kernels.gpu_flash import takes_gpu_flash
 from e1jax.nn.kernels.splash import takes_splash
 from e1jax.nn.model import compute_dtype, forward, unembed
 from e1jax.nn.quantize import LANES, Params
@@ -49,8 +50,8 @@ from e1jax.sampling.draw import (
     token_logprobs,
 )
 from e1jax.sampling.request import Request
-from e1jax.sharding.mesh import on_cpu, replicated, sharding
-from e1jax.sharding.runtime import COMPILER_OPTIONS
+from e1jax.sharding.mesh import on_cpu, on_gpu, replicated, sharding
+from e1jax.sharding.runtime import COMPILER_OPTIONS, free_bytes
 
 CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 
@@ -62,6 +63,9 @@ _SHORTEST_BUCKET = 16
 
 
 SHORTEST_FORCED = 8  # forced tokens that a row has room for at least
+
+
+_SPARE_BYTES = 2**30  # on a device, for the temporaries of a step
 
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -99,6 +103,46 @@ def prepare(params: Params, kv_dtype: str | None, mesh: Mesh) -> tuple[Params, A
     return params, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
 
 
+def layers_apart(params: Params, mesh: Mesh) -> Params:
+    """Parameters as `decode` takes them: with a list of layers in place of the stack, where
+    XLA copies the weights of a layer that it takes from a stack, at every step.
+
+    On a CPU, where it is alone, the layers are views of the stack; on GPUs they are copies,
+    if there is room for them beside it and the cache.
+    """
+    if on_cpu(mesh) and mesh.size == 1:
+        return unstack(params)
+    if on_gpu(mesh) and _fits_again(params["layers"], mesh):
+        return params | {"layers": _copied_apart(params["layers"])}
+    return params
+
+
+def _fits_again(layers: Any, mesh: Mesh) -> bool:
+    """Whether each device has room for a copy of its part of the layers."""
+    free = free_bytes(mesh)
+    if free is None:
+        return True
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(layers)
+    ]
+    return sum(sizes) + _SPARE_BYTES <= free
+
+
+def _copied_apart(layers: Any) -> list[Any]:
+    """The layers of stacks, each sharded as its stack is."""
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:])),
+        layers,
+    )
+    count = len(jax.tree.leaves(layers)[0])
+
+    def apart(layers):
+        return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+
+    return jax.jit(apart, out_shardings=[shardings] * count)(layers)
+
+
 _jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
@@ -121,7 +165,8 @@ def prefill(
     dtype = compute_dtype(params)
     empty = init_cache(config, 1, bucket, kv_dtype or dtype)
     cache = cache_on_mesh(mesh, empty)
-    at_once = takes_splash(mesh, dtype, config.head_dim)
+    takes = mesh, dtype, config.head_dim
+    at_once = takes_splash(*takes) or takes_gpu_flash(*takes)
     piece = bucket if at_once else math.gcd(bucket, PREFILL_LEN)
     step = _prefill_step(config, mesh, params, tokens, piece, from_start=at_once)
     return jax.lax.fori_loop(0, -(-length // piece), step, cache)

@@ -31,7 +31,6 @@ from e1jax.config.checks import UserError, check_choice, check_integer
 from e1jax.config.model import KV_DTYPES, ModelConfig
 from e1jax.config.sampling import SamplingParams
 from e1jax.nn.cache import KVCache, whole_slots
-from e1jax.nn.cpu import unstack
 from e1jax.nn.quantize import Params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import DONE, BudgetState, TokenIds
@@ -47,6 +46,7 @@ from e1jax.sampling.decode import (
     empty_prefix,
     empty_rows,
     extend,
+    layers_apart,
     new_cache,
     next_power,
     prefill,
@@ -60,7 +60,7 @@ from e1jax.sampling.decode import (
 )
 from e1jax.sampling.request import Prompt, Request, encode_prompt, make_request
 from e1jax.sampling.scheduler import Scheduler, Waiting
-from e1jax.sharding.mesh import on_cpu, replicated
+from e1jax.sharding.mesh import replicated
 from e1jax.sharding.runtime import enough_memory
 from e1jax.tokenizer import Tokenizer
 
@@ -432,11 +432,9 @@ class Engine:
             return
         assert self.params is not None, "assign Engine.params before sampling"
         weights, kv_dtype = prepare(self.params, self.kv_dtype, self.mesh)
-        # XLA on a CPU copies the weights of a layer that it takes from a stack. A longer
-        # prompt does not feel that, and would wait for a program per layer and bucket.
-        alone = on_cpu(self.mesh) and self.mesh.size == 1
-        self._weights = weights, unstack(weights) if alone else weights
         self._cache = self._cache or self._new_cache(kv_dtype)
+        # A longer prompt would wait for a program with all layers for each bucket.
+        self._weights = weights, layers_apart(weights, self.mesh)
         rows = empty_rows(self.slots, SHORTEST_FORCED)
         first_tokens = [held[0] if held else 0 for held in self._scheduler.held]
         rows = rows._replace(first_token=np.array(first_tokens, np.int32))

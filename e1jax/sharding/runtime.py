@@ -98,6 +98,14 @@ def _drop_damaged(path: Path) -> None:
     warnings.showwarning = note
 
 
+def free_bytes(mesh: Mesh) -> int | None:
+    """Memory that is free on the fullest of this process's devices of the mesh; None
+    where devices do not say."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    known = [s for s in stats if s and "bytes_limit" in s]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in known), default=None)
+
+
 @contextlib.contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
     """Turns an error of devices without room for `what` into one sentence, with `advice`."""
