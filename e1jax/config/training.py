@@ -128,7 +128,7 @@ Budgets = int | None | tuple[int | None, ...]
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled for training: under one pair of budgets for all, or one
-    that is drawn for each prompt."""
+    that is drawn for each prompt, or each thought cut at several budgets."""
 
     prompts: int = 128
     """Prompts in a step."""
@@ -139,6 +139,11 @@ class RolloutConfig:
     [8, 16, null], one is drawn for each prompt of a step."""
     solution_budget: Budgets = 1024
     """Tokens sampled after </think>; null: unlimited; a list as for thinking_budget."""
+    cuts: tuple[int, ...] = ()
+    """Instead of thinking_budget, like [8, 16, 32]: a thought is sampled to the last of
+    these budgets and answered from each, after a forced </think>."""
+    solutions_per_cut: int = 4
+    """Solutions sampled at each cut of a thought; only with cuts."""
     drop_equal_groups: bool = False
     """Whether a step draws prompts until it has as many as it needs whose responses have
     unequal rewards, the only ones that teach something; ten times as many at most."""
@@ -163,6 +168,8 @@ class RolloutConfig:
             for budget in budgets:
                 if budget is not None:
                     check_integer(name, budget, 0, UNLIMITED - 1)
+        if self.cuts:
+            self._check_cuts()
         check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
         check_integer("slots", self.slots, 1)
         if self.cache_len is not None:
@@ -172,10 +179,44 @@ class RolloutConfig:
                 "a rollout without a budget needs rollout.cache_len, which then ends it"
             )
 
+    def _check_cuts(self) -> None:
+        """The rules of `cuts`, which are not empty."""
+        for cut in self.cuts:
+            check_integer("cuts", cut, 1, UNLIMITED - 1)
+        for cut, following in itertools.pairwise(self.cuts):
+            if following <= cut:
+                raise UserError(
+                    f"cuts must rise, and {following} comes after {cut}; sort them"
+                )
+        check_integer("solutions_per_cut", self.solutions_per_cut, 2)
+        default = type(self).thinking_budget
+        if self.thinking_budget != default:
+            raise UserError(
+                f"rollout.cuts are the thinking budgets, and rollout.thinking_budget="
+                f"{shown(self.thinking_budget)} is set too; leave one of them out"
+            )
+        if not isinstance(self.solution_budget, int) or self.solution_budget < 1:
+            raise UserError(
+                "rollout.cuts need one rollout.solution_budget of 1 or more, not "
+                f"{shown(self.solution_budget)}"
+            )
+
     @property
     def thinking_budgets(self) -> tuple[int | None, ...]:
-        """The budgets that one is drawn from; one alone is fixed."""
-        return _as_tuple(self.thinking_budget)
+        """The budgets that one is drawn from, or that a thought is cut at; one alone is
+        fixed."""
+        return tuple(self.cuts) or _as_tuple(self.thinking_budget)
+
+    @property
+    def solutions(self) -> int:
+        """Solutions to each thought that is cut; 0 without cuts."""
+        return len(self.cuts) * self.solutions_per_cut
+
+    @property
+    def responses(self) -> int:
+        """Responses to a prompt; each thought that is cut is one, and each of its
+        solutions."""
+        return self.samples * (1 + self.solutions)
 
     @property
     def solution_budgets(self) -> tuple[int | None, ...]:
@@ -184,7 +225,7 @@ class RolloutConfig:
 
     @property
     def pairs(self) -> list[tuple[int | None, int | None]]:
-        """All pairs that can be drawn."""
+        """All pairs that responses can have."""
         return list(itertools.product(self.thinking_budgets, self.solution_budgets))
 
     @property
@@ -399,14 +440,16 @@ class GRPOConfig:
         check_integer("steps", self.steps, 1)
         check_integer("seed", self.seed, 0, 2**32 - 1)
         rollout, update = self.rollout, self.update
+        if rollout.cuts:
+            _check_loss_of_cuts(self.loss)
         _check_divides(
             ("rollout.prompts", rollout.prompts),
             ("update.minibatch_prompts", update.minibatch_prompts),
         )
         _check_divides(
             (
-                "update.minibatch_prompts x rollout.samples",
-                update.minibatch_prompts * rollout.samples,
+                _RESPONSES_OF_CUTS if rollout.cuts else _RESPONSES,
+                update.minibatch_prompts * rollout.responses,
             ),
             ("update.microbatch", update.microbatch),
         )
@@ -416,6 +459,31 @@ class GRPOConfig:
         """Optimizer updates by the responses of a step."""
         minibatches = self.rollout.prompts // self.update.minibatch_prompts
         return minibatches * self.update.epochs
+
+
+_RESPONSES = "update.minibatch_prompts x rollout.samples"
+
+
+_RESPONSES_OF_CUTS = f"{_RESPONSES} x (1 + cuts x solutions_per_cut)"
+
+
+def _check_loss_of_cuts(loss: LossConfig) -> None:
+    """Refuses what has no meaning for thinking whose parts have advantages of their own."""
+    if loss.scale_rewards:
+        raise UserError(
+            "rollout.cuts compare the returns of different budgets, which have no common "
+            "standard deviation; set loss.scale_rewards: false"
+        )
+    if loss.clip == "gspo":
+        raise UserError(
+            "loss.clip=gspo has one ratio for a response, and with rollout.cuts the parts "
+            "of a thought have different advantages; take ppo, cispo or none"
+        )
+    if loss.train_on_forced:
+        raise UserError(
+            "loss.train_on_forced=true would train on the </think> of rollout.cuts, which "
+            "no thought holds; leave it false"
+        )
 
 
 def _check_divides(whole: tuple[str, int], part: tuple[str, int]) -> None:

@@ -84,7 +84,7 @@ class Learner:
             longest_response=longest[1],
         )
         self.logprobs = make_logprobs(
-            loaded.config, self.dtype, shardings[0], config.rollout.samples
+            loaded.config, self.dtype, shardings[0], 1 if config.rollout.cuts else config.rollout.samples
         )
         self.params: Params = {}
         self.state: Any = None
@@ -279,7 +279,7 @@ def grpo_loss(
         remat=config.update.remat,
         gather_params=gather_params,
         entropy_grad=loss.entropy_coef > 0,
-        samples=config.rollout.samples,
+        samples=1 if config.rollout.cuts else config.rollout.samples,
     )
     own = jax.lax.stop_gradient(logprobs)
     value, metrics = configured_loss(

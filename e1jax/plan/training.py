@@ -126,7 +126,7 @@ def abstract_learner(
     learner = Learner(config, loaded, longest)
     length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
-    num_micro = update.minibatch_prompts * rollout.samples // update.microbatch
+    num_micro = update.minibatch_prompts * rollout.responses // update.microbatch
 
     def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
         shape = (num_micro, update.microbatch, *shape)
@@ -136,7 +136,7 @@ def abstract_learner(
     batch = Batch(
         tokens=array(jnp.int32, length),
         prompt_len=array(jnp.int32),
-        advantages=array(jnp.float32),
+        advantages=array(jnp.float32, *([response_len] if rollout.cuts else [])),
         loss_mask=array(jnp.bool_, response_len),
         old_logprobs=values,
         ref_logprobs=values if config.loss.kl_coef else None,
@@ -290,7 +290,7 @@ def update_flops(learner: Learner) -> float:
     per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
     head = sizes.hidden_size * sizes.vocab_size
     prompt_len, response_len = learner.longest
-    rows = config.update.minibatch_prompts * config.rollout.samples
+    rows = config.update.minibatch_prompts * config.rollout.responses
     tokens = prompt_len + response_len
     return 6.0 * rows * (tokens * per_token + response_len * head)
 
