@@ -120,8 +120,11 @@ def cut_response(
     return dataclasses.replace(
         solution,
         prompt_ids=thought.prompt_ids,
-        token_ids=[*thought.token_ids[:seen], thought.token_ids[-1]]
-        + solution.token_ids,
+        token_ids=[
+            *thought.token_ids[:seen],
+            thought.token_ids[-1],
+            *solution.token_ids,
+        ],
         logprobs=[
             *thought.logprobs[:seen],
             thought.logprobs[-1] if is_last else math.nan,
@@ -177,7 +180,9 @@ def thinking_advantages(rewards: np.ndarray) -> np.ndarray:
     (M - j) / M. V2 is the mean of R_j over the G thoughts.
     """
     num_cuts = rewards.shape[2]
-    rewards = rewards.astype(float) - rewards[:, :1, :1, :1]  # equal ones give exactly 0
+    rewards = (
+        rewards.astype(float) - rewards[:, :1, :1, :1]
+    )  # equal ones give exactly 0
     means = rewards.mean(axis=-1)
     returns = np.cumsum(means[..., ::-1], axis=-1)[..., ::-1] / num_cuts
     number = np.arange(num_cuts)
