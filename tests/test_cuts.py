@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import several_devices
-from test_engine import CONFIG, compiled_programs, make, params, tokenizer
+from test_engine import compiled_programs, make, params, tokenizer
 from test_train import DRIVER, assert_same_run, metrics, settings, start, workplace
 
 from e1jax import train
@@ -21,7 +21,6 @@ from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.training import RolloutConfig
 from e1jax.grpo.cuts import (
-    CutStream,
     cut_advantages,
     cut_requests,
     cut_response,
@@ -147,7 +146,7 @@ def test_a_thought_is_cut_unless_it_has_ended(workplace, ids, end, seen):
     requests = cut_requests(config, thought(ids, end), position=9, num_prompts=4)
     states = sorted(set(seen))
     assert [r.prompt_ids for r in requests] == [
-        [5, 6] + ids[:tokens] + [261] for tokens in states
+        [5, 6, *ids[:tokens], 261] for tokens in states
     ]
     assert [r.params.n for r in requests] == [2 * seen.count(s) for s in states]
     assert {(r.params.thinking_budget, r.params.solution_budget) for r in requests} == {
@@ -411,8 +410,10 @@ def test_eight_devices_train_as_one(workplace, tmp_path):
     train.train(settings(workplace, *flags), tmp_path / "one")
     tests = os.path.dirname(__file__)
     done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT, tests, str(workplace), str(tmp_path / "eight")]
-        + [*flags, "--mesh", "data=8,tensor=1"],
+        [
+            *(sys.executable, "-c", ON_EIGHT, tests, str(workplace)),
+            *(str(tmp_path / "eight"), *flags, "--mesh", "data=8,tensor=1"),
+        ],
         env={**os.environ, "XLA_FLAGS": several_devices(8), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
