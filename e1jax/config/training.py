@@ -133,7 +133,8 @@ class RolloutConfig:
     prompts: int = 128
     """Prompts in a step."""
     samples: int = 8
-    """Responses to each prompt, whose rewards are compared with each other."""
+    """Responses to each prompt, whose rewards are compared with each other; with cuts,
+    thoughts."""
     thinking_budget: Budgets = 1024
     """Tokens sampled before </think> is forced; null: unlimited. Of a list, like
     [8, 16, null], one is drawn for each prompt of a step."""
@@ -323,7 +324,8 @@ class UpdateConfig:
     minibatch_prompts: int = 64
     """Prompts in a mini-batch, all of their responses together; one update each."""
     microbatch: int = 8
-    """Responses that go through the model at a time, on all devices together."""
+    """Responses that go through the model at a time, on all devices together. With cuts,
+    each thought is one, and each of its solutions: take a multiple of these."""
     epochs: int = 1
     """Passes over the responses of a step."""
     remat: bool = True

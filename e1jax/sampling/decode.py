@@ -382,7 +382,8 @@ def _fill_row(rows: Rows, slot: int, request: Request, number: Any) -> None:
     forced_ids: Any = request.forced_ids
     temperature: Any = min(params.temperature, _MAX_FLOAT)
     # The most probable token survives any cut: greedy rows need none.
-    top_p, top_k = (params.top_p, params.top_k) if temperature else (1, 0)
+    top_p: Any = params.top_p if temperature else 1
+    top_k: Any = params.top_k if temperature else 0
     seed: Any = [params.seed & 0xFFFFFFFF, params.seed >> 32]
     num_forced: Any = len(forced_ids)
     padding = [0] * (rows.budget.forced_ids.shape[1] - num_forced)
