@@ -74,43 +74,55 @@ def shared_prompt_attention(
         thoughts = jnp.concatenate([before_responses(keys), keys[1]], axis=2)
         return jnp.repeat(thoughts, len(keys[2]) // len(thoughts), axis=0)
 
-    def attend(part, before, key_mask):
-        own_k, own_v = (
-            jnp.concatenate([before(keys), keys[part]], axis=2) for keys in (k, v)
-        )
-        own = jnp.ones((len(key_mask), q[part].shape[2]), bool)
-        key_mask = jnp.concatenate([key_mask, own], axis=1)
-        return causal_attention(q[part], own_k, own_v, key_mask)
+    def with_own(part, before):
+        return (jnp.concatenate([before(x), x[part]], axis=2) for x in (k, v))
 
-    def up_to(count, length):
-        return jnp.arange(length)[None] < count[:, None]
+    prompt_len = jnp.repeat(shared.prompt_len, shared.samples)
+    of_prompts = causal_attention(q[0], k[0], v[0])
+    keys, values = with_own(1, before_responses)
+    of_responses = causal_attention(q[1], keys, values, prompt_len=prompt_len)
+    if shared.seen is None:
+        return of_prompts, of_responses
+    keys, values = with_own(2, before_solutions)
+    prompt_len = jnp.repeat(prompt_len, len(shared.seen) // len(prompt_len))
+    key_mask = _visible_before(shared, prompt_len, keys.shape[2] - q[2].shape[2])
+    key_mask = jnp.pad(
+        key_mask, ((0, 0), (0, q[2].shape[2])), constant_values=True
+    )  # its own keys
+    return of_prompts, of_responses, _by_parts(q[2], keys, values, key_mask)
 
-    of_prompt = up_to(shared.prompt_len, shared.longest_prompt)
-    of_prompt = jnp.repeat(of_prompt, shared.samples, axis=0)
-    parts = [causal_attention(q[0], k[0], v[0]), attend(1, before_responses, of_prompt)]
-    if shared.seen is not None:
-        of_thought = up_to(shared.seen, q[1].shape[2])
-        of_prompt = jnp.repeat(of_prompt, len(of_thought) // len(of_prompt), axis=0)
-        visible = jnp.concatenate([of_prompt, of_thought], axis=1)
-        parts.append(attend(2, before_solutions, visible))
-    return tuple(parts)
+
+def _visible_before(
+    shared: SharedPrompts, prompt_len: Int[Array, " B"], length: int
+) -> Bool[Array, "B S"]:
+    """Which of the `length` keys of prompt and thought a solution sees."""
+    index = jnp.arange(length)[None]
+    in_thought = index - shared.longest_prompt
+    assert shared.seen is not None
+    seen = (in_thought >= 0) & (in_thought < shared.seen[:, None])
+    return (index < prompt_len[:, None]) | seen
 
 
 def causal_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    key_mask: Bool[Array, "B S"] | None = None,
+    prompt_len: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. The T queries belong to the last T keys. With `key_mask`, row b attends
-    only to keys where it is true. Up to
+    needs no mask. With `prompt_len`, the T queries belong to the last T keys; of the
+    S - T keys before them, row b attends only to the first prompt_len[b]. Up to
     MAX_PARTS parts of the queries are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
     """
+    key_mask = None
+    if prompt_len is not None:
+        index = jnp.arange(k.shape[2])[None]
+        before = k.shape[2] - q.shape[2]
+        key_mask = (index < prompt_len[:, None]) | (index >= before)
     return _by_parts(q, k, v, key_mask)
 
 
