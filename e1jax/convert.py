@@ -142,7 +142,8 @@ def to_hf(source: str, dst: Path) -> None:
                     )
                 note(sizes[name])
 
-            write_hf_weights(new, config, dtype, arrays, written)
+            with files.reading():
+                write_hf_weights(new, config, dtype, arrays, written)
         _copy_files(files.directory, new, str(dtype), config)
         _name_eos_ids(new / GENERATION, tokenizer)
 

@@ -191,7 +191,13 @@ def _evaluate(args: EvaluateFlags, problems: Sequence[Problem]) -> None:
     requests = [(i, b) for b in reversed(args.budgets) for i in range(len(problems))]
     keys = [[(problems[i].id, j, b) for j in range(params.n)] for i, b in requests]
     left = sum(key not in outcomes for samples in keys for key in samples)
-    loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
+    loaded = load_model(
+        args.model,
+        args.mesh,
+        args.dtype,
+        args.quantize,
+        state_budgets=not args.no_state_budgets,
+    )
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine.without_weights(
         loaded,

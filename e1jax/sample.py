@@ -127,7 +127,13 @@ def main() -> None:
     done = output.done if output else {}
     keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
-    loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
+    loaded = load_model(
+        args.model,
+        args.mesh,
+        args.dtype,
+        args.quantize,
+        state_budgets=not args.no_state_budgets,
+    )
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine.without_weights(
         loaded,

@@ -64,7 +64,13 @@ def main() -> None:
             f"{error.name} is missing; install what serving needs: "
             "pip install 'e1jax[serve]'"
         ) from None
-    loaded = load_model(args.model, args.mesh, args.dtype, args.quantize)
+    loaded = load_model(
+        args.model,
+        args.mesh,
+        args.dtype,
+        args.quantize,
+        state_budgets=not args.no_state_budgets,
+    )
     engine = Engine.without_weights(
         loaded,
         cache_len=args.cache_len,

@@ -148,6 +148,7 @@ def prepare(config: SFTConfig, run_dir: Path) -> Tokenizer:
         run_dir,
         config.model.to_hf("float32"),
         instruction="",
+        budget_text=config.stated.text,
         write_tokenizer=lambda directory: write_byte_tokenizer(directory, WORDS),
     )
     return Tokenizer.from_dir(run_dir)

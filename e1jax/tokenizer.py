@@ -22,6 +22,7 @@ import tokenizers
 from e1jax.chat_template import MOST_CHARACTERS, render
 from e1jax.cli.files import read_json, read_text
 from e1jax.config.checks import UserError
+from e1jax.config.sampling import check_budget_text
 from e1jax.config.texts import check_backslashes
 
 THINK_START = "<think>"
@@ -31,6 +32,10 @@ THINK_END = "</think>"
 # In tokenizer_config.json, beside the chat template: the text that training ended its
 # prompts with.
 INSTRUCTION_KEY = "e1jax_instruction"
+
+
+# Beside it: the text that stated the budgets of each prompt in training.
+BUDGET_TEXT_KEY = "e1jax_budget_text"
 
 
 # Files that a model has beside config.json and weights, each of which may be missing.
@@ -70,6 +75,7 @@ class Tokenizer:
     instruction: str | None  # that ended prompts in training, if recorded
     think_start_id: int | None = None  # None: the model has no `<think>`
     more_eos_ids: tuple[int, ...] = ()  # that the model's configuration names
+    budget_text: str | None = None  # states a request's budgets; None: they are not
 
     @classmethod
     def from_dir(cls, path: Path) -> "Tokenizer":
@@ -108,6 +114,10 @@ class Tokenizer:
         check_backslashes(
             instruction, f"{path / 'tokenizer_config.json'}: {INSTRUCTION_KEY}"
         )
+        budget_text = config.get(BUDGET_TEXT_KEY)
+        if budget_text is not None:
+            where = f"{path / 'tokenizer_config.json'}: {BUDGET_TEXT_KEY}"
+            check_budget_text(budget_text, where)
         return cls(
             backend,
             eos_id,
@@ -116,6 +126,7 @@ class Tokenizer:
             _chat_template(path, config),
             instruction,
             backend.token_to_id(THINK_START),
+            budget_text=budget_text,
         )
 
     @property

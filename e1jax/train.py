@@ -16,6 +16,7 @@ All that is random follows from the seed, the step and the position in the data,
 checkpoint holds no generator.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,7 @@ from e1jax.cli.files import read_json
 from e1jax.cli.outputs import digest
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config_and_flags, record_config
-from e1jax.config.sampling import SamplingParams
+from e1jax.config.sampling import BUDGET_TEXT, SamplingParams
 from e1jax.config.training import GRPOConfig, HostsConfig, ValidationConfig, budget_name
 from e1jax.data.problems import Problem, load_problems
 from e1jax.data.prompts import (
@@ -49,11 +50,18 @@ from e1jax.grpo.rollouts import (
     longest_lengths,
     make_engine,
     num_unequal,
+    prompt_lengths,
     read_examples,
     sample_rollouts,
     unequal_groups,
 )
-from e1jax.rewards import Grader, RewardFunction, grade, load_function
+from e1jax.rewards import (
+    Grader,
+    RewardFunction,
+    grade,
+    load_function,
+    source_digest,
+)
 from e1jax.sampling.engine import Engine
 from e1jax.sharding.hosts import (
     any_process,
@@ -133,17 +141,19 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
     validate = make_validation(config.validation, held_out, engine, instruction)
     origin = {
         "model": loaded.files.digest,
-        "data.problems": digest(examples),
+        "data.problems": digest([(e.prompt_ids, e.answers) for e in examples]),
         "validation.problems": digest([(p.text, p.answers) for p in held_out]),
     }
+    if name is not None:
+        origin["reward.function"] = source_digest(name)
     check_processes(config, run_dir, origin)
     with owning_run(run_dir):
         prepare(config, loaded, instruction, run_dir, origin)
         use_compilation_cache()
         best = config.validation.best if validate else None
         checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
-        lengths = [len(example.prompt_ids) for example in examples]
-        longest = longest_lengths(config, engine.cache_len, min(lengths), max(lengths))
+        lengths = prompt_lengths(config, loaded.tokenizer, examples)
+        longest = longest_lengths(config, engine.cache_len, *lengths)
         learner = Learner(config, loaded, longest)
         step = learner.restore(checkpoints, batches)
         with (
@@ -183,15 +193,17 @@ def take_steps(
         if engine.params is None:  # else the validation has set them
             engine.params = learner.sampling_params()
         rollouts = sample_unless_stopped(
-            config, engine, batches, grader, run.signals, function
+            config.at_step(run.step), engine, batches, grader, run.signals, function
         )
         if rollouts is None:
             continue  # to where it ends
         engine.params = None  # the update may reuse their memory
         engine.release_cache()
         with enough_memory("an update", ADVICE):
-            metrics = learner.learn(rollouts)
+            metrics = learner.learn(rollouts, run.step)
         metrics["learning_rate"] = np.asarray(learner.schedule(run.step)).item()
+        entropy_coef = learner.entropy_coefs(run.step)
+        metrics["entropy_coef"] = np.asarray(entropy_coef, np.float32).item()
         check_finite(run.step + 1, metrics)
         run.add(metrics)
         position = batches.get_state()
@@ -243,7 +255,8 @@ def sample_unless_stopped(
 
 
 def load_policy(config: GRPOConfig) -> LoadedModel:
-    """The model that training begins with, on the mesh of the updates.
+    """The model that training begins with, on the mesh of the updates; its tokenizer
+    states budgets as training does, and not as the model's own training did.
 
     Raises UserError for weights of int8, and for parameters of bfloat16: nothing carries
     the part of an update that rounding to 8 bits loses. Measured at a learning rate of
@@ -262,7 +275,10 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
             f"{config.model} has its weights as int8, which cannot be trained; train the "
             "model that it was made from"
         )
-    return loaded
+    text = config.data.budget_text or loaded.tokenizer.budget_text or BUDGET_TEXT
+    text = text if config.rollout.state_budgets else None
+    tokenizer = dataclasses.replace(loaded.tokenizer, budget_text=text)
+    return dataclasses.replace(loaded, tokenizer=tokenizer)
 
 
 def prepare(
@@ -308,6 +324,7 @@ def write_run(
         run_dir,
         loaded.config.to_hf(config.update.param_dtype) | named,
         instruction,
+        loaded.tokenizer.budget_text,
         write_tokenizer=lambda directory: copy_files(source, directory),
     )
 
@@ -340,8 +357,9 @@ def make_validation(
     prompts = texts * len(config.budgets)
     answers = [problem.answers for problem in problems] * len(config.budgets)
     names = [f"problem {p.id} of {config.problems}" for p in problems]
-    longest = max(len(engine.encode(text)) for text in texts)
     for pair in config.budgets:
+        params = SamplingParams(*pair)
+        longest = max(len(engine.encode(text, params=params)) for text in texts)
         needed = longest + sum(budget or 0 for budget in pair) + 1
         if needed > engine.cache_len:  # or thinking would be cut, and that measured
             raise UserError(

@@ -28,7 +28,7 @@ from e1jax.sharding.mesh import check_divides, make_mesh
 from e1jax.training import make_optimizer
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-GRPO = [path for path in CONFIGS if path.stem != "nano_sft"]
+GRPO = [path for path in CONFIGS if not path.stem.endswith("_sft")]
 
 
 def sizes(vocab, hidden, mlp, layers, heads, kv_heads) -> ModelConfig:
@@ -125,10 +125,14 @@ def test_commands_of_the_header(path):
     "path", [path for path in GRPO if load(path).model != "nano"], ids=lambda p: p.stem
 )
 def test_the_recipe_of_the_paper(path):
+    """Its pair of budgets is one of the pairs where they are drawn, and unlimited thinking
+    another."""
     config = load(path)
     rollout, update = config.rollout, config.update
     assert (rollout.prompts, rollout.samples, config.steps) == (128, 8, 200)
-    assert (rollout.thinking_budget, rollout.solution_budget) == (1024, 1024)
+    assert (1024, 1024) in rollout.pairs
+    assert rollout.state_budgets == (len(rollout.pairs) > 1) == rollout.is_unlimited
+    assert rollout.state_budgets == path.stem.endswith("_elastic")
     assert (rollout.temperature, config.data.max_prompt_len) == (0.6, 1024)
     assert (update.minibatch_prompts, update.epochs) == (64, 1)
     assert config.optimizer.learning_rate == 1e-6

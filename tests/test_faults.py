@@ -19,8 +19,9 @@ import yaml
 
 import e1jax
 from e1jax import convert, evaluate, sample, sft, train
+from e1jax.checkpoint import load
 from e1jax.checkpoint.digests import checksums, files_digest
-from e1jax.checkpoint.load import load_model
+from e1jax.checkpoint.load import ModelFiles, load_model
 from e1jax.checkpoint.metrics import MetricsLog
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command
@@ -158,6 +159,43 @@ def test_outputs_of_the_version_before_resume(name, commands, run, run_dir, tmp_
     refused(run(*command), "step=1", "step=2")
 
 
+@pytest.mark.parametrize("moment", ["check", "open", "read"])
+@pytest.mark.parametrize("name", ["sample", "evaluate", "convert"])
+def test_a_step_that_its_run_deletes_meanwhile_is_not_called_damaged(
+    name, moment, commands, run, run_dir, tmp_path, monkeypatch
+):
+    """At each moment: before tensors are checked, opened, and read one by one."""
+    step, originals = run_dir / "checkpoints" / "1", ModelFiles.lazy_arrays
+
+    def deleting(read):
+        def delete_and_read(*args):
+            shutil.rmtree(step, ignore_errors=True)
+            return read(*args)
+
+        return delete_and_read
+
+    def lazy_arrays(files):
+        return {
+            name: dataclasses.replace(array, read=deleting(array.read))
+            for name, array in originals(files).items()
+        }
+
+    convert_flags = (
+        ["inspect", run_dir] if moment == "check" else ["to-hf", run_dir, "hf"]
+    )
+    command = commands.get(name, (convert, *convert_flags))
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        if moment == "read":
+            patch.setattr(ModelFiles, "lazy_arrays", lazy_arrays)
+        else:
+            at = {"check": "check_saved", "open": "open_params"}[moment]
+            patch.setattr(load, at, deleting(getattr(load, at)))
+        refused(run(*command), f"{step} was deleted before it was read, by the run")
+    assert not (tmp_path / "hf").exists()
+    assert run(*command)[0] == 0  # of the step that is left
+
+
 def test_a_digest_names_the_content(tmp_path, monkeypatch):
     digests = __import__("e1jax.checkpoint.digests", fromlist=["_"])
     monkeypatch.setattr(digests, "_WHOLE", 1000)
@@ -240,7 +278,7 @@ def begin(tmp_path, monkeypatch, run_dir):
         for word in words:
             assert word in str(error.value)
 
-    begin.refuse = refuse
+    begin.refuse, begin.argv = refuse, argv
     return begin
 
 
@@ -257,6 +295,25 @@ def test_a_run_whose_model_or_data_changed_is_refused_by_name(begin, run_dir):
     begin.refuse("other content of model (")
     name_best(run_dir, 1)
     begin()
+
+
+def test_a_run_whose_reward_function_changed_is_refused_by_name(
+    begin, tmp_path, monkeypatch
+):
+    """Its source is content of the run; a run of before that was recorded goes on."""
+    monkeypatch.syspath_prepend(tmp_path)
+    source = Path("own_rewards.py")
+    source.write_text("def of(completions, answers): return [1 for _ in completions]\n")
+    begin.argv += ["--reward.function", "own_rewards:of"]
+    begin()
+    origin = json.loads(Path("grpo/origin.json").read_text())
+    source.write_text(source.read_text().replace("[1", "[2"))
+    begin.refuse("other content of reward.function (", "bring that back")
+    del origin["reward.function"]
+    Path("grpo/origin.json").write_text(json.dumps(origin))
+    begin()
+    source.write_text(source.read_text().replace("[2", "[3"))
+    begin.refuse("reward.function")
 
 
 def test_a_run_whose_model_directory_changed_is_refused_by_name(begin, tmp_path):

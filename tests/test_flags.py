@@ -12,6 +12,7 @@ from e1jax.config.sampling import SamplingParams
 from e1jax.evaluate import EvaluateFlags, GradeFlags, PlotFlags
 from e1jax.plan.__main__ import PlanFlags
 from e1jax.sample import SampleFlags
+from e1jax.serve import ServeFlags
 
 SAMPLING = ["solution-budget", "n", "temperature", "top-p", "top-k", "seed"]
 ENGINE = ["model", "mesh", "dtype", "slots", "cache-len", "quantize", "kv-dtype"]
@@ -177,6 +178,11 @@ def test_mistakes_are_one_sentence(argv, message):
         (GradeFlags, ["a", "b", "--dataset", "nano"], "unrecognized arguments: b"),
         (PlotFlags, ["--output", "p.png"], "required: RESULTS.json; see"),
         (PlanFlags, [], "required: --config, --topology; see"),
+        (ServeFlags, ["--modl", "nano"], "--modl; did you mean --model?"),
+        (ServeFlags, ["--nonsense", "x"], "required: --model; see"),
+        (GradeFlags, ["--", "--datset"], "required: --dataset; see"),
+        (EvaluateFlags, [*EVALUATE[:2], "--datset=x"], "did you mean --dataset?"),
+        (GradeFlags, ["a", "--datset", "x"], "--datset; did you mean --dataset?"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import several_devices
+from conftest import set_everywhere, several_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
@@ -37,6 +37,8 @@ from e1jax.grpo.learner import grpo_loss, make_logprobs, make_update
 from e1jax.grpo.logprobs import CHUNK_TOKENS, chunked_logprobs, response_logprobs
 from e1jax.grpo.loss import SURROGATES, group_advantages, policy_loss
 from e1jax.grpo.rollouts import Batch, Rollouts, make_batch, padded_lengths
+from e1jax.nn import paths
+from e1jax.nn.kernels.splash import splash_attention
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
 from e1jax.sampling.completion import Completion
 from e1jax.sharding.mesh import make_mesh
@@ -644,6 +646,40 @@ def test_prompts_are_gone_through_once_by_whole_groups(
     width = loaded.config.hidden_size
     assert (f"[1,{rows[True]},{width}]" in text) == shared
     assert (f"[{microbatch},27,{width}]" in text) != shared
+
+
+def test_prompts_are_shared_by_the_kernel_of_tpus_too(
+    tiny_hf, completions, monkeypatch
+):
+    """Gradients through splash, interpreted: with each prompt once, and in rows of its
+    own for every response."""
+    small = load_model(str(tiny_hf(num_heads=2, num_kv_heads=1, head_dim=128)))
+    config = settings(microbatch=12, kl_coef=0.0, entropy_coef=0.3)
+    batch = jax.tree.map(lambda x: x[0], batch_of(config, completions))
+    calls = []
+
+    def splash(q, *args, **options):
+        calls.append(q.shape)
+        return splash_attention(q, *args, **options, interpret=True)
+
+    set_everywhere(monkeypatch, "takes_splash", lambda *_: True)
+    monkeypatch.setattr(paths, "splash_attention", splash)
+
+    def grads(config):
+        def loss(params):
+            scalars = jnp.float32(1), False, jnp.float32(TEMPERATURE)
+            args = config, small.config, params, batch, *scalars
+            return grpo_loss(*args, mesh=small.mesh)[0]
+
+        calls.clear()
+        return jax.jit(jax.grad(loss))(small.read_params())
+
+    shared = grads(config)
+    assert {shape[2] for shape in calls} == {8, 19}  # prompts and responses
+    divided = settings(microbatch=12, kl_coef=0.0, entropy_coef=0.3, samples=9)
+    alone = grads(divided)  # 12 rows are not groups of 9
+    assert {shape[2] for shape in calls} == {27}
+    jax.tree.map(assert_close, shared, alone)
 
 
 def test_bfloat16_is_only_computed_in(loaded, completions):

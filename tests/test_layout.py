@@ -17,7 +17,7 @@ FLOORS = {
     "cli": "command flags files locks outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
-    "kernels.decode_attention kernels.top_p attention paths layers model",
+    "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model",
     "processes": "",
     "chat_template": "",
     "tokenizer": "",

@@ -12,6 +12,7 @@ from test_engine import make, mixed_requests, params, tokenizer, tokens_of
 
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
+from e1jax.sampling import decode
 from e1jax.sampling.budget import DONE
 from e1jax.tokenizer import THINK_END
 
@@ -276,14 +277,15 @@ def test_a_long_prompt_is_prefilled_between_the_steps_of_others(
     prompt = [5 + i % 90 for i in range(length)]
     late = dataclasses.replace(ROUND, temperature=1.0, seed=4)
     second = engine.add(prompt, late)
-    pieces = -(-(length - 1) // 512)
+    pieces = -(-(length - 1) // 128)  # on a CPU
     for _ in range(pieces):
         steps.append(engine.step(seconds=60))
         # The others get their steps, few of them while a piece is still to come.
         counts = [len(e.token_ids) for e in steps[-1] if e.request_id == first]
         assert len(counts) == 2
-        if len(steps) <= pieces:
-            assert max(counts) <= 4 and engine.running == 2
+        is_behind = len(steps) <= pieces
+        assert (max(counts) <= 4) == is_behind
+        assert engine.running == 2 or not is_behind
     got = completions(steps + run(engine))
     fresh = make(cache_len=690, slots=3, tokenizer=endless)
     want = fresh.generate([prompt], late)
@@ -318,7 +320,8 @@ def test_a_conversation_goes_on_from_the_slot_that_holds_it(make):
     steps = run(engine)
     [done] = completions(steps)[first, 0]
     assert cached(steps, first) == {0}
-    assert engine._weights is None  # the engine is idle in between
+    engine.generate([])
+    assert engine._rows is None  # what slots hold can be read after that too
     # Everything but the last token is in the cache, in steps of 128 or, here, of 16.
     whole = [*prompt, *done.token_ids, 7, 8, 9]
     second = engine.add(whole, request)
@@ -376,6 +379,32 @@ def test_the_slot_left_longest_ago_is_taken_first(make):
         request = engine.add(prompts[index], ROUND)
         [kept[index]] = cached(run(engine), request)
     assert kept == {0: 32, 2: 32, 1: 0}
+
+
+def test_weights_are_made_ready_once_for_requests_that_come_one_by_one(
+    make, params, monkeypatch
+):
+    prepared = []
+
+    def count(*args):
+        prepared.append(args)
+        return decode.prepare(*args)
+
+    monkeypatch.setattr("e1jax.sampling.engine.prepare", count)
+    engine = make(slots=2)
+    for seed in range(3):
+        engine.add("a", dataclasses.replace(ROUND, seed=seed))
+        run(engine)
+        assert engine.step() == [] and len(prepared) == 1
+    want = make(slots=2).generate(["a"], dataclasses.replace(ROUND, seed=9))
+    engine.params = params
+    assert engine._weights is None
+    last = engine.add("a", dataclasses.replace(ROUND, seed=9))
+    got = completions(run(engine))[last, 0]
+    assert got[0].token_ids == want[0][0].token_ids
+    # A stream leaves room for what comes after it, an update of the parameters say.
+    engine.generate(["a"], ROUND)
+    assert engine._weights is None
 
 
 def test_nothing_is_reused_after_the_parameters_change(make, params):

@@ -17,6 +17,7 @@ import yaml
 from conftest import Chip, set_everywhere
 
 from e1jax.checkpoint.params import named_shapes
+from e1jax.cli.locks import owning
 from e1jax.config.checks import UserError
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
@@ -38,7 +39,7 @@ from e1jax.plan.slices import (
     check_topology,
     host_slice,
 )
-from e1jax.plan.training import abstract_learner, update_flops
+from e1jax.plan.training import _kernel_flops, abstract_learner, update_flops
 from e1jax.sharding.mesh import make_mesh
 
 SIZES = ModelConfig(
@@ -355,18 +356,35 @@ def test_copies_are_counted_over_all_calls_of_a_step():
     ]
 
 
-def test_useful_flops_of_an_update(config):
-    loaded, _ = load_config(
-        GRPOConfig, ["--config", str(config)], "python -m e1jax.plan"
-    )
+@pytest.mark.parametrize(("microbatch", "tokens"), [(1, 4 * 100), (2, 2 * 40 + 4 * 60)])
+def test_useful_flops_of_an_update(microbatch, tokens, config):
+    """Of groups of 2 that are divided, and of groups that share their prompt."""
+    argv = ["--config", str(config), "--update.microbatch", str(microbatch)]
+    loaded, _ = load_config(GRPOConfig, argv, "python -m e1jax.plan")
     mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
     learner, batch = abstract_learner(loaded, SIZES, mesh)
-    assert batch.tokens.shape == (2, 2, 100)
-    assert batch.loss_mask.shape == (2, 2, 60)
+    shape = (4 // microbatch, microbatch)
+    assert batch.tokens.shape == (*shape, 100)
+    assert batch.loss_mask.shape == (*shape, 60)
     # q and o, k and v, and the three products of the mlp, in each of three layers.
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
-    useful = 6 * 4 * (100 * 3 * layer + 60 * 264 * 64)
-    assert update_flops(learner) == useful
+    assert update_flops(learner) == 6 * (tokens * 3 * layer + 4 * 60 * 264 * 64)
+
+
+def test_flops_of_attention_with_shared_prompts(config):
+    """Of 4 heads of 16: a product over half a square of each prompt, and over the
+    responses' part of the square of both; a pass has a call for each."""
+    loaded, _ = load_config(GRPOConfig, ["--config", str(config)], "plan")
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, _ = abstract_learner(loaded, SIZES, mesh)
+    op = types.SimpleNamespace(
+        states_cost=False, target="tpu_custom_call", op_name="jvp", times=3, flops=0
+    )
+    counted = types.SimpleNamespace(custom_calls=[op, op])
+    of_responses = sum(40 + i + 0.5 for i in range(60))
+    pairs = 40**2 / 2 + 2 * of_responses
+    flops = _kernel_flops(counted, learner)  # type: ignore[arg-type]
+    assert flops == 3 * 2 * 2 * pairs * 4 * 16
 
 
 @pytest.mark.parametrize(
@@ -790,6 +808,17 @@ def test_mistakes(flags, message, fake, config, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(UserError, match=message):
         main()
+
+
+def test_texts_of_two_plans_are_not_mixed(config, tmp_path, monkeypatch, refusal):
+    """--dump-hlo has one writer at a time, from before the first program is compiled."""
+    set_everywhere(monkeypatch, "describe", lambda topology: None)
+    argv = ["plan", "--config", str(config), "--topology", "v5e:2x2"]
+    argv += ["--dump-hlo", str(tmp_path / "hlo")]
+    (tmp_path / "hlo").mkdir()
+    with owning(tmp_path / "hlo", inside=True):
+        error = refusal(main, argv)
+    assert f"another run is writing {tmp_path / 'hlo'}" in error
 
 
 # With the TPU compiler.

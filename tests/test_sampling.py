@@ -25,6 +25,7 @@ from e1jax.sampling.budget import (
 )
 from e1jax.sampling.draw import (
     Sampling,
+    _draw_until_kept,
     _gaps,
     sample_token,
     token_keys,
@@ -370,6 +371,32 @@ def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
         off = jnp.zeros_like(top_k)
         got = kernel(off, top_p)
     np.testing.assert_array_equal(got, top_k_top_p_mask(gaps, off, top_p))
+
+
+@pytest.mark.parametrize("vocab", [7, 333, 152064])
+def test_draws_until_a_token_is_kept_are_draws_among_the_kept(vocab):
+    """The same tokens, whatever the options of the rows beside."""
+    rng = np.random.default_rng(vocab)
+    logits = rng.normal(size=(8, vocab)).astype(np.float32) * 3
+    logits[1] = np.round(logits[1])  # many exact ties
+    logits[2, : vocab // 2] = -np.inf
+    logits[6] = 2.5  # all tied
+    logits[7, :4] = np.log([0.5, 0.3, 0.1, 0.1])  # reaches 0.8 but for rounding
+    logits[7, 4:] = -np.inf
+    gaps = _gaps(jnp.asarray(logits), jnp.full(8, 0.6).at[7].set(1))
+    top_k = jnp.array([0, 3, 0, 2 * vocab, 0, 1, 0, 0])
+    top_p = jnp.array([0.3, 0.9, 0.999, 0.5, 1.0, 1e-6, 0.1, 0.8], jnp.float32)
+    among_kept = top_k_top_p_mask(gaps, top_k, top_p)
+    draw = jax.jit(_draw_until_kept)
+    rejected = 0
+    for seed in range(40):
+        noisy = jax.random.gumbel(jax.random.key(seed), gaps.shape) - gaps
+        want = jnp.argmax(jnp.where(among_kept, noisy, -jnp.inf), axis=-1)
+        np.testing.assert_array_equal(draw(noisy, gaps, top_k, top_p), want)
+        rejected += int((noisy.argmax(axis=-1) != want).sum())
+    assert rejected > 30
+    nothing = jnp.full_like(gaps, jnp.nan)
+    assert draw(nothing, nothing, top_k, top_p).shape == (8,)  # it ends
 
 
 @pytest.mark.parametrize(

@@ -1057,7 +1057,7 @@ def test_steps_are_those_of_torch(case, workplace, tiny_hf, tmp_path):
     passes, logprobs = [], learner.logprobs
     learner.logprobs = lambda *args: passes.append(args) or logprobs(*args)
     for index, step in enumerate(steps):
-        found = learner.learn(step)
+        found = learner.learn(step, index)
         assert float(learner.schedule(index)) == pytest.approx(rate * shares[index])
         for name, value in expected[index].items():
             if name == "kl" and learner.reference is None:
@@ -1107,7 +1107,7 @@ def test_parameters_in_bfloat16(workplace, tiny_hf, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_hf(), dtype=torch.float32)
     steps = made_up_steps(model)[:1]
     _, [expected] = torch_steps(config, steps, [2e-3])
-    found = learner.learn(steps[0])
+    found = learner.learn(steps[0], 0)
     for name in ("loss", "entropy", "grad_norm"):
         assert found[name] == pytest.approx(expected[name], rel=0.1), name
     kinds = {str(x.dtype) for x in jax.tree.leaves((learner.params, learner.state))}

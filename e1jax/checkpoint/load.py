@@ -1,11 +1,12 @@
 """Models of any kind, by name or directory: files found, checked and read onto a mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import re
 import reprlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class ModelFiles:
         by its Hugging Face name, or the abstract array by its own."""
         if self.kind == HUGGING_FACE:
             return self._hugging_face[1]
-        return check_saved(self.weights, self.config)
+        with self.reading():
+            return check_saved(self.weights, self.config)
 
     @functools.cached_property
     def _hugging_face(self) -> tuple[ModelConfig, dict[str, StoredTensor]]:
@@ -113,7 +115,22 @@ class ModelFiles:
         """Arrays by their names in e1jax, which are read when they are sliced."""
         if self.kind == HUGGING_FACE:
             return lazy_arrays(self.tensors, self.config)
-        return open_params(self.weights, self.config)
+        with self.reading():
+            return open_params(self.weights, self.config)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around reads of the weights: an error because a run that goes on has deleted
+        this step, for a better or a later one, says so."""
+        try:
+            yield
+        except (UserError, OSError):
+            if self.kind != RUN or self.weights.is_dir():
+                raise
+            raise UserError(
+                f"{self.weights.parent} was deleted before it was read, by the run that "
+                "goes on; run the same command again, or name another step"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +168,8 @@ class LoadedModel:
         as_saved = all(array.dtype == self.dtype for array in arrays.values())
         if self.quantize and not quantized(arrays):
             arrays, as_saved = as_int8(arrays), False
-        params = place(arrays, self.config, self.mesh, self.dtype)
+        with self.files.reading():
+            params = place(arrays, self.config, self.mesh, self.dtype)
         if as_saved and self.files.kind == RUN:
             sums = saved_checksums(self.files.weights)
             if sums is not None:
@@ -176,12 +194,14 @@ def load_model(
     mesh_text: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    state_budgets: bool = True,
 ) -> LoadedModel:
     """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
     `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
-    Raises UserError for whatever is missing, broken, or of another model.
+    Without `state_budgets`, its tokenizer has no text that states them, whatever the
+    checkpoint records. Raises UserError for whatever is missing, broken, or of another model.
     """
     if dtype is not None:
         check_choice("dtype", dtype, ("float32", "bfloat16"))
@@ -189,6 +209,8 @@ def load_model(
         check_choice("quantize", quantize, QUANTIZED)
     files = find_model(model)
     tokenizer, config = files.tokenizer, files.config
+    if not state_budgets:
+        tokenizer = dataclasses.replace(tokenizer, budget_text=None)
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -160,17 +160,46 @@ def _unraisable(unraisable: Any) -> None:
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are UserErrors instead of a usage dump."""
 
+    _words: Sequence[str] = ()  # of the command line
+
     def __init__(self, **settings: Any):
         # --prompt, say, must not be taken for an abbreviation of --prompts.
         super().__init__(allow_abbrev=False, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, which `parse_args` calls; remembers the words for `error`."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None):
+        """As argparse's, which `parse_intermixed_args` calls."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_intermixed_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError, where argparse would print its usage and exit."""
+        if message.startswith("the following arguments are required"):
+            message = self._misspelt() or message
         flag = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
-        flags = self._option_string_actions
-        near = difflib.get_close_matches(flag[1], flags, cutoff=0.8) if flag else []
-        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        near = self._near(flag[1]) if flag else None
+        hint = f"did you mean {near}?" if near else f"see {self.prog} --help"
         raise UserError(f"{shortened(message, 400)}; {hint}")
+
+    def _misspelt(self) -> str | None:
+        """A flag that is nearly one of ours, said as argparse does: it would sooner say
+        that the flag is missing."""
+        for word in self._words:
+            name = word.partition("=")[0]
+            if name == "--":
+                return None  # texts follow
+            is_flag = name.startswith("--") and name not in self._option_string_actions
+            if is_flag and self._near(name):
+                return f"unrecognized arguments: {word}"
+        return None
+
+    def _near(self, name: str) -> str | None:
+        flags = self._option_string_actions
+        return next(iter(difflib.get_close_matches(name, flags, cutoff=0.8)), None)
 
 
 def check_command(

@@ -66,6 +66,8 @@ class EngineFlags(QuantizeFlags):
     cache_len: int | None = flag("TOKENS", None)
     """Room for prompt and response in a slot (default 32768, or the model's
     max_position_embeddings if smaller)."""
+    no_state_budgets: bool = False
+    """Leave budgets out of prompts, also where the model was trained with stated ones."""
 
 
 def read_flags(cls: type[FlagsT], argv: Sequence[str], prog: str) -> FlagsT:

@@ -278,6 +278,8 @@ def _in_words(kind: Any) -> str:
         return " or ".join(parts)
     if get_origin(kind) is tuple:
         return f"[{', '.join(map(_in_words, parts))}]"
+    if get_origin(kind) is dict:
+        return f"{{{': '.join(map(_in_words, parts))}}}"
     if parts:  # of a union
         return " or ".join(map(_in_words, parts))
     words = {

@@ -1,7 +1,8 @@
-"""How a prompt is sampled: budgets, temperature, cuts and seed."""
+"""How a prompt is sampled: budgets, temperature, cuts and seed; and budgets in words."""
 
 import dataclasses
 import numbers
+import re
 from typing import Any, Literal, get_args
 
 from e1jax.config.checks import (
@@ -15,6 +16,18 @@ from e1jax.config.checks import (
 from e1jax.config.texts import check_backslashes
 
 OnThinkingBudget = Literal["force", "stop"]
+
+
+# States the budgets of a request before its question; see `stated_budgets`.
+BUDGET_TEXT = (
+    "Think for at most {thinking} tokens and answer in at most {solution} tokens.\n"
+)
+
+
+_UNLIMITED = "as long as you need"
+
+
+_FIELD = re.compile(r"(at most )?\{(thinking|solution)(?::([^{}]*))?\}( tokens)?")
 
 
 # Fields that version 0.1 had not, with their defaults: a digest of a request leaves them
@@ -87,3 +100,33 @@ def _stop_texts(stop: Any) -> tuple[str, ...]:
     if not is_list or not all(isinstance(text, str) and text for text in texts):
         raise UserError(f"stop must be a text or a list of texts, not {shown(stop)}")
     return tuple(texts)
+
+
+def check_budget_text(text: Any, name: str) -> None:
+    """Raises UserError, calling it by `name`, for a text that does not state budgets."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} must be a text, not {shown(text)}")
+    check_backslashes(text, name)
+    rest = _FIELD.sub("", text)
+    if rest == text or "{" in rest or "}" in rest:
+        raise UserError(
+            f"{name} must hold {{thinking}} or {{solution}}, and no other braces, not "
+            f"{shown(text)}"
+        )
+
+
+def stated_budgets(text: str, thinking: int | None, solution: int | None) -> str:
+    """A pair of budgets as a text says it, with {thinking} and {solution} filled in.
+
+    An unlimited budget is "as long as you need", in place of "at most {thinking} tokens"
+    as well; of {thinking:none} it is "none".
+    """
+    budgets = {"thinking": thinking, "solution": solution}
+
+    def fill(field: re.Match[str]) -> str:
+        before, name, word, after = field.groups()
+        if budgets[name] is None:
+            return _UNLIMITED if word is None else word
+        return f"{before or ''}{budgets[name]}{after or ''}"
+
+    return _FIELD.sub(fill, text)

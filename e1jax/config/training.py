@@ -17,7 +17,7 @@ from e1jax.config.checks import (
     shown,
 )
 from e1jax.config.model import ModelConfig
-from e1jax.config.sampling import SamplingParams
+from e1jax.config.sampling import SamplingParams, check_budget_text
 from e1jax.config.texts import check_backslashes
 
 
@@ -42,6 +42,32 @@ class TraceMix:
             check_share("rechecks", share)
         if not math.isclose(sum(self.rechecks), 1, abs_tol=1e-6):
             raise UserError(f"rechecks must sum to 1, not {sum(self.rechecks)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StatedConfig:
+    """Budgets that nano fine-tuning states before each problem; its solution keeps them."""
+
+    text: str | None = None
+    """As data.budget_text of train; recorded with the model. null: none are stated."""
+    most_thinking: int = 64
+    """Highest thinking budget that is stated; the lowest is the solution's own thinking.
+    A solution that thinks for longer has an unlimited one."""
+    most_solution: int = 40
+    """As most_thinking, of the tokens after </think>."""
+    unlimited: float = 0.2
+    """Share of budgets that are unlimited where a number would do."""
+    cut: float = 0.3
+    """Share of solutions whose thinking is cut at the budget, a random one below its
+    length, and goes on after </think>, tersely, from the step that was not completed."""
+
+    def __post_init__(self):
+        if self.text is not None:
+            check_budget_text(self.text, "stated.text")
+        for name in ("most_thinking", "most_solution"):
+            check_integer(f"stated.{name}", getattr(self, name), 0, UNLIMITED - 1)
+        for name in ("unlimited", "cut"):
+            check_share(f"stated.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +121,7 @@ class SFTConfig:
     """Share of the steps that train on the mix `first`; the others on `second`."""
     first: TraceMix = TraceMix()
     second: TraceMix = TraceMix()
+    stated: StatedConfig = StatedConfig()
     optimizer: MuonConfig = MuonConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: str | None = None
@@ -115,20 +142,31 @@ class DataConfig:
     instruction: str | None = None
     """Text after every problem; null: the one recorded with the model."""
     max_prompt_len: int = 1024
-    """Tokens of the longest prompt; longer ones are dropped, and counted."""
+    """Tokens of the longest prompt, stated budgets included; longer ones are dropped, and
+    counted."""
+    budget_text: str | None = None
+    """Text before every problem that states its budgets, with {thinking} and {solution};
+    {thinking:none} says none where that is unlimited. null: the one recorded with the
+    model, else a sentence. Takes effect by rollout.state_budgets."""
 
     def __post_init__(self):
         check_backslashes(self.instruction, "data.instruction")
+        if self.budget_text is not None:
+            check_budget_text(self.budget_text, "data.budget_text")
         check_integer("max_prompt_len", self.max_prompt_len, 1, UNLIMITED)
 
 
 Budgets = int | None | tuple[int | None, ...]
 
 
+BudgetsUntil = dict[int, Budgets] | None
+
+
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled for training: under one pair of budgets for all, or one
-    that is drawn for each prompt, or each thought cut at several budgets."""
+    that is drawn for each prompt, the same all the time or by a curriculum; or each thought
+    cut at several budgets."""
 
     prompts: int = 128
     """Prompts in a step."""
@@ -140,6 +178,14 @@ class RolloutConfig:
     [8, 16, null], one is drawn for each prompt of a step."""
     solution_budget: Budgets = 1024
     """Tokens sampled after </think>; null: unlimited; a list as for thinking_budget."""
+    thinking_budget_until: BudgetsUntil = None
+    """Other budgets of earlier steps, by the last step that has them, like {60: 32, 120:
+    [8, 16, 32]}: after step 120, thinking_budget. null: thinking_budget from the start."""
+    solution_budget_until: BudgetsUntil = None
+    """As thinking_budget_until."""
+    state_budgets: bool = False
+    """Whether each prompt states its budgets, by data.budget_text; recorded with the
+    model, which then is sampled from with stated budgets too."""
     cuts: tuple[int, ...] = ()
     """Instead of thinking_budget, like [8, 16, 32]: a thought is sampled to the last of
     these budgets and answered from each, after a forced </think>."""
@@ -158,17 +204,16 @@ class RolloutConfig:
     def __post_init__(self):
         check_integer("prompts", self.prompts, 1)
         check_integer("samples", self.samples, 2)
-        for name, budgets in (
-            ("thinking_budget", self.thinking_budgets),
-            ("solution_budget", self.solution_budgets),
-        ):
-            if not budgets:
-                raise UserError(
-                    f"{name} is an empty list; give budgets, like [512, null]"
-                )
-            for budget in budgets:
-                if budget is not None:
-                    check_integer(name, budget, 0, UNLIMITED - 1)
+        for name in ("thinking_budget", "solution_budget"):
+            until = getattr(self, f"{name}_until") or {}
+            _check_budgets(name, getattr(self, name))
+            for budgets in until.values():
+                _check_budgets(f"{name}_until", budgets)
+            for step in until:
+                check_integer(f"{name}_until: the step", step, 1)
+            if list(until) != sorted(until):
+                steps = ", ".join(map(str, until))
+                raise UserError(f"{name}_until has the steps {steps}; let them rise")
         if self.cuts:
             self._check_cuts()
         check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
@@ -190,23 +235,46 @@ class RolloutConfig:
                     f"cuts must rise, and {following} comes after {cut}; sort them"
                 )
         check_integer("solutions_per_cut", self.solutions_per_cut, 2)
-        default = type(self).thinking_budget
-        if self.thinking_budget != default:
-            raise UserError(
-                f"rollout.cuts are the thinking budgets, and rollout.thinking_budget="
-                f"{shown(self.thinking_budget)} is set too; leave one of them out"
-            )
-        if not isinstance(self.solution_budget, int) or self.solution_budget < 1:
+        fixed = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("thinking_budget", "thinking_budget_until"):
+            if getattr(self, name) != fixed[name]:
+                raise UserError(
+                    f"rollout.cuts are the thinking budgets, and rollout.{name}="
+                    f"{shown(getattr(self, name))} is set too; leave one of them out"
+                )
+        solution = self.solution_budget
+        if self.solution_budget_until or not isinstance(solution, int) or not solution:
             raise UserError(
                 "rollout.cuts need one rollout.solution_budget of 1 or more, not "
-                f"{shown(self.solution_budget)}"
+                f"{shown(self.solution_budget_until or solution)}"
             )
+        if self.state_budgets:
+            raise UserError(
+                "rollout.cuts end one thought at several budgets, of which a prompt can "
+                "state one; set rollout.state_budgets: false, or leave the cuts out"
+            )
+
+    def at_step(self, step: int) -> "RolloutConfig":
+        """The settings after so many steps, without a curriculum any more."""
+
+        def budgets(until: BudgetsUntil, last: Budgets) -> Budgets:
+            return next((b for end, b in (until or {}).items() if step < end), last)
+
+        return dataclasses.replace(
+            self,
+            thinking_budget=budgets(self.thinking_budget_until, self.thinking_budget),
+            solution_budget=budgets(self.solution_budget_until, self.solution_budget),
+            thinking_budget_until=None,
+            solution_budget_until=None,
+        )
 
     @property
     def thinking_budgets(self) -> tuple[int | None, ...]:
-        """The budgets that one is drawn from, or that a thought is cut at; one alone is
-        fixed."""
-        return tuple(self.cuts) or _as_tuple(self.thinking_budget)
+        """The budgets that one is drawn from, at any step, or that a thought is cut at; one
+        alone is fixed."""
+        if self.cuts:
+            return tuple(self.cuts)
+        return _union(self.thinking_budget, self.thinking_budget_until)
 
     @property
     def solutions(self) -> int:
@@ -222,11 +290,11 @@ class RolloutConfig:
     @property
     def solution_budgets(self) -> tuple[int | None, ...]:
         """As `thinking_budgets`."""
-        return _as_tuple(self.solution_budget)
+        return _union(self.solution_budget, self.solution_budget_until)
 
     @property
     def pairs(self) -> list[tuple[int | None, int | None]]:
-        """All pairs that responses can have."""
+        """All pairs that responses can have, if there is no curriculum."""
         return list(itertools.product(self.thinking_budgets, self.solution_budgets))
 
     @property
@@ -237,6 +305,21 @@ class RolloutConfig:
 
 def _as_tuple(budgets: Budgets) -> tuple[int | None, ...]:
     return tuple(budgets) if isinstance(budgets, list | tuple) else (budgets,)
+
+
+def _union(last: Budgets, until: BudgetsUntil) -> tuple[int | None, ...]:
+    """The budgets of all steps: those of the last ones as they are, then the others."""
+    earlier = itertools.chain(*map(_as_tuple, (until or {}).values()))
+    others = [budget for budget in earlier if budget not in _as_tuple(last)]
+    return (*_as_tuple(last), *dict.fromkeys(others))
+
+
+def _check_budgets(name: str, budgets: Budgets) -> None:
+    if not _as_tuple(budgets):
+        raise UserError(f"{name} is an empty list; give budgets, like [512, null]")
+    for budget in _as_tuple(budgets):
+        if budget is not None:
+            check_integer(name, budget, 0, UNLIMITED - 1)
 
 
 # As the tables of grpo/loss.py have them.
@@ -260,6 +343,8 @@ class LossConfig:
     """Weight of the divergence (k3) from the model that training began with."""
     entropy_coef: float = 0.0
     """Weight of the policy's entropy, which is raised."""
+    entropy_coef_end: float | None = None
+    """Its weight at the last step, reached in equal parts; null: as at the first."""
     aggregate: Aggregate = "token"
     """token: mean over all tokens; sequence: mean over responses of their means;
     constant: sum over tokens, divided by responses times the longest one that can come."""
@@ -282,7 +367,15 @@ class LossConfig:
         for name in ("clip_high", "kl_coef", "entropy_coef"):
             value = getattr(self, name)
             check_number(name, value, "of 0 or more", lambda v: v >= 0)
+        if self.entropy_coef_end is not None:
+            end = self.entropy_coef_end
+            check_number("entropy_coef_end", end, "of 0 or more", lambda v: v >= 0)
         check_number("max_ratio", self.max_ratio, "of 1 or more", lambda v: v >= 1)
+
+    @property
+    def raises_entropy(self) -> bool:
+        """Whether entropy has a weight at any step."""
+        return max(self.entropy_coef, self.entropy_coef_end or 0) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,6 +535,11 @@ class GRPOConfig:
         check_integer("steps", self.steps, 1)
         check_integer("seed", self.seed, 0, 2**32 - 1)
         rollout, update = self.rollout, self.update
+        if self.data.budget_text is not None and not rollout.state_budgets:
+            raise UserError(
+                "data.budget_text is set, but rollout.state_budgets is false; set that, "
+                "or leave the text out"
+            )
         if rollout.cuts:
             _check_loss_of_cuts(self.loss)
         _check_divides(
@@ -455,6 +553,10 @@ class GRPOConfig:
             ),
             ("update.microbatch", update.microbatch),
         )
+
+    def at_step(self, step: int) -> "GRPOConfig":
+        """The settings after so many steps, with the budgets of the curriculum then."""
+        return dataclasses.replace(self, rollout=self.rollout.at_step(step))
 
     @property
     def updates_per_step(self) -> int:

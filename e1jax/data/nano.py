@@ -22,11 +22,12 @@ import functools
 import operator
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from e1jax.config.training import SFTConfig, TraceMix
+from e1jax.config.sampling import stated_budgets
+from e1jax.config.training import SFTConfig, StatedConfig, TraceMix
 from e1jax.tokenizer import THINK_END, Tokenizer
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ POOL_BATCHES = 8  # batches made at once, so that each can hold solutions of lik
 
 
 # Batches are padded to one of these lengths, in tokens: each costs a compilation. The
-# longest solution with its prompt is 226 tokens.
-LENGTHS = (48, 64, 80, 96, 128, 160, 192, 232)
+# longest solution with its prompt is 226 tokens; stated budgets may add to it.
+LENGTHS = (48, 64, 80, 96, 128, 160, 192, 232, 320)
 
 
 # `tokens` [B, T] int32 and `loss_mask` [B, T] float32: 1 on a token that is learned.
@@ -149,6 +150,57 @@ def write_solution(
     return rf"{thinking}{THINK_END}{recap}\boxed{{{problem.answer}}}"
 
 
+class Trace(NamedTuple):
+    """A solution as token ids."""
+
+    thinking: list[int]  # without </think>
+    solution: list[int]  # after it, EOS included
+    is_cut: bool = False  # by its budget: nobody chose its </think>
+
+
+def encode_trace(solution: str, tokenizer: Tokenizer) -> Trace:
+    """The tokens of `write_solution`'s text."""
+    thinking, _, rest = solution.partition(THINK_END)
+    return Trace(
+        tokenizer.encode(thinking), [*tokenizer.encode(rest), tokenizer.eos_id]
+    )
+
+
+def cut_trace(
+    problem: NanoProblem, trace: Trace, thinking_budget: int, tokenizer: Tokenizer
+) -> Trace:
+    """The trace with its thinking cut after so many tokens; its solution takes up, tersely,
+    the first step that the thinking has not completed."""
+    is_terse = trace.thinking[:2] == tokenizer.encode(problem.terse()[:2])
+    completed = min(thinking_budget // (5 if is_terse else 9), len(problem.steps))
+    rest = rf"{problem.terse(completed)}\boxed{{{problem.answer}}}"
+    solution = [*tokenizer.encode(rest), tokenizer.eos_id]
+    return Trace(trace.thinking[:thinking_budget], solution, is_cut=True)
+
+
+def state_trace(
+    problem: NanoProblem,
+    trace: Trace,
+    config: StatedConfig,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+) -> tuple[Trace, tuple[int | None, int | None]]:
+    """The trace, cut or not, and a pair of budgets that it keeps."""
+
+    def budget(least: int, most: int) -> int | None:
+        if rng.random() < config.unlimited or least > most:
+            return None
+        return int(rng.integers(least, most + 1))
+
+    if rng.random() < config.cut:
+        longest = min(len(trace.thinking), config.most_thinking)
+        thinking = int(rng.integers(longest + 1))
+        trace = cut_trace(problem, trace, thinking, tokenizer)
+    else:
+        thinking = budget(len(trace.thinking) + 1, config.most_thinking)
+    return trace, (thinking, budget(len(trace.solution), config.most_solution))
+
+
 class SFTBatches:
     """Random access to the batches of a fine-tuning run; batch i belongs to step i + 1.
 
@@ -176,16 +228,30 @@ class SFTBatches:
         rows = []
         for _ in range(POOL_BATCHES * mix.batch_size):
             problem = draw_problem(rng, held_out=False)
-            prompt = encode_prompt(problem, self.tokenizer)
-            solution = self.tokenizer.encode(write_solution(problem, mix, rng))
-            solution.append(self.tokenizer.eos_id)
-            rows.append((prompt + solution, [0] * len(prompt) + [1] * len(solution)))
+            trace = encode_trace(write_solution(problem, mix, rng), self.tokenizer)
+            budgets = None, None
+            if self.tokenizer.budget_text is not None:
+                stated = self.config.stated
+                trace, budgets = state_trace(
+                    problem, trace, stated, self.tokenizer, rng
+                )
+            rows.append(
+                self._row(encode_prompt(problem, self.tokenizer, budgets), trace)
+            )
         rows.sort(key=lambda row: len(row[0]))
         starts = rng.permutation(POOL_BATCHES) * mix.batch_size
         return [
             pad_rows(rows[i : i + mix.batch_size], self.tokenizer.eos_id)
             for i in starts
         ]
+
+    def _row(self, prompt: list[int], trace: Trace) -> tuple[list[int], list[int]]:
+        """Token ids and mask of a prompt and its solution."""
+        thinking, solution, is_cut = trace
+        end = self.tokenizer.think_end_id
+        assert end is not None
+        learned = [1] * len(thinking) + [int(not is_cut)] + [1] * len(solution)
+        return [*prompt, *thinking, end, *solution], [0] * len(prompt) + learned
 
 
 def sft_batches(config: SFTConfig, tokenizer: Tokenizer) -> "grain.DatasetIterator":
@@ -199,9 +265,17 @@ def sft_batches(config: SFTConfig, tokenizer: Tokenizer) -> "grain.DatasetIterat
     return iter(dataset.to_iter_dataset(options))
 
 
-def encode_prompt(problem: NanoProblem, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the chat template around the problem's text, up to where thinking begins."""
-    return tokenizer.encode_chat([{"role": "user", "content": problem.text}])
+def encode_prompt(
+    problem: NanoProblem,
+    tokenizer: Tokenizer,
+    budgets: tuple[int | None, int | None] = (None, None),
+) -> list[int]:
+    """Ids of the chat template around the problem's text, up to where thinking begins;
+    before it the budgets, if the tokenizer has a text that states them."""
+    text = problem.text
+    if tokenizer.budget_text is not None:
+        text = stated_budgets(tokenizer.budget_text, *budgets) + text
+    return tokenizer.encode_chat([{"role": "user", "content": text}])
 
 
 def pad_rows(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batch:

@@ -48,6 +48,7 @@ class EncodedProblem(NamedTuple):
 
     prompt_ids: list[int]
     answers: tuple[str, ...]
+    text: str = ""  # the user's message, without the budgets that the ids state
 
 
 def encode_problems(
@@ -55,17 +56,18 @@ def encode_problems(
     tokenizer: Tokenizer,
     instruction: str,
     max_prompt_len: int,
+    statement: str = "",
 ) -> tuple[list[EncodedProblem], int]:
     """The problems whose prompts have at most `max_prompt_len` tokens, in their order,
-    and how many are longer and left out.
+    and how many are longer and left out. Every message begins with the `statement`.
 
     Raises UserError if none is left, or if the tokenizer has no chat template.
     """
     encoded = []
     for problem in problems:
         text = prompt_text(problem.text, instruction)
-        ids = tokenizer.encode_chat([{"role": "user", "content": text}])
-        encoded.append(EncodedProblem(ids, problem.answers))
+        ids = tokenizer.encode_chat([{"role": "user", "content": statement + text}])
+        encoded.append(EncodedProblem(ids, problem.answers, text))
     kept = [e for e in encoded if len(e.prompt_ids) <= max_prompt_len]
     if not kept:
         shortest = min(len(e.prompt_ids) for e in encoded)
@@ -83,6 +85,7 @@ class Prompt(NamedTuple):
     index: int  # of the problem, among the kept ones
     prompt_ids: list[int]
     answers: tuple[str, ...]
+    text: str = ""  # as in EncodedProblem
 
 
 def prompt_batches(

@@ -36,6 +36,7 @@ from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 from e1jax.training import (
     apply_gradients,
+    entropy_coefs,
     jit_update,
     learning_rates,
     make_optimizer,
@@ -69,6 +70,7 @@ class Learner:
             config.optimizer, config.steps, config.updates_per_step
         )
         self.schedule = learning_rates(config.optimizer, config.steps)
+        self.entropy_coefs = entropy_coefs(config.loss, config.steps)
         self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
         local = local_mesh(loaded.config, loaded.mesh)
         sampled = abstract_params(loaded.config, local, self.dtype)
@@ -113,17 +115,21 @@ class Learner:
         """The policy where the engine samples: on this process's own devices."""
         return self.to_local(self.params)
 
-    def learn(self, rollouts: Rollouts) -> dict[str, float]:
-        """Updates the policy by the responses of a step; the metrics of the step."""
+    def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
+        """Updates the policy by the responses that were sampled after `step` steps; the
+        metrics of this one."""
         start = time.perf_counter()
-        config = self.config
+        config = self.config.at_step(step)
         temperature = jnp.float32(config.rollout.temperature)
+        entropy_coef = None  # the constant one
+        if config.loss.entropy_coef_end is not None:
+            entropy_coef = jnp.float32(self.entropy_coefs(step))
         measured = []
         for batch in self._minibatches(rollouts, temperature):
             # The first update is of the parameters that sampled.
             on_policy = config.loss.old_logprobs == "recomputed" and not measured
             self.params, self.state, metrics = self.update(
-                self.params, self.state, batch, on_policy, temperature
+                self.params, self.state, batch, on_policy, temperature, entropy_coef
             )
             measured.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
@@ -191,7 +197,8 @@ def make_update(
 ):
     """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
 
-    (params, state, batch, on_policy, temperature) -> (params, state, metrics). With
+    (params, state, batch, on_policy, temperature, entropy_coef=None) -> (params, state,
+    metrics). `entropy_coef` is in place of the one of the settings. With
     `on_policy` (bool), the batch was sampled from these parameters: the old
     log-probabilities are then the update's own, and the batch's are only compared with
     them, for `sampler_gap`. The first two arguments are donated, and sharded as
@@ -202,7 +209,7 @@ def make_update(
     mesh = jax.tree.leaves(shardings[0])[0].mesh
     gather_params = make_gather_params(shardings[0], dtype)
 
-    def of_shard(params, batch, weights, on_policy, temperature):
+    def of_shard(params, batch, weights, on_policy, temperature, entropy_coef):
         def add(grads, inputs):
             microbatch, weight = inputs
             new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
@@ -213,6 +220,7 @@ def make_update(
                 weight[0],
                 on_policy,
                 temperature,
+                entropy_coef,
                 mesh=mesh,
                 gather_params=gather_params,
             )
@@ -228,15 +236,16 @@ def make_update(
     of_shards = map_over_data(
         of_shard,
         mesh,
-        in_specs=(specs, rows, rows, PartitionSpec(), PartitionSpec()),
+        in_specs=(specs, rows, rows, *[PartitionSpec()] * 3),
         out_specs=(specs, PartitionSpec()),
     )
 
-    def update(params, state, batch, on_policy, temperature):
+    def update(params, state, batch, on_policy, temperature, entropy_coef=None):
         weights = _share_weights(
             batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
         )
-        grads, metrics = of_shards(params, batch, weights, on_policy, temperature)
+        scalars = on_policy, temperature, entropy_coef
+        grads, metrics = of_shards(params, batch, weights, *scalars)
         if config.loss.aggregate == "constant":
             scale = loss_scale(batch.loss_mask, "constant", longest_response)
             grads = jax.tree.map(lambda grad: grad * scale, grads)
@@ -266,6 +275,7 @@ def grpo_loss(
     weight: Float[Array, ""],
     on_policy: Bool[Array, ""],
     temperature: Float[Array, ""],
+    entropy_coef: Float[Array, ""] | None = None,
     *,
     mesh: Mesh | None = None,
     gather_params: GatherParams = lambda part, name: part,
@@ -282,7 +292,7 @@ def grpo_loss(
         mesh=mesh,
         remat=config.update.remat,
         gather_params=gather_params,
-        entropy_grad=loss.entropy_coef > 0,
+        entropy_grad=loss.raises_entropy,
         samples=config.rollout.samples,
         solutions=solutions_of(config.rollout),
     )
@@ -301,7 +311,7 @@ def grpo_loss(
         return (jnp.where(batch.loss_mask, values, 0.0) * weights).sum()
 
     entropy = mean(entropy)
-    value -= loss.entropy_coef * entropy
+    value -= (loss.entropy_coef if entropy_coef is None else entropy_coef) * entropy
     gap = mean(jnp.abs(own - batch.old_logprobs))
     metrics |= {"loss": value, "entropy": entropy, "sampler_gap": gap}
     return value * weight, {name: v * weight for name, v in metrics.items()}

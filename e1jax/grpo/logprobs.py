@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from e1jax.config.model import ModelConfig
 from e1jax.nn.attention import SharedPrompts
 from e1jax.nn.model import GatherParams, forward, unembed
-from e1jax.nn.paths import takes_shared_prompts
 from e1jax.nn.quantize import Params
 
 # Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
@@ -52,9 +51,9 @@ def response_logprobs(
     softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
     positions go through the model but not through its head. `mesh`, `remat` and
     `gather_params` go to model.forward. Each `samples` consecutive rows have the same
-    prompt, which goes through the model once (not on TPUs, nor where B is not a multiple
-    of `samples`). With `solutions`, these are thoughts, which go through the model once
-    too, where B is a multiple of the rows of one.
+    prompt, which goes through the model once, unless B is not a multiple of `samples`. With
+    `solutions`, these are thoughts, which go through the model once too, unless B is not a
+    multiple of the rows of one.
     """
 
     def of_response(row, start):
@@ -65,12 +64,13 @@ def response_logprobs(
         forward, config, params, mesh=mesh, remat=remat, gather_params=gather_params
     )
     # The token at a position is predicted from the position before it.
-    is_shared = response_len > 1 and takes_shared_prompts(mesh)
-    if is_shared and solutions is not None and len(tokens) % (1 + solutions.count) == 0:
+    if solutions is not None and shares_prompts(
+        len(tokens), 1 + solutions.count, response_len
+    ):
         parts = _hidden_of_thoughts(
             compute, tokens, targets, prompt_len, samples, solutions
         )
-    elif is_shared and solutions is None and samples > 1 and len(tokens) % samples == 0:
+    elif solutions is None and shares_prompts(len(tokens), samples, response_len):
         hidden = _hidden_of_groups(compute, tokens, targets, prompt_len, samples)
         parts = [(hidden, targets)]
     else:
@@ -85,6 +85,15 @@ def response_logprobs(
         for part in parts
     ]
     return results[0] if len(results) == 1 else _by_thought(results, response_len)
+
+
+def shares_prompts(rows: int, samples: int, response_len: int) -> bool:
+    """Whether so many rows on a device go through the model with each prompt once.
+
+    Not responses of which the model sees a single token: XLA on a CPU aborts in the
+    backward pass of one query (jax 0.10.2).
+    """
+    return samples > 1 and rows % samples == 0 and response_len > 2
 
 
 def _hidden_of_groups(

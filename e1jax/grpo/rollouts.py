@@ -11,7 +11,7 @@ import numpy as np
 
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.config.checks import UserError
-from e1jax.config.sampling import SamplingParams
+from e1jax.config.sampling import SamplingParams, stated_budgets
 from e1jax.config.training import GRPOConfig, budget_name
 from e1jax.data.problems import load_problems
 from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_seed
@@ -24,6 +24,7 @@ from e1jax.sampling.engine import Engine
 from e1jax.sampling.request import Following
 from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
+from e1jax.tokenizer import Tokenizer
 
 # The prompts of a step are padded to one of this many lengths, and its responses too: each
 # pair is a compilation.
@@ -51,11 +52,12 @@ class Batch(NamedTuple):
 def read_examples(
     config: GRPOConfig, loaded: LoadedModel, instruction: str
 ) -> list[EncodedProblem]:
-    """The problems to train on, as token ids."""
+    """The problems to train on, as token ids, with the longest statement of budgets."""
     problems = load_problems(config.data.problems)
     longest = config.data.max_prompt_len
+    *_, statement = statements(config, loaded.tokenizer)
     examples, dropped = encode_problems(
-        problems, loaded.tokenizer, instruction, longest
+        problems, loaded.tokenizer, instruction, longest, statement
     )
     if dropped and is_first():
         print(
@@ -64,6 +66,25 @@ def read_examples(
             file=sys.stderr,
         )
     return examples
+
+
+def statements(config: GRPOConfig, tokenizer: Tokenizer) -> list[str]:
+    """How each pair of budgets that can be drawn is stated, by the number of tokens;
+    [""] if budgets are not."""
+    text = tokenizer.budget_text
+    if text is None:
+        return [""]
+    stated = dict.fromkeys(stated_budgets(text, *pair) for pair in config.rollout.pairs)
+    return sorted(stated, key=lambda statement: len(tokenizer.encode(statement)))
+
+
+def prompt_lengths(
+    config: GRPOConfig, tokenizer: Tokenizer, examples: Sequence[EncodedProblem]
+) -> tuple[int, int]:
+    """Tokens of the shortest and of the longest prompt, whatever budgets it states."""
+    lengths = [len(example.prompt_ids) for example in examples]
+    stated = [len(tokenizer.encode(s)) for s in statements(config, tokenizer)]
+    return max(1, min(lengths) - (stated[-1] - stated[0])), max(lengths)
 
 
 def make_engine(
@@ -171,8 +192,9 @@ def sample_rollouts(
     start = time.perf_counter()
     failures = dict(grader.failures)
     cut = CutStream(config.rollout, len(prompts), engine.tokenizer)
+    states = engine.tokenizer.budget_text is not None  # of each prompt, by its pair
     stream = engine.stream(
-        [prompt.prompt_ids for prompt in prompts],
+        [prompt.text if states else prompt.prompt_ids for prompt in prompts],
         [rollout_request(config, prompt.position) for prompt in prompts],
         progress=stop_if_asked,
         follow=follow if config.rollout.cuts else None,
@@ -383,7 +405,8 @@ def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int,
 
     def padded(length: int, longest: int, unit: int) -> int:
         unit = max(unit, -(-longest // NUM_LENGTHS))
-        return min(-(-length // unit) * unit, longest)
+        # A shorter statement of budgets may, by its tokenizer, take more tokens.
+        return min(-(-length // unit) * unit, max(length, longest))
 
     prompt_len = padded(of_step[0], longest[0], TILE)
     response_len = 1 + padded(max(1, of_step[1] - 1), longest[1] - 1, 1)

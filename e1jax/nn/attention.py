@@ -8,7 +8,7 @@ five-dimensional einsum runs several times slower on a CPU.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,9 +59,11 @@ def shared_prompt_attention(
     k: tuple[jax.Array, ...],
     v: tuple[jax.Array, ...],
     shared: SharedPrompts,
+    causal: Callable[..., jax.Array],
 ) -> tuple[jax.Array, ...]:
-    """`causal_attention` of prompts, of responses that also see their prompt, and of
-    solutions that see the prompt, and their thought up to where it was cut.
+    """Attention of prompts, of responses that also see their prompt, and of solutions that
+    see the prompt and their thought up to where it was cut, by `causal`, which is
+    `causal_attention` or another form of it.
 
     Heads of each part, as `SharedPrompts.split` gives them: [N, H, P, C], ..., or with K
     heads.
@@ -77,52 +79,43 @@ def shared_prompt_attention(
     def with_own(part, before):
         return (jnp.concatenate([before(x), x[part]], axis=2) for x in (k, v))
 
-    prompt_len = jnp.repeat(shared.prompt_len, shared.samples)
-    of_prompts = causal_attention(q[0], k[0], v[0])
-    keys, values = with_own(1, before_responses)
-    of_responses = causal_attention(q[1], keys, values, prompt_len=prompt_len)
-    if shared.seen is None:
-        return of_prompts, of_responses
-    keys, values = with_own(2, before_solutions)
-    prompt_len = jnp.repeat(prompt_len, len(shared.seen) // len(prompt_len))
-    key_mask = _visible_before(shared, prompt_len, keys.shape[2] - q[2].shape[2])
-    key_mask = jnp.pad(
-        key_mask, ((0, 0), (0, q[2].shape[2])), constant_values=True
-    )  # its own keys
-    return of_prompts, of_responses, _by_parts(q[2], keys, values, key_mask)
+    of_prompt = _first(shared.prompt_len, shared.longest_prompt)
+    of_prompt = jnp.repeat(of_prompt, shared.samples, axis=0)
+    results = [causal(q[0], k[0], v[0])]
+    results.append(causal(q[1], *with_own(1, before_responses), visible=of_prompt))
+    if shared.seen is not None:
+        of_prompt = jnp.repeat(of_prompt, len(shared.seen) // len(of_prompt), axis=0)
+        of_thought = _first(shared.seen, q[1].shape[2])
+        visible = jnp.concatenate([of_prompt, of_thought], axis=1)
+        keys, values = with_own(2, before_solutions)
+        results.append(causal(q[2], keys, values, visible=visible))
+    return tuple(results)
 
 
-def _visible_before(
-    shared: SharedPrompts, prompt_len: Int[Array, " B"], length: int
-) -> Bool[Array, "B S"]:
-    """Which of the `length` keys of prompt and thought a solution sees."""
-    index = jnp.arange(length)[None]
-    in_thought = index - shared.longest_prompt
-    assert shared.seen is not None
-    seen = (in_thought >= 0) & (in_thought < shared.seen[:, None])
-    return (index < prompt_len[:, None]) | seen
+def _first(count: Int[Array, " B"], length: int) -> Bool[Array, "B S"]:
+    """Which of `length` tokens are the first `count` of a row."""
+    return jnp.arange(length)[None] < count[:, None]
 
 
 def causal_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    prompt_len: Int[Array, " B"] | None = None,
+    visible: Bool[Array, "B _P"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. With `prompt_len`, the T queries belong to the last T keys; of the
-    S - T keys before them, row b attends only to the first prompt_len[b]. Up to
+    needs no mask. The T queries belong to the last T keys; of the P = S - T keys
+    before them, row b attends only to the ones where `visible` is true (None: all). Up to
     MAX_PARTS parts of the queries are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
     """
     key_mask = None
-    if prompt_len is not None:
-        index = jnp.arange(k.shape[2])[None]
-        before = k.shape[2] - q.shape[2]
-        key_mask = (index < prompt_len[:, None]) | (index >= before)
+    if visible is not None:
+        own = jnp.ones((len(visible), q.shape[2]), bool)
+        key_mask = jnp.concatenate([visible, own], axis=1)
     return _by_parts(q, k, v, key_mask)
 
 

@@ -83,7 +83,7 @@ def forward(
     begin at 0) asks for with a cache too. `mesh` holds the arrays: on TPUs,
     attention then takes their kernels. `gather_params` all-gathers sharded parameters
     just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
-    is 1 and `tokens` holds several prompts and their responses (no cache, not on TPUs).
+    is 1 and `tokens` holds several prompts and their responses (no cache).
 
     For the backward pass a layer keeps expensive results (the heads, attention's,
     both products of the mlp), and computes norms, scores and the activation

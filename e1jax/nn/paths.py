@@ -25,6 +25,7 @@ from e1jax.nn.cpu import matmul_on_cpu, normalise_on_cpu, vectors_apart
 from e1jax.nn.heads import Vectors, add_biases, join_heads, make_heads
 from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
 from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads, takes_heads
+from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, takes_gpu_decode
 from e1jax.nn.kernels.splash import splash_attention, takes_splash
 from e1jax.nn.kernels.top_p import last_ranks, last_ranks_on_tpu
 from e1jax.nn.norm import rms_normalise
@@ -48,6 +49,7 @@ class Operations(NamedTuple):
     write_by_head: bool  # of one token a row: see cache.write
     # (gaps [B, V], top_k [B], top_p [B]) -> [B, 1]: see kernels.top_p
     last_ranks: Callable[..., jax.Array]
+    draws_again: bool  # until a token is kept, instead of `last_ranks`
 
 
 class Path(NamedTuple):
@@ -72,10 +74,11 @@ def choose_operations(mesh: Mesh | None) -> Operations:
         in_slabs=False,
         write_by_head=mesh is not None,
         last_ranks=last_ranks,
+        draws_again=True,
     )
     if mesh is not None and on_tpu(mesh):
         kernel = functools.partial(last_ranks_on_tpu, mesh=mesh)
-        return operations._replace(last_ranks=kernel)
+        return operations._replace(last_ranks=kernel, draws_again=False)
     if mesh is not None and on_cpu(mesh):
         return operations._replace(
             product=matmul_on_cpu,
@@ -85,12 +88,6 @@ def choose_operations(mesh: Mesh | None) -> Operations:
             write_by_head=False,
         )
     return operations
-
-
-def takes_shared_prompts(mesh: Mesh | None) -> bool:
-    """Whether a pass can take `shared` prompts: the kernel that TPUs take for a sequence
-    has no mask for them."""
-    return not on_tpu(mesh)
 
 
 def choose_path(
@@ -108,12 +105,12 @@ def choose_path(
     operations = choose_operations(mesh)
     rope = rope_angles(positions, rope_frequencies(config.head_dim, config.rope_theta))
     heads = functools.partial(make_heads, config=config, normalise=operations.normalise)
-    if shared is not None:
-        prepare, attend = _with_shared_prompts(heads, rope, shared)
-        return Path(operations, _as_it_is, prepare, attend)
     causal = causal_attention
     if mesh is not None and takes_splash(mesh, dtype, config.head_dim):
         causal = functools.partial(splash_attention, mesh=mesh)
+    if shared is not None:
+        prepare, attend = _with_shared_prompts(heads, rope, shared, causal)
+        return Path(operations, _as_it_is, prepare, attend)
     if cache is None:
         prepare = _prepare(heads, rope, lambda cache, layer, k, v: cache)
         return Path(operations, _as_it_is, prepare, _attend_to_sequence(causal))
@@ -138,6 +135,9 @@ def choose_path(
         attend = _attend_to_cache(kernel, last)
         if takes_heads(mesh, cache.k):
             prepare = _prepare_by_kernel(config, params, rope, write_positions, mesh)
+    elif positions.shape[1] == 1 and takes_gpu_decode(mesh, cache.k):
+        kernel = functools.partial(gpu_decode_attention, mesh=mesh)
+        attend = _attend_to_cache(kernel, last)
     else:
         attend = _attend_to_cache(cached_attention, last)
     place = functools.partial(_replicate_rows, mesh=mesh)
@@ -190,7 +190,10 @@ def _attend_to_cache(cached: Callable[..., jax.Array], last: Int[Array, "R T"]):
 
 
 def _with_shared_prompts(
-    heads: Callable[..., list[jax.Array]], rope, shared: SharedPrompts
+    heads: Callable[..., list[jax.Array]],
+    rope,
+    shared: SharedPrompts,
+    causal: Callable[..., jax.Array],
 ):
     """`prepare` and `attend` of several parts: prompts, responses, solutions."""
     cos, sin = (shared.split(x[:, 0]) for x in rope)
@@ -206,7 +209,7 @@ def _with_shared_prompts(
         return q, k, v, cache
 
     def attend(q, k, v, cache, layer):
-        parts = shared_prompt_attention(q, k, v, shared)
+        parts = shared_prompt_attention(q, k, v, shared, causal)
         return shared.join([join_heads(part) for part in parts])
 
     return prepare, attend

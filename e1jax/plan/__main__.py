@@ -29,7 +29,7 @@ from e1jax.cli.flags import QuantizeFlags, flag, flags_parser
 from e1jax.config.checks import UserError
 from e1jax.config.load import check_one_config, load_config
 from e1jax.config.training import GRPOConfig
-from e1jax.plan.report import dump, parse_size, report_json, report_table
+from e1jax.plan.report import dump, dumping, parse_size, report_json, report_table
 from e1jax.plan.sampling import DEFAULT_LIVE, plan_sampling
 from e1jax.plan.sizes import model_sizes
 from e1jax.plan.slices import describe, topology_table
@@ -98,13 +98,15 @@ def main() -> None:
     sizes = model_sizes(config.model)
     parts = ("sample", "train") if args.part is None else (args.part,)
     reports = []
-    for part in parts:
-        plan = plan_sampling if part == "sample" else plan_training
-        report = plan(config, sizes, slice_, args)
-        reports.append(report)
-        if args.dump_hlo:
-            dump(report, args.dump_hlo)
-        print(report_json(report) if args.json else report_table(report), flush=True)
+    with dumping(args.dump_hlo):
+        for part in parts:
+            plan = plan_sampling if part == "sample" else plan_training
+            report = plan(config, sizes, slice_, args)
+            reports.append(report)
+            if args.dump_hlo:
+                dump(report, args.dump_hlo)
+            text = report_json(report) if args.json else report_table(report)
+            print(text, flush=True)
     if not all(report.fits for report in reports):
         sys.exit(3)
 

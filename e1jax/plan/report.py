@@ -1,6 +1,7 @@
 """The report on sampling or on training, as JSON and as a table."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from e1jax.cli.flags import aligned
+from e1jax.cli.locks import owning
 from e1jax.config.checks import shown, writing
 from e1jax.config.model import ModelConfig
 from e1jax.plan.account import Account
@@ -219,7 +221,10 @@ def _counted(number: int, what: str) -> str:
 def _settings(report: Report) -> tuple[str, str]:
     settings = report.settings
     if report.part == "train":
-        return f"{settings['rows']} x {settings['tokens']} tokens", "a device's rows"
+        samples = settings["samples_in_pass"]
+        shared = f", a prompt of {samples} once" if samples > 1 else ""
+        rows = f"{settings['rows']} x {settings['tokens']} tokens"
+        return rows, f"a device's rows{shared}"
     forms = {"quantize": "weights", "kv_dtype": "cache"}
     told = [f", {forms[key]} {settings[key]}" for key in forms if key in settings]
     return (
@@ -272,10 +277,21 @@ def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
+@contextlib.contextmanager
+def dumping(directory: Path | None) -> Iterator[None]:
+    """Makes the directory of --dump-hlo, if one is given; while the context is entered, no
+    other command writes there. Raises UserError if that cannot be."""
+    with contextlib.ExitStack() as stack:
+        if directory is not None:
+            with writing(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(owning(directory, inside=True))
+        yield
+
+
 def dump(report: Report, directory: Path) -> None:
     """Writes the programs' texts (HLO) to files; raises UserError if it cannot."""
     with writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
         for name, text in report.programs.items():
             (directory / f"{report.part}_{name}.hlo.txt").write_text(text)
 

@@ -16,6 +16,7 @@ from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.learner import Learner, default_mesh
+from e1jax.grpo.logprobs import shares_prompts
 from e1jax.grpo.rollouts import (
     Batch,
     least_room,
@@ -68,6 +69,7 @@ def plan_training(
     report = new_report("train", slice_, mesh)
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
+    report.settings["samples_in_pass"] = samples_in_pass(learner)
     warn_if_undivided(report, sizes, learner.shapes)
     if config.update.param_dtype == "bfloat16":
         report.warnings.append("train refuses update.param_dtype=bfloat16")
@@ -284,15 +286,57 @@ _KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of ker
 
 def update_flops(learner: Learner) -> float:
     """6 flops per weight of a matrix product and token, of one update; the output
-    matrix sees responses only. Attention's products are not in it."""
+    matrix sees responses only. Tokens of a prompt that several responses share count
+    once. Attention's products are not in it."""
     config, sizes = learner.config, learner.loaded.config
     matrices = jax.tree.leaves(learner.shapes["layers"])
     per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
     head = sizes.hidden_size * sizes.vocab_size
-    prompt_len, response_len = learner.longest
+    parts = parts_in_pass(learner)
+    tokens = sum(rows * length for rows, _, length in parts)
+    _, response_len = learner.longest
+    sampled = rows_on_device(learner) * response_len
+    if len(parts) == 3:  # thoughts, and solutions of another length
+        sampled = sum(rows * length for rows, _, length in parts[1:])
     rows = config.update.minibatch_prompts * config.rollout.responses
-    tokens = prompt_len + response_len
-    return 6.0 * rows * (tokens * per_token + response_len * head)
+    passes = rows / rows_on_device(learner)
+    return 6.0 * passes * (tokens * per_token + sampled * head)
+
+
+def rows_on_device(learner: Learner) -> int:
+    """Responses of a micro-batch on one device."""
+    return learner.config.update.microbatch // learner.loaded.mesh.shape["data"]
+
+
+def samples_in_pass(learner: Learner) -> int:
+    """Responses, of cut ones thoughts, that go through the model with one prompt; see
+    response_logprobs."""
+    rollout, (_, response_len) = learner.config.rollout, learner.longest
+    rows = rows_on_device(learner)
+    if rollout.cuts:
+        thoughts, rest = divmod(rows, 1 + rollout.solutions)
+        return 1 if rest or thoughts % rollout.samples else rollout.samples
+    return rollout.samples if shares_prompts(rows, rollout.samples, response_len) else 1
+
+
+def parts_in_pass(learner: Learner) -> list[tuple[float, int, int]]:
+    """What goes through the model on a device at a time: rows, tokens before them that
+    they see, and tokens; of prompts, of responses and of the solutions to these, or of
+    complete rows."""
+    rollout, (prompt_len, response_len) = learner.config.rollout, learner.longest
+    rows, samples = rows_on_device(learner), samples_in_pass(learner)
+    if rollout.cuts and shares_prompts(rows, 1 + rollout.solutions, response_len):
+        thoughts, thought_len = rows / (1 + rollout.solutions), rollout.cuts[-1] + 1
+        prompt_len -= thought_len
+        solution_len = rollout.solution_budgets[0] or 0
+        return [
+            (thoughts / samples, 0, prompt_len),
+            (thoughts, prompt_len, thought_len),
+            (thoughts * rollout.solutions, prompt_len + thought_len, solution_len),
+        ]
+    if rollout.cuts or samples == 1:
+        return [(rows, 0, prompt_len + response_len)]
+    return [(rows / samples, 0, prompt_len), (rows, prompt_len, response_len)]
 
 
 def _kernel_flops(counted: Account, learner: Learner) -> float:
@@ -300,11 +344,6 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
 
     JAX's splash kernels state no cost (0.10.2); kernels that do are counted as they say.
     """
-    sizes, mesh = learner.loaded.config, learner.loaded.mesh
-    tokens = sum(learner.longest)
-    rows = learner.config.update.microbatch / mesh.shape["data"]
-    heads = sizes.num_heads / mesh.shape["tensor"]
-    product = rows * heads * tokens**2 * sizes.head_dim
     count, stated = 0, 0
     for op in counted.custom_calls:
         if op.states_cost:
@@ -315,7 +354,17 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
             passes = {"dkv": 4, "dq": 3}
             products = [n for kind, n in passes.items() if kind in op.op_name] or [2]
             count += op.times * products[0]
-    return count * product + stated
+    return count * _product_flops(learner) + stated
+
+
+def _product_flops(learner: Learner) -> float:
+    """Flops of one of the products of a call of attention on one device; of several calls
+    in turn, see `parts_in_pass`, the mean."""
+    sizes, mesh = learner.loaded.config, learner.loaded.mesh
+    heads = sizes.num_heads / mesh.shape["tensor"]
+    parts = parts_in_pass(learner)
+    pairs = sum(rows * own * (2 * before + own) for rows, before, own in parts)
+    return heads * sizes.head_dim * pairs / len(parts)
 
 
 def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:

@@ -6,7 +6,12 @@ compares under limits, and `grader` passes responses to workers. `function` is f
 function of the user's own.
 """
 
-from e1jax.rewards.function import RewardFunction, call_function, load_function
+from e1jax.rewards.function import (
+    RewardFunction,
+    call_function,
+    load_function,
+    source_digest,
+)
 from e1jax.rewards.grader import (
     Accepted,
     Grader,
@@ -26,4 +31,5 @@ __all__ = [
     "grade",
     "load_function",
     "score",
+    "source_digest",
 ]

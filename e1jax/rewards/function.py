@@ -1,10 +1,13 @@
 """A reward function of the user's own, in place of right or wrong."""
 
+import hashlib
 import importlib
 import math
 import numbers
+import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from e1jax.config.checks import UserError
@@ -30,6 +33,15 @@ def load_function(name: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f"reward.function={name} is {function!r}, not a function")
     return function
+
+
+def source_digest(name: str) -> str:
+    """Names the content of the file of a function's module, once `load_function` has
+    imported it; of a module without a file, its name."""
+    module = name.partition(":")[0]
+    path = getattr(sys.modules[module], "__file__", None)
+    content = module.encode() if path is None else Path(path).read_bytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def call_function(

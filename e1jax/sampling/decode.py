@@ -141,12 +141,13 @@ def extend(
     """`prefix` of P positions, which holds the keys and values of `tokens` [1, P] up to
     `start`, a multiple of `prefix_step(P)`; with those up to `stop`, too.
 
-    A piece of PREFILL_LEN starts at a multiple of its length. Shorter ones lead to it.
+    A piece of PREFILL_LEN starts at a multiple of its length. Shorter ones lead to it,
+    and are all that is needed for fewer tokens.
     """
     bucket = tokens.shape[1]
     short, long = prefix_step(bucket), math.gcd(bucket, PREFILL_LEN)
     step = functools.partial(_prefill_step, config, mesh, params, tokens)
-    aligned = jnp.minimum(stop, -(-start // long) * long)
+    aligned = jnp.where(stop - start < long, stop, -(-start // long) * long)
     first = start // short
     prefix = jax.lax.fori_loop(first, -(-aligned // short), step(short), prefix)
     first = -(-aligned // long)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from e1jax.nn.kernels.top_p import MAX_GAP, MAX_RANK, as_ranks
+from e1jax.nn.kernels.top_p import MAX_GAP, MAX_RANK, as_ranks, make_is_kept
 from e1jax.nn.paths import choose_operations
 
 
@@ -61,11 +61,50 @@ def sample_token(
         is_banned = jnp.arange(logits.shape[1])[None] == banned[:, None]
         logits = jnp.where(is_banned, -jnp.inf, logits)
     gaps = _gaps(logits, sampling.temperature)
-    keep = top_k_top_p_mask(gaps, sampling.top_k, sampling.top_p, mesh)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    noisy = jnp.where(keep, noise - gaps, -jnp.inf)
-    chosen = jnp.where((sampling.temperature == 0)[:, None], logits, noisy)
-    return jnp.argmax(chosen, axis=-1).astype(jnp.int32)
+    is_greedy = (sampling.temperature == 0)[:, None]
+    noisy = jnp.where(is_greedy, logits, noise - gaps)
+    options = sampling.top_k, sampling.top_p
+    if choose_operations(mesh).draws_again:
+        return _draw_until_kept(noisy, gaps, *options)
+    keep = top_k_top_p_mask(gaps, *options, mesh) | is_greedy
+    return jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def _draw_until_kept(
+    noisy: Float[Array, "B V"],
+    gaps: Float[Array, "B V"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+) -> Int[Array, " B"]:
+    """The arg-max of `noisy` among the tokens of `top_k_top_p_mask`, without their set.
+
+    The arg-max among all tokens is the one, if it is kept. If not, nor is any token that
+    is as probable or less, and the arg-max among the others comes next. A nucleus of 0.95
+    takes 1.05 draws of a row.
+    """
+    ranks = as_ranks(gaps)
+
+    def draw(candidates):
+        return jnp.argmax(candidates, axis=-1).astype(jnp.int32)
+
+    # Where logits are not numbers, no token would ever be kept: the engine refuses them.
+    is_cut = ((top_k > 0) | (top_p < 1)) & ~jnp.isnan(gaps[:, 0])
+    first = draw(noisy)
+
+    def until_kept():
+        is_kept = make_is_kept(gaps, top_k, top_p)
+
+        def again(state):
+            token, is_open = state
+            rank = take_from_rows(ranks, token)
+            is_open &= ~is_kept(rank)
+            others = draw(jnp.where(ranks < rank[:, None], noisy, -jnp.inf))
+            return jnp.where(is_open, others, token), is_open
+
+        return jax.lax.while_loop(lambda s: s[1].any(), again, (first, is_cut))[0]
+
+    return jax.lax.cond(is_cut.any(), until_kept, lambda: first)
 
 
 def top_k_top_p_mask(

@@ -33,6 +33,7 @@ from e1jax.config.sampling import SamplingParams
 from e1jax.nn.cache import KVCache, whole_slots
 from e1jax.nn.cpu import unstack
 from e1jax.nn.quantize import Params
+from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import DONE, BudgetState, TokenIds
 from e1jax.sampling.completion import Completion, Event, Sample
 from e1jax.sampling.decode import (
@@ -144,11 +145,12 @@ class Engine:
         self._scheduler = Scheduler(self.slots)
         self._unclaimed: list[Event] = []  # a stream met them; the next `step` has them
         self._noted_cut = False
-        self.params = params
         self._cache: KVCache | None = None
         self._rows: Rows | None = None
-        # As decoding takes them: of a prompt, and of a step. None while nothing runs.
+        # As decoding takes them: of a prompt, and of a step. Kept between live requests,
+        # which may come one by one; a stream that leaves nothing running frees them.
         self._weights: tuple[Params, Params] | None = None
+        self.params = params
         self._step_seconds: float | None = None
 
     @classmethod
@@ -162,15 +164,18 @@ class Engine:
         dtype: str | None = None,
         quantize: str | None = None,
         kv_dtype: str | None = None,
+        state_budgets: bool = True,
     ) -> "Engine":
         """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
 
         `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or
         "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere), `quantize` "int8" for
-        weights of half the size of bfloat16, `kv_dtype` as in the constructor. Raises
-        UserError, a ValueError, for anything wrong with them.
+        weights of half the size of bfloat16, `kv_dtype` as in the constructor. A model
+        trained with stated budgets gets those of each request stated, unless
+        `state_budgets` is false. Raises UserError, a ValueError, for anything wrong with
+        them.
         """
-        loaded = load_model(name, mesh, dtype, quantize)
+        loaded = load_model(name, mesh, dtype, quantize, state_budgets)
         return cls(
             loaded.config,
             loaded.read_params(),
@@ -212,8 +217,9 @@ class Engine:
         Completion per sample.
 
         A prompt is a text (put into the chat template as the user's message), a list of
-        chat messages or a list of token ids (used as they are). Raises UserError before
-        any work for a request that cannot fit, naming it.
+        chat messages or a list of token ids (used as they are). Of a model trained with
+        stated budgets, a text and the last message of the user begin with the request's.
+        Raises UserError before any work for a request that cannot fit, naming it.
         """
         results: list[list[Completion]] = [[] for _ in prompts]
         for completion in self.stream(prompts, params):
@@ -284,6 +290,7 @@ class Engine:
     @params.setter
     def params(self, params: Params | None) -> None:
         self._params = params
+        self._weights = self._rows = None
         self._scheduler.forget()  # keys and values of other parameters
 
     @property
@@ -302,9 +309,17 @@ class Engine:
         self._unclaimed = []
         self._cache = self._rows = self._weights = None
 
-    def encode(self, prompt: Prompt, where: str = "prompt") -> list[int]:
-        """Token ids of a prompt, checked; see `generate`."""
-        return encode_prompt(prompt, where, self.tokenizer, self.config.vocab_size)
+    def encode(
+        self,
+        prompt: Prompt,
+        where: str = "prompt",
+        *,
+        params: SamplingParams | None = None,
+    ) -> list[int]:
+        """Token ids of a prompt, checked, with the budgets of `params` stated; see
+        `generate`."""
+        vocab_size = self.config.vocab_size
+        return encode_prompt(prompt, where, self.tokenizer, vocab_size, params)
 
     def _requests(
         self,
@@ -393,6 +408,9 @@ class Engine:
             self._scheduler.abort(left)  # of a stream that is given up
             self._unclaimed = [e for e in self._unclaimed if e.request_id not in left]
             self._update()
+            if self._scheduler.is_idle:
+                # The parameters may be replaced now, and their memory reused.
+                self._weights = self._rows = None
 
     def _followed(
         self,
@@ -414,12 +432,7 @@ class Engine:
 
     def _update(self) -> None:
         """Applies the calls of `add` and `abort` since the last update."""
-        freed = self._scheduler.update()
-        if self._scheduler.is_idle:
-            # The parameters may be replaced now, and their memory reused.
-            self._weights = self._rows = None
-        else:
-            self._stop(freed)
+        self._stop(self._scheduler.update())
 
     def _stop(self, slots: Sequence[int]) -> None:
         """Ends the rows of slots whose samples are gone."""
@@ -470,10 +483,16 @@ class Engine:
         the clock: the same requests meet in the same slots whenever they run."""
         return max(1, self.slots // 16)
 
+    @property
+    def _piece(self) -> int:
+        """Tokens of a waiting prompt that are prefilled at a time. For a CPU, which computes
+        all the time, a token of a prompt is as much work as one of a running sample."""
+        return BLOCK_LEN if on_cpu(self.mesh) else PREFILL_LEN
+
     def _refill(self) -> bool:
         """Gives the free slots to samples that wait; whether a live prompt is to be
         prefilled further, with a free slot, after some steps of the running samples."""
-        queue, room = self._scheduler.queue, PREFILL_LEN
+        queue, room = self._scheduler.queue, self._piece
         if len(self._scheduler.free) < self._few:
             return False
         if starts := self._scheduler.next_in_place():
@@ -566,8 +585,8 @@ class Engine:
         start = waiting.filled
         stop = length
         if room is not None:  # to the end of a piece, where the next one can start
-            pieces = start // PREFILL_LEN + max(1, room // PREFILL_LEN)
-            stop = min(length, pieces * PREFILL_LEN)
+            pieces = start // self._piece + max(1, room // self._piece)
+            stop = min(length, pieces * self._piece)
         waiting.prefix = extend(
             *model, self._weights[0], tokens, start, stop, waiting.prefix
         )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e1jax.config.checks import UserError
-from e1jax.config.sampling import SamplingParams
+from e1jax.config.sampling import SamplingParams, stated_budgets
 from e1jax.config.texts import check_backslashes
 from e1jax.sampling.budget import ResolvedBudget, resolve_budget
 from e1jax.tokenizer import THINK_END, Tokenizer
@@ -69,7 +69,7 @@ def make_request(
     """
     if not isinstance(params, SamplingParams):
         raise UserError(f"params must be SamplingParams, not {params!r}")
-    prompt_ids = encode_prompt(prompt, where, tokenizer, vocab_size)
+    prompt_ids = encode_prompt(prompt, where, tokenizer, vocab_size, params)
     thinks = starts_thinking(prompt_ids, tokenizer)
     forced_ids = _forced_ids(params.end_of_thinking_text, where, tokenizer)
     budget = resolve_budget(
@@ -86,10 +86,18 @@ def make_request(
 
 
 def encode_prompt(
-    prompt: Prompt, where: str, tokenizer: Tokenizer, vocab_size: int
+    prompt: Prompt,
+    where: str,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    params: SamplingParams | None = None,
 ) -> list[int]:
     """Token ids of a text (the user's message in the chat template), of chat messages,
-    or of token ids, as they are."""
+    or of token ids, as they are.
+
+    Before a text, and before the last message of the user, stand the budgets of `params`,
+    if the tokenizer has a text that states them.
+    """
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if not isinstance(prompt, Sequence | np.ndarray):
@@ -99,8 +107,14 @@ def encode_prompt(
     if not len(prompt):
         raise UserError(f"{where} is empty; a response needs a token to start from")
     if all(isinstance(item, dict) for item in prompt):
+        messages: Any = prompt
+        if params is not None and tokenizer.budget_text is not None:
+            budgets = params.thinking_budget, params.solution_budget
+            messages = _stating(
+                messages, stated_budgets(tokenizer.budget_text, *budgets)
+            )
         try:
-            ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+            ids = tokenizer.encode_chat(messages)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         # Not before: it goes into any depth, and through any length.
@@ -114,6 +128,24 @@ def encode_prompt(
                 f"{where}: {token!r} is not a token id of this model (0 to {last})"
             )
     return [int(token) for token in prompt]  # type: ignore[arg-type]
+
+
+def _stating(messages: Sequence[dict[str, Any]], statement: str) -> list[Any]:
+    """The messages, with a text before the last one of the user; without one, as they
+    are. Earlier messages keep their tokens, whatever budgets a conversation goes on with.
+    """
+    stated = list(messages)
+    for index in reversed(range(len(stated))):
+        message = stated[index]
+        if message.get("role") == "user":
+            content = message.get("content")
+            if isinstance(content, str):
+                stated[index] = {**message, "content": statement + content}
+            elif isinstance(content, list):  # of parts
+                part = {"type": "text", "text": statement}
+                stated[index] = {**message, "content": [part, *content]}
+            break
+    return stated
 
 
 def starts_thinking(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:

@@ -122,11 +122,18 @@ def _prepare(
     wanted = parse_request(body, is_chat, settings)
     engine = worker.engine
     prompts = []
+    states = engine.tokenizer.budget_text is not None
     for prompt in wanted.prompts:
-        prompt_ids = encode_prompt(
-            prompt, engine.tokenizer, engine.encode, worker.max_prompt_chars
-        )
+
+        def encoded(params: SamplingParams, prompt: Any = prompt) -> list[int]:
+            encode = functools.partial(engine.encode, params=params)
+            most = worker.max_prompt_chars
+            return encode_prompt(prompt, engine.tokenizer, encode, most)
+
+        prompt_ids = encoded(wanted.params)
         params = fit_budgets(wanted, prompt_ids, engine.tokenizer, engine.cache_len)
+        if states and params != wanted.params:
+            prompt_ids = encoded(params)  # which states the budgets that fit
         prompts.append((prompt_ids, params))
     return wanted, prompts
 

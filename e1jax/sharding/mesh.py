@@ -167,6 +167,11 @@ def on_tpu(mesh: Mesh | None) -> bool:
     return mesh is not None and mesh.devices.flat[0].platform == "tpu"
 
 
+def on_gpu(mesh: Mesh | None) -> bool:
+    """Whether the mesh is of GPUs; not for None."""
+    return mesh is not None and mesh.devices.flat[0].platform == "gpu"
+
+
 def on_cpu(mesh: Mesh | None) -> bool:
     """Whether the mesh is of CPU devices; not for None."""
     return mesh is not None and mesh.devices.flat[0].platform == "cpu"

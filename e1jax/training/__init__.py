@@ -3,6 +3,7 @@
 from e1jax.training.optimizer import (
     apply_gradients,
     clip_by_norm,
+    entropy_coefs,
     jit_update,
     learning_rates,
     make_optimizer,
@@ -22,6 +23,7 @@ __all__ = [
     "apply_gradients",
     "check_processes",
     "clip_by_norm",
+    "entropy_coefs",
     "jit_update",
     "learning_rates",
     "make_optimizer",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from e1jax.config.training import AdamWConfig, MuonConfig
+from e1jax.config.training import AdamWConfig, LossConfig, MuonConfig
 from e1jax.sharding.runtime import backward_options
 
 
@@ -43,6 +43,16 @@ def learning_rates(config: AdamWConfig | MuonConfig, steps: int) -> optax.Schedu
         return config.learning_rate * rise * fall
 
     return rate
+
+
+def entropy_coefs(config: LossConfig, steps: int) -> optax.Schedule:
+    """Weight of the entropy at each step, counted from 0, of a run of `steps` steps:
+    constant, or linear to `entropy_coef_end`, which the last step has."""
+    if config.entropy_coef_end is None:
+        return optax.constant_schedule(config.entropy_coef)
+    return optax.linear_schedule(
+        config.entropy_coef, config.entropy_coef_end, max(1, steps - 1)
+    )
 
 
 def make_optimizer(

@@ -30,7 +30,7 @@ from e1jax.sharding.hosts import (
     is_first,
 )
 from e1jax.sharding.runtime import COMPILER_OPTIONS
-from e1jax.tokenizer import INSTRUCTION_KEY
+from e1jax.tokenizer import BUDGET_TEXT_KEY, INSTRUCTION_KEY
 
 if TYPE_CHECKING:
     import grain
@@ -100,19 +100,23 @@ def write_model_files(
     run_dir: Path,
     config: Mapping[str, Any],
     instruction: str,
+    budget_text: str | None,
     write_tokenizer: Callable[[Path], Any],
 ) -> None:
     """Makes a run directory a model: writes `config.json` and the tokenizer files.
 
-    `config` is in the format of Hugging Face. The instruction that prompts end with is
-    recorded with the tokenizer, beside the chat template, so that it goes wherever the
-    model is converted to.
+    `config` is in the format of Hugging Face. The instruction that prompts end with, and
+    the text that states their budgets, if any does, are recorded with the tokenizer,
+    beside the chat template, so that they go wherever the model is converted to.
     """
     with writing(run_dir):
         write_tokenizer(run_dir)
         tokenizer = read_json(run_dir / "tokenizer_config.json")
+        tokenizer |= {INSTRUCTION_KEY: instruction, BUDGET_TEXT_KEY: budget_text}
+        if budget_text is None:
+            del tokenizer[BUDGET_TEXT_KEY]
         for name, value in (
-            ("tokenizer_config.json", {**tokenizer, INSTRUCTION_KEY: instruction}),
+            ("tokenizer_config.json", tokenizer),
             ("config.json", config),
         ):
             text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from e1jax.nn.scores import BLOCK_LEN, KEPT, scaled
 from e1jax.sharding.mesh import on_tpu, sharding
@@ -23,10 +23,11 @@ def takes_splash(mesh: Mesh | None, dtype: Any, head_dim: int) -> bool:
 
 def splash_attention(
     q: Float[Array, "B H T C"],
-    k: Float[Array, "B K T C"],
-    v: Float[Array, "B K T C"],
-    mesh: Mesh,
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
+    visible: Bool[Array, "B _P"] | None = None,
     *,
+    mesh: Mesh,
     interpret: bool = False,
 ) -> Float[Array, "B H T C"]:
     """`causal_attention` by JAX's kernel for TPUs, which makes no scores in memory.
@@ -37,35 +38,59 @@ def splash_attention(
 
     inside = set(jax.sharding.get_abstract_mesh().manual_axes)
     rows = None if "data" in inside else "rows"
+    if visible is None:
+        visible = jnp.ones((len(q), k.shape[2] - q.shape[2]), bool)
 
     def spec(x):
-        return sharding(mesh, (rows, "heads", None, None), x.shape).spec
+        axes = (rows, "heads", None, None)[: x.ndim]
+        return sharding(mesh, axes, x.shape).spec
 
+    args = q, k, v, visible
     local = jax.shard_map(
         functools.partial(_splash_local, interpret=interpret),
         mesh=None if inside else mesh,
-        in_specs=(spec(q), spec(k), spec(v)),
+        in_specs=tuple(map(spec, args)),
         out_specs=spec(q),
         axis_names=set(mesh.axis_names) - inside,
         check_vma=False,
     )
-    return local(q, k, v)
+    return local(*args)
 
 
-def _splash_local(q, k, v, *, interpret: bool) -> jax.Array:
-    length = q.shape[2]
-    block_len = min(SPLASH_BLOCK_LEN, -(-length // BLOCK_LEN) * BLOCK_LEN)
-    padding = -length % block_len  # at the end, where no real token looks
-    pad = ((0, 0), (0, 0), (0, padding), (0, 0))
-    q, k, v = (jnp.pad(x, pad) for x in (scaled(q), k, v))
-    mask = splash.CausalMask((length + padding, length + padding))
+def _splash_local(q, k, v, visible, *, interpret: bool) -> jax.Array:
+    length, before = q.shape[2], k.shape[2] - q.shape[2]
+    (q, block_q), (k, block_kv), (v, _) = map(_whole_blocks, (scaled(q), k, v))
+    mask = splash.CausalMask((q.shape[2], k.shape[2]), offset=before)
     names = [field.name for field in dataclasses.fields(splash.BlockSizes)]
-    blocks: Any = {name: block_len for name in names if name.startswith("block_")}
+    blocks: Any = {
+        name: block_q if name.startswith("block_q") else block_kv
+        for name in names
+        if name.startswith("block_")
+    }
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([mask] * q.shape[1]),
         block_sizes=splash.BlockSizes(**blocks),
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    out: Any = jax.vmap(kernel)(q, k, v)
+    if before == 0:
+        out: Any = jax.vmap(kernel)(q, k, v)
+        return out[:, :, :length]
+
+    def of_row(q, k, v, is_hidden):
+        # Queries see the keys of their own segment alone; hidden keys are another one.
+        of_queries = jnp.zeros(q.shape[1], jnp.int32)
+        segments = splash.SegmentIds(of_queries, is_hidden.astype(jnp.int32))
+        return kernel(q, k, v, segments)
+
+    is_hidden = jnp.pad(~visible, ((0, 0), (0, k.shape[2] - before)))
+    out = jax.vmap(of_row)(q, k, v, is_hidden)
     return out[:, :, :length]
+
+
+def _whole_blocks(x: jax.Array) -> tuple[jax.Array, int]:
+    """`x` padded to a multiple of a block, at the end, where no real token looks; and the
+    length of that block."""
+    length = x.shape[2]
+    block_len = min(SPLASH_BLOCK_LEN, -(-length // BLOCK_LEN) * BLOCK_LEN)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -length % block_len), (0, 0))), block_len

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from e1jax.sharding.mesh import sharding
 
@@ -87,45 +87,85 @@ def _cost(gaps: jax.Array) -> pl.CostEstimate:
 def last_rank(gaps: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Rank of the last token kept [..., 1, 1], where a row's gaps are [..., M, N] and
     its top_k and top_p [..., 1, 1]."""
-    ranks = as_ranks(gaps)
+    by_k = _last_by_k(gaps, top_k)
+    rest = _rest_within(gaps, by_k)
+    mass = rest(jnp.full_like(top_k, -1))
+    spare = (1 - top_p) * mass
+    cut = _smallest(lambda cut: rest(cut) <= spare, top_k.shape)
+    before = jnp.maximum(cut - 1, 0)
+    cut = jnp.where(_is_rounding(rest(before) - spare, cut, mass), before, cut)
+    return jnp.where(top_p >= 1, by_k, jnp.minimum(by_k, cut))
 
-    def total(x):
-        return x.sum(axis=(-2, -1), keepdims=True)
+
+def make_is_kept(
+    gaps: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Callable[[Int[Array, " B"]], Bool[Array, " B"]]:
+    """A function that says of one rank a row whether it is kept, as `last_ranks` has it;
+    one pass over the array instead of a search."""
+    gaps, top_k, top_p = gaps[:, None], top_k[:, None, None], top_p[:, None, None]
+    by_k = _last_by_k(gaps, top_k)
+    rest = _rest_within(gaps, by_k)
+
+    def is_kept(rank):
+        rank = rank[:, None, None]
+        mass = rest(jnp.full_like(rank, -1))
+        spare = (1 - top_p) * mass
+        before = rest(rank - 1)
+        is_last = rest(rank) <= spare
+        given_up = is_last & _is_rounding(before - spare, rank, mass)
+        by_p = (rank == 0) | ((before > spare) & ~given_up)
+        return ((rank <= by_k) & (by_p | (top_p >= 1)))[:, 0, 0]
+
+    return is_kept
+
+
+def _last_by_k(gaps: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Rank of the last of the `top_k` most probable tokens; see `last_rank`."""
+    ranks = as_ranks(gaps)
 
     def k_most_probable():
         count = jnp.where(top_k > 0, top_k, MAX_RANK)
         count = jnp.minimum(count, gaps.shape[-2] * gaps.shape[-1])
 
         def reaches(cut):
-            return total((ranks <= cut).astype(jnp.int32)) >= count
+            return _total((ranks <= cut).astype(jnp.int32)) >= count
 
         return _smallest(reaches, top_k.shape)
 
     everything = jnp.full_like(top_k, MAX_RANK)
-    by_k = jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
+    return jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
+
+
+def _rest_within(gaps: jax.Array, by_k: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """(cut) -> the mass of tokens beyond `cut`, of all up to `by_k`.
+
+    Near top_p = 1 it is small, so float32 resolves it better than the mass up to the cut.
+    """
+    ranks = as_ranks(gaps)
     # The int32 sums of digits are exact: 2^24 ids is the most that ModelConfig takes.
     bits = 12 if gaps.shape[-2] * gaps.shape[-1] < 2**19 else 6
     limbs = _limbs(jnp.exp(-gaps), bits)
     limbs = [jnp.where(ranks <= by_k, limb, 0) for limb in limbs]
 
     def rest(cut):
-        # Mass below the cut. Near top_p = 1 it is small, so float32 resolves it better
-        # than the mass above the cut.
-        sums = [total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
+        sums = [_total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
         return sum(
             s.astype(jnp.float32) * 2.0 ** -(bits * i) for i, s in enumerate(sums, 1)
         )
 
-    mass = rest(jnp.full_like(top_k, -1))
-    spare = (1 - top_p) * mass
-    cut = _smallest(lambda cut: rest(cut) <= spare, top_k.shape)
-    # 0.5 + 0.3 reaches 0.8 though their float32 sum may not: the last token is given up
-    # if only rounding, and next to nothing of its own weight, was missing without it.
-    before = jnp.maximum(cut - 1, 0)
+    return rest
+
+
+def _is_rounding(missing: jax.Array, cut: jax.Array, mass: jax.Array) -> jax.Array:
+    """Whether the last token kept is given up: 0.5 + 0.3 reaches 0.8 though their float32
+    sum may not. Only rounding, and next to nothing of the token's own weight, was
+    missing without it."""
     last = jnp.exp(-jax.lax.bitcast_convert_type(cut, jnp.float32))
-    rounding = jnp.minimum(2e-7 * mass, 1e-3 * last)
-    cut = jnp.where(rest(before) - spare <= rounding, before, cut)
-    return jnp.where(top_p >= 1, by_k, jnp.minimum(by_k, cut))
+    return missing <= jnp.minimum(2e-7 * mass, 1e-3 * last)
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return x.sum(axis=(-2, -1), keepdims=True)
 
 
 def as_ranks(gaps: jax.Array) -> jax.Array:
