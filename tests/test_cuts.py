@@ -1,5 +1,6 @@
 """Training at several cuts of a thought: sampling, shared rows, advantages, the run."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
-from test_engine import compiled_programs, make, params, tokenizer
+from conftest import Chip, several_devices
+from test_engine import CONFIG, compiled_programs, make, params, tokenizer
 from test_train import DRIVER, assert_same_run, metrics, settings, start, workplace
 
 from e1jax import train
@@ -29,7 +30,9 @@ from e1jax.grpo.cuts import (
 )
 from e1jax.grpo.logprobs import Solutions, response_logprobs
 from e1jax.grpo.rollouts import longest_lengths
+from e1jax.plan.training import abstract_learner, parts_in_pass
 from e1jax.sampling.request import Following
+from e1jax.sharding.mesh import make_mesh
 
 __all__ = ["make", "params", "tokenizer", "workplace"]  # fixtures
 
@@ -344,6 +347,9 @@ def test_shared_thoughts_are_as_complete_rows(loaded, samples):
         (["--rollout.solution_budget", "0"], "need one rollout.solution_budget"),
         (["--rollout.solution_budget", "[3, 6]"], "need one rollout.solution_budget"),
         (["--rollout.solution_budget", "null"], "need one rollout.solution_budget"),
+        (["--rollout.state_budgets", "true"], "set rollout.state_budgets: false"),
+        (["--rollout.thinking_budget_until", "{3: 8}"], "thinking_budget_until=.* too"),
+        (["--rollout.solution_budget_until", "{3: 8}"], "need one rollout.solution"),
         (["--loss.scale_rewards", "true"], "set loss.scale_rewards: false"),
         (["--loss.clip", "gspo"], "loss.clip=gspo has one ratio"),
         (["--loss.train_on_forced", "true"], "leave it false"),
@@ -421,3 +427,20 @@ def test_eight_devices_train_as_one(workplace, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(*map(metrics, (tmp_path / "eight", tmp_path / "one")), strict=True):  # fmt: skip
         assert ours == {k: pytest.approx(v, rel=1e-3, abs=1e-5) for k, v in theirs.items()}  # fmt: skip
+
+
+def test_plan_sees_the_arrays_of_training(workplace):
+    """The shapes of an update by the longest responses: 2 x 14 rows of one prompt."""
+    config = settings(workplace, *CUTS)
+    mesh = make_mesh("data=2,tensor=1", CONFIG, [Chip(i) for i in range(2)])
+    learner, batch = abstract_learner(config, CONFIG, mesh)
+    # Prompts of 40, a thought of 9 with its end before a solution, responses of 9.
+    assert batch.tokens.shape == (2, 14, 40 + 9 + 9)
+    for array in (batch.loss_mask, batch.advantages, batch.old_logprobs):
+        assert array.shape == (2, 14, 9)
+    # On each device a thought of 9, after its prompt, and 6 solutions of 6 after both.
+    assert parts_in_pass(learner) == [(1, 0, 40), (1, 40, 9), (6, 49, 6)]
+    uneven = dataclasses.replace(config.update, microbatch=4)
+    config = dataclasses.replace(config, update=uneven)
+    learner, _ = abstract_learner(config, CONFIG, mesh)
+    assert parts_in_pass(learner) == [(2, 0, 58)]
