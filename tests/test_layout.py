@@ -26,7 +26,7 @@ FLOORS = {
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "training": "optimizer run",
-    "grpo": "loss logprobs rollouts learner",
+    "grpo": "loss logprobs cuts rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo loops account interconnect sizes report sampling training",
     "serving": "protocol answers metrics worker app server",

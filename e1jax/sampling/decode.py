@@ -6,6 +6,7 @@ is donated to every call and updated in place; everything else per slot is repli
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -278,15 +279,24 @@ def admit(
     def copy(i, cache):
         return jax.tree.map(lambda old, new: put(old, new, slots[i]), cache, prefix)
 
+    cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
+    return cache_on_mesh(mesh, cache), _replace_rows(mesh, rows, new)
+
+
+@functools.partial(_jit, static_argnums=0, donate_argnums=1)
+def start_rows(mesh: Mesh, rows: Rows, new: tuple[jax.Array, Rows]) -> Rows:
+    """Starts rows whose slots hold the keys and values of their prompts; `new` as for
+    `admit`."""
+    return _replace_rows(mesh, rows, new)
+
+
+def _replace_rows(mesh: Mesh, rows: Rows, new: tuple[jax.Array, Rows]) -> Rows:
     is_new, fresh = new
 
     def merge(now, old):
         return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), now, old)
 
-    cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
-    return cache_on_mesh(mesh, cache), _everywhere(
-        mesh, jax.tree.map(merge, fresh, rows)
-    )
+    return _everywhere(mesh, jax.tree.map(merge, fresh, rows))
 
 
 @functools.partial(_jit, static_argnums=(0, 1), donate_argnums=(4, 5))
@@ -400,42 +410,51 @@ def empty_rows(slots: int, width: int) -> Rows:
 
 
 def request_rows(
-    request: Request, free: list[int], samples: list[int], rows: Rows
+    starts: Mapping[int, tuple[Request, int]], rows: Rows
 ) -> tuple[np.ndarray, Rows]:
-    """Which rows are new, and their state, which differs in the sample's number only."""
+    """Which rows are new, and what they begin with: of each slot in `starts`, a request
+    and the number of its sample."""
     slots, width = rows.budget.forced_ids.shape
-    is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
-    is_new[free], sample[free] = True, samples
-    params, budget, forced_ids = request.params, request.budget, request.forced_ids
-    padding = [0] * (width - len(forced_ids))
+    fresh = jax.tree.map(np.copy, empty_rows(slots, width))
+    for slot, start in starts.items():
+        _fill_row(fresh, slot, *start)
+    return np.isin(np.arange(slots), list(starts)), fresh
 
-    def fill(value, dtype: Any = np.int32) -> Any:
-        return np.tile(np.array(value, dtype), (slots, *[1] * np.ndim(value)))
 
-    fresh = Rows(
-        token=fill(request.prompt_ids[-1]),
-        position=fill(len(request.prompt_ids) - 1),
-        first_token=fill(request.prompt_ids[0]),
-        sampling=Sampling(
-            temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
-            # The most probable token survives any cut: greedy rows need none.
-            top_p=fill(params.top_p if params.temperature else 1, np.float32),
-            top_k=fill(params.top_k if params.temperature else 0),
-            seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),
-            sample=sample,  # type: ignore[arg-type]
-        ),
+def _fill_row(rows: Rows, slot: int, request: Request, number: Any) -> None:
+    """Writes a sample, as it begins, into `rows`, which are NumPy's arrays."""
+    params: Any = request.params
+    prompt_ids: Any = request.prompt_ids
+    forced_ids: Any = request.forced_ids
+    temperature: Any = min(params.temperature, _MAX_FLOAT)
+    # The most probable token survives any cut: greedy rows need none.
+    top_p: Any = params.top_p if temperature else 1
+    top_k: Any = params.top_k if temperature else 0
+    seed: Any = [params.seed & 0xFFFFFFFF, params.seed >> 32]
+    num_forced: Any = len(forced_ids)
+    padding = [0] * (rows.budget.forced_ids.shape[1] - num_forced)
+    budget: Any = request.budget
+    row = Rows(
+        token=prompt_ids[-1],
+        position=len(prompt_ids) - 1,  # type: ignore[arg-type]
+        first_token=prompt_ids[0],
+        sampling=Sampling(temperature, top_p, top_k, seed, number),
         budget=Budget(
-            thinking=fill(budget.thinking),
-            solution=fill(budget.solution),
-            total=fill(budget.total),
-            plain=fill(budget.plain, bool),
-            forced_ids=fill(forced_ids + padding),
-            num_forced=fill(len(forced_ids)),
-            stops=fill(budget.stops, bool),
+            thinking=budget.thinking,
+            solution=budget.solution,
+            total=budget.total,
+            plain=budget.plain,
+            forced_ids=forced_ids + padding,
+            num_forced=num_forced,
+            stops=budget.stops,
         ),
-        state=jax.tree.map(fill, _first_state(request)),
+        state=_first_state(request),
     )
-    return is_new, fresh
+
+    def write(array: Any, value: Any) -> None:
+        array[slot] = value
+
+    jax.tree.map(write, rows, row)
 
 
 def _first_state(request: Request) -> BudgetState:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from e1jax.nn.scores import keep
 from e1jax.sharding.mesh import on_gpu, sharding
@@ -21,7 +21,7 @@ def gpu_flash_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    prompt_len: Int[Array, " B"] | None = None,
+    visible: Bool[Array, "B _P"] | None = None,
     *,
     mesh: Mesh,
     implementation: Literal["xla", "cudnn"] = "cudnn",
@@ -38,7 +38,7 @@ def gpu_flash_attention(
         axes = (rows, "heads", None, None)[: x.ndim]
         return sharding(mesh, axes, x.shape).spec
 
-    args = (q, k, v) if prompt_len is None else (q, k, v, prompt_len)
+    args = (q, k, v) if visible is None else (q, k, v, visible)
     local = jax.shard_map(
         functools.partial(_flash_local, implementation=implementation),
         mesh=None if inside else mesh,
@@ -50,15 +50,14 @@ def gpu_flash_attention(
     return keep(local(*args))
 
 
-def _flash_local(q, k, v, prompt_len=None, *, implementation) -> jax.Array:
+def _flash_local(q, k, v, visible=None, *, implementation) -> jax.Array:
     mask = None
-    if prompt_len is not None:
+    if visible is not None:
         # Queries belong to the last keys: a mask, as cuDNN counts from the first.
-        before = k.shape[2] - q.shape[2]
-        index = jnp.arange(k.shape[2])
-        is_token = (index < prompt_len[:, None]) | (index >= before)
-        is_earlier = index <= before + jnp.arange(q.shape[2])[:, None]
-        mask = (is_token[:, None] & is_earlier[None])[:, None]
+        length, own = q.shape[2], jnp.ones((len(visible), q.shape[2]), bool)
+        is_seen = jnp.concatenate([visible, own], axis=1)
+        is_earlier = jnp.tri(length, k.shape[2], k.shape[2] - length, dtype=bool)
+        mask = (is_seen[:, None] & is_earlier[None])[:, None]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         *(q, k, v),

@@ -136,9 +136,7 @@ def _last_by_k(gaps: jax.Array, top_k: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
 
 
-def _rest_within(
-    gaps: jax.Array, by_k: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
+def _rest_within(gaps: jax.Array, by_k: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """(cut) -> the mass of tokens beyond `cut`, of all up to `by_k`.
 
     Near top_p = 1 it is small, so float32 resolves it better than the mass up to the cut.
