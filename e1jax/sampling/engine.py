@@ -60,7 +60,7 @@ from e1jax.sampling.decode import (
     widen_rows,
 )
 from e1jax.sampling.request import (
-    Following,
+    Follow,
     Prompt,
     Request,
     encode_prompt,
@@ -234,7 +234,7 @@ class Engine:
         names: Sequence[str] | None = None,
         skip: Callable[[int, int], bool] = lambda prompt_index, sample: False,
         progress: Callable[[int], None] = lambda new_tokens: None,
-        follow: Callable[[Completion], Sequence[Following]] | None = None,
+        follow: Follow | None = None,
     ) -> Iterator[Completion]:
         """Yields each Completion as it finishes. See `generate`. The longest budgets
         start first, equal ones in the order of the call.
@@ -379,7 +379,7 @@ class Engine:
         requests: list[Request],
         skip: Callable[[int, int], bool],
         progress: Callable[[int], None],
-        follow: Callable[[Completion], Sequence[Following]] | None,
+        follow: Follow | None,
     ) -> Iterator[Completion]:
         self.stats = Stats()
         left: dict[int, int] = {}  # samples of each request that are not done
@@ -413,10 +413,7 @@ class Engine:
                 self._weights = self._rows = None
 
     def _followed(
-        self,
-        request: Request,
-        follow: Callable[[Completion], Sequence[Following]],
-        left: dict[int, int],
+        self, request: Request, follow: Follow, left: dict[int, int]
     ) -> Request:
         """The request with followers, which have its id, and are counted in `left`."""
 
@@ -517,9 +514,8 @@ class Engine:
         free = self._scheduler.free_for(waiting)
         count = len(free)
         samples, waiting.samples = waiting.samples[:count], waiting.samples[count:]
-        starts = {
-            slot: (request, number) for slot, number in zip(free, samples, strict=True)
-        }
+        numbers = zip(free, samples, strict=True)
+        starts = {slot: (request, number) for slot, number in numbers}
         self._start_rows(starts, waiting.prefix, waiting.cached_tokens)
 
     def _copy(self, source: int, starts: dict[int, Start]) -> None:

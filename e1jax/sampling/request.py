@@ -24,6 +24,9 @@ class Following(NamedTuple):
     params: SamplingParams
 
 
+Follow = Callable[[Any], Sequence[Following]]  # of a Completion
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A prompt that fits, as numbers."""
