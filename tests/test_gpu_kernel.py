@@ -141,7 +141,9 @@ def test_triton_takes_the_kernel(dtype):
     scales = (scale, scale) if dtype == jnp.int8 else None
     at = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.jit(gpu_decode_attention).trace(q, cache, cache, layer, at, scales=scales)
+    traced = jax.jit(gpu_decode_attention).trace(
+        q, cache, cache, layer, at, scales=scales
+    )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gpu_decode_attention" in text and "triton" in text
 
@@ -172,9 +174,7 @@ def test_greedy_tokens_are_those_of_plain_attention(tiny_hf, monkeypatch):
     loaded = load_model(str(tiny_hf()), "data=1,tensor=1")
     endless = dataclasses.replace(loaded.tokenizer, eos_id=2**20, think_end_id=None)
     prompts = [[5, 6, 7], list(range(40, 240))]
-    params = SamplingParams(
-        thinking_budget=None, solution_budget=1000, temperature=0.0
-    )
+    params = SamplingParams(thinking_budget=None, solution_budget=1000, temperature=0.0)
 
     def tokens():
         decode.clear_cache()

@@ -355,9 +355,7 @@ def test_copies_are_counted_over_all_calls_of_a_step():
     ]
 
 
-@pytest.mark.parametrize(
-    ("microbatch", "tokens"), [(1, 4 * 100), (2, 2 * 40 + 4 * 60)]
-)
+@pytest.mark.parametrize(("microbatch", "tokens"), [(1, 4 * 100), (2, 2 * 40 + 4 * 60)])
 def test_useful_flops_of_an_update(microbatch, tokens, config):
     """Of groups of 2 that are divided, and of groups that share their prompt."""
     argv = ["--config", str(config), "--update.microbatch", str(microbatch)]

@@ -55,7 +55,7 @@ def _flash_local(q, k, v, prompt_len=None, *, implementation) -> jax.Array:
     if prompt_len is not None:
         # Queries belong to the last keys: a mask, as cuDNN counts from the first.
         before = k.shape[2] - q.shape[2]
-        index = jnp.arange(k.shape[2])
+        index = jnp.arange(k.shape[2])[None]
         is_token = (index < prompt_len[:, None]) | (index >= before)
         is_earlier = index <= before + jnp.arange(q.shape[2])[:, None]
         mask = (is_token[:, None] & is_earlier[None])[:, None]
