@@ -3,6 +3,7 @@
 On TPUs as a kernel (Pallas), a row at a time in vector memory.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -149,9 +150,10 @@ def _rest_within(gaps: jax.Array, by_k: jax.Array) -> Callable[[jax.Array], jax.
 
     def rest(cut):
         sums = [_total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
-        return sum(
+        parts = (
             s.astype(jnp.float32) * 2.0 ** -(bits * i) for i, s in enumerate(sums, 1)
         )
+        return functools.reduce(jnp.add, parts)
 
     return rest
 
