@@ -13,6 +13,7 @@ from pathlib import Path
 # Before any import of huggingface_hub: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import jax
 import pytest
 import torch
@@ -24,6 +25,9 @@ from e1jax.cli.command import run_command
 from e1jax.tokenizer import write_byte_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A machine under load is slow, and no failure.
+hypothesis.settings.register_profile("e1jax", deadline=None)
+hypothesis.settings.load_profile("e1jax")
 disable_progress_bar()  # what a command writes to stderr is tested
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 

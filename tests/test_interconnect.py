@@ -225,7 +225,7 @@ def test_scattered_groups_go_around_rings(sizes, ring):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_way_of_sending_is_faster(data):
     """Groups of any devices, each part sent to each by itself, and along the group."""
     sizes = data.draw(st.sampled_from([(2, 3), (4, 2), (2, 2, 2), (6,)]))

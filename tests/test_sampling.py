@@ -135,7 +135,7 @@ def fits(thinking, solution, num_text, room):
 
 @pytest.mark.parametrize("ends", [(EOS,), (EOS, 9, 6)])
 @given(st.lists(row, min_size=ROWS, max_size=ROWS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_budgets_match_the_plain_machine(ends, rows):
     rows = [row for row in rows if fits(*row[:4])]
     if not rows:
