@@ -40,7 +40,9 @@ from e1jax.checkpoint.params import (
 )
 from e1jax.cli.command import Parser, check_command, run_command, stop_signals
 from e1jax.cli.files import read_json
+from e1jax.cli.flags import parse_path
 from e1jax.cli.locks import owning
+from e1jax.config.buckets import check_local
 from e1jax.config.checks import UserError, check_choice
 from e1jax.config.model import QUANTIZED, ModelConfig
 from e1jax.tokenizer import GENERATION, Tokenizer, copy_files
@@ -272,7 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "from-hf", help="Hugging Face files to an e1jax checkpoint"
     )
     command.add_argument("src", metavar="SRC", help="hub id or directory")
-    command.add_argument("dst", metavar="DST", type=Path, help="new directory to write")
+    command.add_argument(
+        "dst", metavar="DST", type=parse_path, help="new directory to write"
+    )
     command.add_argument(
         "--dtype",
         choices=["bfloat16", "float32", "float16"],
@@ -292,10 +296,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SRC",
         help="e1jax checkpoint, run directory (its best step) or RUN_DIR/STEP",
     )
-    command.add_argument("dst", metavar="DST", type=Path, help="new directory to write")
+    command.add_argument(
+        "dst", metavar="DST", type=parse_path, help="new directory to write"
+    )
     command = commands.add_parser("inspect", help="show what a model directory holds")
     command.add_argument("src", metavar="DIR", help="model directory of any kind")
     args = parser.parse_args(argv)
+    check_local(getattr(args, "dst", None), "DST")
     # A conversion needs no accelerator, and must not take one from who uses it.
     jax.config.update("jax_platforms", "cpu")
     if args.command == "inspect":

@@ -39,6 +39,7 @@ from e1jax.cli.flags import (
     sampling_flags,
 )
 from e1jax.cli.outputs import JsonlOutput, Progress, digest, replace_file
+from e1jax.config.buckets import check_local, open_path
 from e1jax.config.checks import UserError, check_number, shown
 from e1jax.config.sampling import SamplingParams
 from e1jax.config.texts import check_backslashes
@@ -177,6 +178,7 @@ def main() -> None:
 def evaluate(argv: Sequence[str]) -> None:
     """Samples every problem at every budget; goes on from the completions in DIR."""
     args = read_flags(EvaluateFlags, argv, PROG)
+    check_local(args.output, "--output")
     chat_template.warm_up()
     check_backslashes(args.instruction, "--instruction")
     problems = data.load_problems(args.dataset, args.limit)
@@ -254,6 +256,7 @@ def _evaluate(args: EvaluateFlags, problems: Sequence[Problem]) -> None:
 def grade(argv: Sequence[str]) -> None:
     """Grades completions that a file holds."""
     args = read_flags(GradeFlags, argv, f"{PROG} grade")
+    check_local(args.output, "--output")
     problems = data.load_problems(args.dataset)
     found = read_completions(args.completions, problems)
     with owned_directory(args.output):
@@ -295,6 +298,7 @@ def _grade(
 def plot(argv: Sequence[str]) -> None:
     """Draws the results of several models as one figure, and prints one table."""
     args = read_flags(PlotFlags, argv, f"{PROG} plot")
+    check_local(args.output, "--output")
     if args.output.suffix not in FIGURE_FORMATS:
         raise UserError(
             f"--output {args.output} must end in {', '.join(FIGURE_FORMATS)}"
@@ -340,7 +344,7 @@ def _settings(
 
     Not thinking budgets, n and limit: more may be added later.
     """
-    dataset = Path(args.dataset)
+    dataset = open_path(args.dataset)
     return {
         **model_record(loaded, engine),
         "dataset": str(dataset.resolve()) if dataset.exists() else args.dataset,

@@ -20,6 +20,7 @@ from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
+from e1jax.config.buckets import check_local, open_path
 from e1jax.config.checks import UserError, check_known, shown
 from e1jax.config.sampling import LATER_FIELDS, SamplingParams
 from e1jax.config.texts import check_backslashes, parse_json
@@ -65,7 +66,7 @@ class SampleFlags(EngineFlags):
     and the sampling settings (thinking_budget, ...; null for an unlimited budget); -
     reads standard input."""
     sampling: SamplingParams = sampling_flags()
-    output: str | None = flag("OUT.jsonl", None)
+    output: Path | None = flag("OUT.jsonl", None)
     """Append completions to this file as they finish, and show none; run again, what is
     there is skipped."""
     json: bool = False
@@ -113,6 +114,7 @@ def _is_message(value: Any) -> bool:
 def main() -> None:
     """`python -m e1jax.sample`."""
     args = read_flags(SampleFlags, sys.argv[1:], "python -m e1jax.sample")
+    check_local(args.output, "--output")
     defaults = args.sampling
     items = _items(args, defaults)
     if not args.raw:
@@ -120,7 +122,7 @@ def main() -> None:
     output = None
     if args.output is not None:
         output = JsonlOutput(
-            Path(args.output),
+            args.output,
             {item.id: item.digest() for item in items},
             lambda record: ((record["id"], record["sample"]), None),
         )
@@ -308,7 +310,7 @@ def _items(args: SampleFlags, defaults: SamplingParams) -> list[Item]:
 def _read_lines(source: str, name: str) -> list[str]:
     try:
         if source != "-":
-            content = Path(source).read_bytes()
+            content = open_path(source).read_bytes()
         elif sys.stdin is None:
             raise UserError("standard input is closed; give it requests, or a file")
         else:

@@ -13,7 +13,7 @@ import e1jax
 PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
-    "config": "checks texts architectures model sampling training load",
+    "config": "checks buckets texts architectures model sampling training load",
     "cli": "command flags files locks outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.gpu_flash kernels.decode_heads "

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from e1jax.config.buckets import as_named, remove_temporary
 from e1jax.config.checks import UserError, nearest, shortened, shown
 
 # Errors of exhausted resources: disk, quota, file size (ulimit -f), open files (ulimit -n).
@@ -49,6 +50,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"interrupted {error}".rstrip(), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
+        remove_temporary()
         # Not sys.exit: taking JAX down while a device still computes can crash.
         os._exit(130)
     except BrokenPipeError:
@@ -70,7 +72,7 @@ def run_command(main: Callable[[], None]) -> None:
 def sentence_of(error: Exception) -> str | None:
     """The sentence about an error that the user can mend; None for a fault of ours."""
     if isinstance(error, UserError):
-        return str(error)
+        return as_named(str(error))
     if not isinstance(error, OSError):
         return None
     if error.filename == _STDOUT:

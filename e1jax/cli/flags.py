@@ -10,12 +10,14 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import docstring_parser
 
 from e1jax.cli.command import Parser
-from e1jax.config.checks import shown
+from e1jax.config.buckets import open_path
+from e1jax.config.checks import UserError, shown
 from e1jax.config.model import KVDtype, QuantizedForm
 from e1jax.config.sampling import SamplingParams
 
@@ -127,12 +129,15 @@ def _type_settings(kind: Any, default: Any, positional: bool) -> dict[str, Any]:
     optional = get_origin(kind) in (Union, types.UnionType)
     if optional:
         kind = get_args(kind)[0]  # the other one is None
+    if kind is Path:
+        return {"type": parse_path}
     if kind is bool:
         return {"action": "store_true"}
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind)}
     if get_origin(kind) is tuple:
         kind = get_args(kind)[0]
+        kind = parse_path if kind is Path else kind
         if default == () and not positional:
             return {"type": kind, "metavar": _METAVARS.get(kind), "action": "append"}
         return {"type": kind, "nargs": "*" if default == () else "+"}
@@ -172,6 +177,14 @@ def _instance(cls: Any, values: dict[str, Any]) -> Any:
             value = values[field.name]
             given[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**given)
+
+
+def parse_path(text: str) -> Path:
+    """A path flag, which may name a file or directory in a bucket; see `open_path`."""
+    try:
+        return open_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_budget(text: str) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import jsonargparse
 import yaml
 
+from e1jax.config.buckets import in_bucket, open_path, temporary_directory, write_whole
 from e1jax.config.checks import (
     LOCK,
     UserError,
@@ -66,7 +67,7 @@ def load_config_and_flags(
     try:
         if not {"-h", "--help"} & set(argv):
             _check_names(cls, flags, argv, prog)
-        parsed = parser.instantiate(parser.parse_args(list(argv)))
+        parsed = parser.instantiate(parser.parse_args(_with_local_config(argv)))
     except argparse.ArgumentError as error:
         raise UserError(_sentence(error, (cls, flags), argv)) from None
     except OverflowError:
@@ -89,18 +90,17 @@ def record_config(config: Any, run_dir: Path) -> None:
     for a directory with other content.
     """
     now = yaml.safe_load(json.dumps(dataclasses.asdict(config)))
-    path, new = run_dir / "config.yaml", run_dir / "config.yaml.new"
+    path = run_dir / "config.yaml"
     with writing(run_dir):
         if not path.exists():
             run_dir.mkdir(parents=True, exist_ok=True)
-            if any(f.name not in (new.name, LOCK) for f in run_dir.iterdir()):
+            if any(f.name not in ("config.yaml.new", LOCK) for f in run_dir.iterdir()):
                 raise UserError(
                     f"{run_dir} holds files but no config.yaml, so it is not the "
                     "directory of a run; take another --run-dir"
                 )
             text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True)
-            new.write_text(text, encoding="utf-8")
-            new.replace(path)  # atomic, wherever the run is killed
+            write_whole(path, text)
             return
     then = read_yaml(path)
     _add_defaults(then, config)
@@ -196,8 +196,19 @@ def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
     path = _config_path(argv)
     if path is None:
         raise UserError(f"{prog} needs --config FILE.yaml; see configs/")
-    _check_keys(cls, read_yaml(Path(path)), path)
-    _check_quoted(Path(path))
+    _check_keys(cls, read_yaml(open_path(path)), path)
+    _check_quoted(open_path(path))
+
+
+def _with_local_config(argv: Sequence[str]) -> list[str]:
+    """The command line with a local copy of a --config in a bucket, for jsonargparse."""
+    path = _config_path(argv)
+    if path is None or not in_bucket(path):
+        return list(argv)
+    source = open_path(path)
+    copy = temporary_directory(source.parent) / source.name
+    copy.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    return [word.replace(path, str(copy)) for word in argv]
 
 
 def check_one_config(argv: Sequence[str]) -> None:
@@ -247,7 +258,7 @@ def _sentence(
     name, value = found[1], shortened(found[2], 100) or "''"
     kind = {key: kind for cls in kinds for key, kind in flatten(_types(cls))}[name]
     path, places = _config_path(argv), []
-    if path is not None and name in dict(flatten(read_yaml(Path(path)))):
+    if path is not None and name in dict(flatten(read_yaml(open_path(path)))):
         places.append(f"{path}: {name}")
     if f"--{name}" in [word.partition("=")[0] for word in argv]:
         places.append(f"--{name}")
@@ -261,7 +272,7 @@ def _sentence(
 def _beyond_floats(argv: Sequence[str]) -> str:
     """The settings, with their places, that are whole numbers beyond every float."""
     path = _config_path(argv)
-    values = {} if path is None else dict(flatten(read_yaml(Path(path))))
+    values = {} if path is None else dict(flatten(read_yaml(open_path(path))))
     found = [
         f"{path}: {k}"
         for k, v in values.items()

@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub
 
 from e1jax.cli.files import looking_for
+from e1jax.config.buckets import open_path
 from e1jax.config.checks import UserError, check_integer, shown
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.nano import nano_problems
@@ -66,7 +67,7 @@ class Problem:
 def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     """The problems of a dataset, the first `limit` of them if that is given.
 
-    `name` is a key of `NANO` or `HUB`, a file, or a hub dataset: owner/name, followed by
+    `name` is a key of `NANO` or `HUB`, a file (gs:// too), or a hub dataset: owner/name, followed by
     /FILES if it holds several sets of files, like owner/name/data/train. A file is a JSON
     list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
     field `answer` or `final_answer`, a text, a number or a list of accepted
@@ -86,7 +87,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
         made = nano_problems(which.stop, held_out=held_out)[which.start :]
         return [Problem(i, nano.text, (nano.answer,)) for i, nano in enumerate(made)]
     files = _dataset_files(HUB.get(name, name))
-    published = files != [Path(name).expanduser()]
+    published = files != [open_path(name).expanduser()]
     rows = enumerate(row for file in files for row in _rows(file))
     if name == "deepscaler":  # six of the published problems have no answer
         rows = (row for row in rows if not _is_empty(row[1][1].get("answer")))
@@ -120,7 +121,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
 def _dataset_files(name: str) -> list[Path]:
     """A local file, or the downloaded files of a hub dataset."""
     with looking_for("dataset", name):
-        path = Path(name).expanduser()
+        path = open_path(name).expanduser()
         if path.is_dir():
             raise UserError(
                 f"the dataset {shown(name)} is a directory; give a file, of the kind "

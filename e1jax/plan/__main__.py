@@ -26,6 +26,7 @@ from typing import Literal
 
 from e1jax.cli.command import check_command, run_command
 from e1jax.cli.flags import QuantizeFlags, flag, flags_parser
+from e1jax.config.buckets import check_local
 from e1jax.config.checks import UserError
 from e1jax.config.load import check_one_config, load_config
 from e1jax.config.training import GRPOConfig
@@ -81,6 +82,7 @@ def main() -> None:
         return
     check_one_config(sys.argv[1:])
     args, rest = flags_parser(PlanFlags, _PROG).parse_known_args()
+    check_local(args.dump_hlo, "--dump-hlo")
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]
     config, _ = load_config(GRPOConfig, argv, _PROG)
