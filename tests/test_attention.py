@@ -102,7 +102,7 @@ def flash(*args, implementation="xla", **options):
         *((b, n, splash) for b, n in ((150, 200), (3, 1), (600, 515))),
         *((b, n, flash) for b, n in ((150, 200), (3, 1))),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_queries_that_follow_a_prompt(before, length, attend):
     """What lies between a row's prompt and its response is not seen, whatever it is."""
