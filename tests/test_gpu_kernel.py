@@ -95,6 +95,13 @@ def test_equals_float64(sizes, dtype):
     check(interpreted, *sizes, dtype)
 
 
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (20, 2), (30, 3)])
+def test_a_split_goes_through_several_blocks(programs, splits, monkeypatch):
+    set_everywhere(monkeypatch, "PROGRAMS", programs)
+    assert num_splits(len(EDGES), 640) == splits
+    check(interpreted, EDGES, 7, 1, 640, 64, jnp.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
