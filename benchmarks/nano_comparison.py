@@ -1,49 +1,83 @@
-"""The claim of Elastic Reasoning (arXiv 2505.05315) at nano scale, from data to table.
+"""Ways of training under budgets, compared at nano scale, from data to tables.
 
     python benchmarks/nano_comparison.py --output runs/nano_comparison
 
-For each of three seeds, the whole pipeline:
-- base: fine-tuning (configs/nano_sft.yaml);
-- budget: GRPO from it, rollouts under one pair of budgets (configs/nano_grpo.yaml);
-- unconstrained: the same with rollouts without budgets, stopped at the same wall time;
-- each of the three evaluated on 1,024 held-out problems at twelve thinking budgets, of
-  which training saw one, and unconstrained.
-For the first seed also: unconstrained GRPO for the same number of steps, and budget GRPO
-that trains on forced tokens too.
+For each of three seeds, the complete pipeline: two base models by fine-tuning, one of which
+has budgets stated (`BASES`), and GRPO from them under rollouts of several kinds (`METHODS`):
+the paper's one pair of budgets (arXiv 2505.05315), none, drawn ones, drawn and stated ones,
+and several cuts of one thought. Each kind is evaluated twice: as far as it has come at the
+wall time that the paper's takes for all of its steps, and at its own last step, at most
+three times as late.
+
+Evaluated on 1,024 held-out problems, at twelve thinking budgets with 28 tokens for the
+solution, of which the paper's way saw one; at four with 11; and without budgets.
 
 A part that is finished is not run again, and one that was interrupted goes on, so the
-command can be repeated. About 80 minutes on 2 idle CPU cores; wall times are compared, so
-run nothing beside it. Writes comparison.json, table.md and comparison.png.
+command can be repeated; `--seeds 0` is a part of it. About an hour a seed on 2 idle CPU
+cores; wall times are compared, so run nothing beside it. Writes comparison.json, table.md
+and a figure for each of both times.
 """
 
 import argparse
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDS = (0, 1, 2)
-STEPS = 120  # of configs/nano_grpo.yaml
-TRAINED = 32  # tokens of thinking in training
-BUDGETS = (8, 12, 16, 20, 24, 28, TRAINED, 40, 48, 64, 80, 96)
-SOLUTION_BUDGET = 28
+PAPER = "fixed"  # the method whose wall time is given to the others
+LONGEST = 3.0  # times the paper's wall time that a method may take
+TRAINED = (32, 28)  # tokens of thinking and of the solution, in the paper's way
 PROBLEMS = 1024
-WITHOUT_BUDGETS = [
-    *("--rollout.thinking_budget", "null"),
-    *("--rollout.solution_budget", "null"),
-]
-VARIANTS = ("base", "unconstrained", "budget")  # of every seed
-TITLES = {
-    "base": "base",
-    "unconstrained": "GRPO, unconstrained rollouts",
-    "budget": f"GRPO, rollouts at {TRAINED} + {SOLUTION_BUDGET}",
-    "unconstrained-steps": "GRPO, unconstrained rollouts, equal steps",
-    "budget-forced": "GRPO, as before, also trained on forced tokens",
+# Solution budget -> thinking budgets; None is unlimited.
+GRID: dict[int | None, tuple[int | None, ...]] = {
+    28: (8, 12, 16, 20, 24, 28, 32, 40, 48, 64, 80, 96),
+    11: (8, 16, 24, 32),
+    None: (None,),
+}
+# The budgets of the means that sum a method up.
+SUMMED = {28: (8, 12, 16, 20, 24, 28, 32), 11: (8, 16, 24, 32)}
+DRAWN = "[8, 12, 16, 20, 24, 28, 32]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    title: str
+    base: str
+    flags: tuple[str, ...] = ()  # beside configs/nano_grpo.yaml
+    steps: int = 120  # of that file
+
+
+BASES = {"base": "nano_sft", "stated_base": "nano_stated_sft"}
+STATED = ("--rollout.state_budgets", "true", "--data.max_prompt_len", "40")
+METHODS = {
+    "fixed": Method("fixed (the paper)", "base"),
+    "unconstrained": Method(
+        "without budgets",
+        "base",
+        ("--rollout.thinking_budget", "null", "--rollout.solution_budget", "null"),
+    ),
+    "drawn": Method("drawn", "base", ("--rollout.thinking_budget", DRAWN), 330),
+    "cuts": Method(
+        "cuts of one thought",
+        "base",
+        (
+            *("--rollout.thinking_budget", "1024", "--rollout.cuts", "[8, 16, 24, 32]"),
+            *("--rollout.samples", "4", "--rollout.solutions_per_cut", "3"),
+            *("--rollout.prompts", "8", "--update.microbatch", "104"),
+            *("--loss.scale_rewards", "false", "--optimizer.learning_rate", "1.5e-4"),
+        ),
+        330,
+    ),
+    "fixed_stated": Method("fixed, stated", "stated_base", STATED),
+    "stated": Method("drawn and stated", "stated_base", (), 330),
 }
 
 
@@ -54,51 +88,43 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/nano_comparison"), help="directory"
     )
-    output = parser.parse_args().output
-    for seed in SEEDS:
-        run_seed(output / f"seed{seed}", seed)
-    run_more(output / f"seed{SEEDS[0]}", SEEDS[0])
-    results = {
-        variant: [
-            merge(output / f"seed{seed}" / "results" / variant)
-            for seed in (SEEDS if variant in VARIANTS else SEEDS[:1])
-        ]
-        for variant in TITLES
-    }
-    report(output, results)
+    parser.add_argument("--seeds", default="0,1,2", help="default 0,1,2")
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    for seed in seeds:
+        run_seed(args.output / f"seed{seed}", seed)
+    folders = [args.output / f"seed{seed}" for seed in seeds]
+    report(args.output, folders)
 
 
 def run_seed(folder: Path, seed: int) -> None:
     """The pipeline of one seed, each part only if its result is not there."""
-    base = folder / "base"
-    train("sft", "nano_sft", base, seed)
-    evaluate(base, folder / "results" / "base")
-    train("train", "nano_grpo", folder / "budget", seed, "--model", str(base))
-    last = folder / "budget" / "checkpoints" / str(STEPS)
-    evaluate(last, folder / "results" / "budget")
-
-    run = folder / "unconstrained"
-    flags = ["--model", str(base), *WITHOUT_BUDGETS]
-    results = folder / "results" / "unconstrained"
-    if not is_evaluated(results):
-        until = wall_time(folder / "budget")
-        if wall_time(run) < until:
-            train("train", "nano_grpo", run, seed, *flags, until=until)
-        # It was stopped after a whole step, which it saved.
-        last = metrics(run)[-1]["step"]
-        evaluate(run / "checkpoints" / str(last), results)
+    for base, config in BASES.items():
+        train("sft", config, folder / base, seed)
+        evaluate(folder / base, folder / "results" / base)
+    for name, method in METHODS.items():
+        run_method(folder, name, method, seed)
 
 
-def run_more(folder: Path, seed: int) -> None:
-    """What only one seed has: equal steps, and training on forced tokens."""
-    base, run = folder / "base", folder / "unconstrained"
-    train("train", "nano_grpo", run, seed, "--model", str(base), *WITHOUT_BUDGETS)
-    last = run / "checkpoints" / str(STEPS)
-    evaluate(last, folder / "results" / "unconstrained-steps")
-    flags = ["--model", str(base), "--loss.train_on_forced", "true"]
-    train("train", "nano_grpo", folder / "budget-forced", seed, *flags)
-    last = folder / "budget-forced" / "checkpoints" / str(STEPS)
-    evaluate(last, folder / "results" / "budget-forced")
+def run_method(folder: Path, name: str, method: Method, seed: int) -> None:
+    """GRPO by a method: to the paper's wall time, and then to its own end."""
+    run, results = folder / name, folder / "results"
+    flags = ["--model", str(folder / method.base), "--steps", str(method.steps)]
+    config = "nano_elastic" if name == "stated" else "nano_grpo"
+    given = wall_time(folder / PAPER)
+    for times, until in (("equal", given), ("end", LONGEST * given)):
+        done = results / f"{name}_{times}"
+        if is_evaluated(done):
+            continue
+        if name == PAPER:
+            until = None
+        if until is None or wall_time(run) < until:
+            train("train", config, run, seed, *flags, *method.flags, until=until)
+        # If it was stopped, then after a complete step, which it saved.
+        last = metrics(run)[-1]
+        evaluate(run / "checkpoints" / str(last["step"]), done)
+        summary = {"step": last["step"], "wall_time": wall_time(run)}
+        (done / "trained.json").write_text(json.dumps(summary) + "\n")
 
 
 def train(
@@ -125,31 +151,35 @@ def train(
 
 
 def evaluate(model: Path, results: Path) -> None:
-    """Accuracy at every budget, and unconstrained, into two folders of results."""
+    """Accuracy at all budgets of GRID, into a folder of results for each of its rows."""
     argv = [sys.executable, "-m", "e1jax.evaluate", "--model", str(model)]
     argv += ["--dataset", "nano", "--limit", str(PROBLEMS), "-n", "1"]
     argv += ["--temperature", "0.6", "--top-p", "1", "--slots", "128"]
     argv += ["--cache-len", "512"]
-    for name, budgets, solution in (
-        ("budgets", ",".join(map(str, BUDGETS)), str(SOLUTION_BUDGET)),
-        ("unconstrained", "none", "none"),
-    ):
-        if not (results / name / "results.json").exists():
-            more = ["--budgets", budgets, "--solution-budget", solution]
-            more += ["--output", str(results / name)]
+    for solution, thinking in GRID.items():
+        if not results_file(results, solution).exists():
+            more = ["--budgets", ",".join(map(text_of, thinking))]
+            more += ["--solution-budget", text_of(solution)]
+            more += ["--output", str(results_file(results, solution).parent)]
             print(" ".join([*argv[1:], *more]), flush=True)
             subprocess.run([*argv, *more], check=True)
 
 
+def text_of(budget: int | None) -> str:
+    return "none" if budget is None else str(budget)
+
+
+def results_file(results: Path, solution: int | None) -> Path:
+    return results / f"solution_{text_of(solution)}" / "results.json"
+
+
 def is_evaluated(results: Path) -> bool:
-    parts = ("budgets", "unconstrained")
-    return all((results / part / "results.json").exists() for part in parts)
+    return (results / "trained.json").exists()
 
 
-def merge(results: Path) -> list[dict]:
-    """The rows of a model: every budget, then unconstrained."""
-    parts = ("budgets", "unconstrained")
-    files = [results / part / "results.json" for part in parts]
+def rows_of(results: Path) -> list[dict[str, Any]]:
+    """The rows of a model, in the order of GRID."""
+    files = [results_file(results, solution) for solution in GRID]
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
@@ -165,28 +195,58 @@ def wall_time(run_dir: Path) -> float:
     return sum(line["seconds"] for line in metrics(run_dir))
 
 
-def report(output: Path, results: dict[str, list[list[dict]]]) -> None:
-    """comparison.json, table.md and comparison.png; the table goes to stdout too."""
-    means = {variant: mean_rows(runs) for variant, runs in results.items()}
-    record = {"per_seed": results, "mean": means}
-    (output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = markdown(means)
-    (output / "table.md").write_text(table)
-    print(table)
-    files = []
-    for variant in VARIANTS:
-        summary = {
-            **{"model": TITLES[variant], "dataset": "nano", "n": 1},
-            "rows": means[variant],
+def report(output: Path, folders: Sequence[Path]) -> None:
+    """comparison.json, table.md and the figures; the tables go to stdout too."""
+    record: dict[str, Any] = {}
+    tables = []
+    for times, words in (
+        ("equal", "at the wall time of the paper's way"),
+        ("end", "each at its last step"),
+    ):
+        names = {name: name for name in BASES}
+        names |= {name: f"{name}_{times}" for name in METHODS}
+        per_seed = {
+            name: [rows_of(f / "results" / part) for f in folders]
+            for name, part in names.items()
         }
-        files.append(output / f"{variant}.json")
-        files[-1].write_text(json.dumps(summary, indent=1) + "\n")
+        trained = {
+            name: [
+                json.loads((f / "results" / names[name] / "trained.json").read_text())
+                for f in folders
+            ]
+            for name in METHODS
+        }
+        means = {name: mean_rows(runs) for name, runs in per_seed.items()}
+        record[times] = {"per_seed": per_seed, "mean": means, "trained": trained}
+        tables += [f"**{words}**\n", markdown(means), summary(per_seed, trained)]
+        draw(output, times, means)
+    (output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "table.md").write_text("\n".join(tables))
+    print("\n".join(tables))
+
+
+def draw(output: Path, times: str, means: dict[str, list[dict]]) -> None:
+    """Accuracy against tokens with room for the solution."""
+    files = []
+    for name, rows in means.items():
+        if name in ("unconstrained", "fixed_stated"):
+            continue
+        shown = [row for row in rows if row["solution_budget"] in (28, None)]
+        content = {"model": title(name), "dataset": "nano", "n": 1, "rows": shown}
+        files.append(output / f"{name}_{times}.json")
+        files[-1].write_text(json.dumps(content, indent=1) + "\n")
     argv = [sys.executable, "-m", "e1jax.evaluate", "plot", *map(str, files)]
-    subprocess.run([*argv, "--output", str(output / "comparison.png")], check=True)
+    subprocess.run([*argv, "--output", str(output / f"{times}.png")], check=True)
+
+
+def title(name: str) -> str:
+    if name in METHODS:
+        return METHODS[name].title
+    return {"base": "base", "stated_base": "base, stated"}[name]
 
 
 def mean_rows(runs: list[list[dict]]) -> list[dict]:
-    """Means over seeds. The standard error is that over seeds, or of one seed its own
+    """Means over seeds. The standard error is over seeds too; of one seed, it is its own
     over problems."""
     rows = []
     for same in zip(*runs, strict=True):
@@ -205,13 +265,12 @@ def mean_rows(runs: list[list[dict]]) -> list[dict]:
 def markdown(means: dict[str, list[dict]]) -> str:
     """Accuracy in percent with its standard error, and tokens a response."""
     lines = [
-        "| thinking + solution | " + " | ".join(TITLES[v] for v in means) + " |",
+        "| thinking + solution | " + " | ".join(map(title, means)) + " |",
         "|---|" + "--:|" * len(means),
     ]
     for rows in zip(*means.values(), strict=True):
-        budget = rows[0]["thinking_budget"]
-        name = "unconstrained" if budget is None else f"{budget} + {SOLUTION_BUDGET}"
-        name = f"**{name} (trained)**" if budget == TRAINED else name
+        budgets = rows[0]["thinking_budget"], rows[0]["solution_budget"]
+        name = "unlimited" if budgets == (None, None) else "{} + {}".format(*budgets)
         cells = [
             f"{100 * row['accuracy']:.1f} ± {100 * row['stderr']:.1f} "
             f"({row['mean_tokens']:.1f})"
@@ -219,6 +278,74 @@ def markdown(means: dict[str, list[dict]]) -> str:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(per_seed: dict[str, list[list[dict]]], trained: dict[str, Any]) -> str:
+    """One line a method: mean accuracies over the budgets of SUMMED, accuracy and tokens
+    without budgets, the most that accuracy falls below the paper's way at as many tokens,
+    and what the training took; means over seeds with standard errors."""
+    heads = [f"mean over t, s = {s}" for s in SUMMED]
+    heads += ["t = 8, s = 28", "unlimited", "tokens", "below the paper", "steps", "s"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
+    for name, runs in per_seed.items():
+        cells = [
+            spread([mean_accuracy(rows, s, ts) for rows in runs])
+            for s, ts in SUMMED.items()
+        ]
+        cells.append(spread([mean_accuracy(rows, 28, (8,)) for rows in runs]))
+        cells.append(spread([mean_accuracy(rows, None, (None,)) for rows in runs]))
+        tokens = [row_at(rows, None, None)["mean_tokens"] for rows in runs]
+        cells.append(spread(tokens))
+        pairs = zip(runs, per_seed[PAPER], strict=True)
+        cells.append(spread([100 * most_below(*pair) for pair in pairs]))
+        work = trained.get(name, [])
+        cells += [spread([w[key] for w in work]) for key in ("step", "wall_time")]
+        lines.append(f"| {title(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """A mean over seeds with its standard error, if there are several."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.1f}"
+
+
+def row_at(rows: list[dict], solution: int | None, thinking: int | None) -> dict:
+    budgets = thinking, solution
+    return next(
+        r for r in rows if (r["thinking_budget"], r["solution_budget"]) == budgets
+    )
+
+
+def mean_accuracy(rows: list[dict], solution: int | None, thinking: tuple) -> float:
+    """In percent."""
+    return 100 * float(
+        np.mean([row_at(rows, solution, t)["accuracy"] for t in thinking])
+    )
+
+
+def most_below(rows: list[dict], paper: list[dict]) -> float:
+    """The most that accuracy at as many mean tokens falls below the paper's, with 28 tokens
+    for the solution: at each point of the paper's curve, against the best of ours that
+    needs no more tokens. 0 where it never falls below."""
+
+    def curve(rows):
+        return [
+            (row["mean_tokens"], row["accuracy"])
+            for row in rows
+            if row["solution_budget"] in (28, None)
+        ]
+
+    ours = curve(rows)
+    gaps = [
+        accuracy - max([a for t, a in ours if t <= tokens], default=0.0)
+        for tokens, accuracy in curve(paper)
+    ]
+    return max(0.0, *gaps)
 
 
 if __name__ == "__main__":

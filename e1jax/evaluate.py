@@ -7,7 +7,8 @@ Three forms, told apart by the first argument:
 
 All budgets of all problems go through the engine as one stream of requests, so that its
 slots stay full, and grading overlaps with sampling. Samples are paired: a problem has
-the same seed at every budget, and draws the same tokens until its thinking is cut.
+the same seed at every budget, and draws the same tokens until its thinking is cut (not
+where prompts state their budgets).
 
 Every figure is an average over problems of the average over a problem's samples. The
 standard error is the standard deviation over problems (ddof 1), divided by the square

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 # Before any import of huggingface_hub: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import jax
 import pytest
 import torch
@@ -23,12 +25,26 @@ from e1jax.cli.command import run_command
 from e1jax.tokenizer import write_byte_tokenizer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A machine under load is slow, and no failure.
+hypothesis.settings.register_profile("e1jax", deadline=None)
+hypothesis.settings.load_profile("e1jax")
 disable_progress_bar()  # what a command writes to stderr is tested
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
 # Seconds to wait for another process: only one that hangs reaches them, however loaded
 # the machine is.
 PATIENCE = 600
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose marker names a backend that is not here; see pyproject.toml."""
+    for backend in ("cpu", "gpu"):
+        if item.get_closest_marker(backend) and jax.default_backend() != backend:
+            pytest.skip(
+                f"needs a {backend.upper()}, and JAX has {jax.default_backend()}"
+            )
+    if item.get_closest_marker("libtpu") and not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu")
 
 
 def several_devices(count: int) -> str:

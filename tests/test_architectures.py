@@ -102,7 +102,7 @@ def test_greedy_completions_are_those_of_transformers(run, tiny_hf, tmp_path):
 def test_gradients_are_those_of_torch(tiny_hf, samples, remat):
     """Of log-probabilities of responses; with two samples, prompts are shared."""
     path = tiny_hf(**ODD)
-    loaded = load_model(str(path))
+    loaded = load_model(str(path), dtype="float32")
     rng = np.random.default_rng(0)
     prompt_len, response_len = np.array([5, 5, 9, 9]), 7
     tokens = rng.integers(0, 260, (4, 16)).astype(np.int32)

@@ -14,6 +14,7 @@ from e1jax.nn.attention import cached_attention, causal_attention
 from e1jax.nn.cache import KVCache, sequence_shards
 from e1jax.nn.cache import write as write_cache
 from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
+from e1jax.nn.kernels.gpu_flash import gpu_flash_attention
 from e1jax.nn.kernels.splash import splash_attention
 
 
@@ -86,25 +87,35 @@ def splash(*args, **options):
     return jax.jit(attend)(*args, **options)
 
 
+def flash(*args, implementation="xla", **options):
+    """The form of GPUs, with XLA's operations for those of cuDNN."""
+    attend = functools.partial(
+        gpu_flash_attention, mesh=one_device(), implementation=implementation
+    )
+    return jax.jit(attend)(*args, **options)
+
+
 @pytest.mark.parametrize(
     ("before", "length", "attend"),
     [
         *((b, n, causal_attention) for b, n in ((150, 200), (3, 1), (40, 129))),
         *((b, n, splash) for b, n in ((150, 200), (3, 1), (600, 515))),
+        *((b, n, flash) for b, n in ((150, 200), (3, 1))),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_queries_that_follow_a_prompt(before, length, attend):
     """What lies between a row's prompt and its response is not seen, whatever it is."""
     total, prompt_len = before + length, [before, before // 2]
-    is_kernel = attend is splash
+    visible = jnp.arange(before)[None] < jnp.array(prompt_len)[:, None]
+    is_kernel = attend in (splash, flash)
     dtype, size = (jnp.bfloat16, 128) if is_kernel else (jnp.float32, 20)
     tolerance = 4e-2 if is_kernel else 1e-5  # scaled queries are rounded to 8 bits
     given, exact = arrays(2, 6, 2, total, size, dtype)
     given = [x.at[1, :, before // 2 : before].set(1e4) for x in given]
     q, k, v, grad = given
     ours, backward = jax.vjp(
-        lambda *x: attend(*x, prompt_len=jnp.array(prompt_len)),
+        lambda *x: attend(*x, visible=visible),
         *(q[:, :, before:], k, v),
     )
     found = (ours, *backward(grad[:, :, before:]))
@@ -140,6 +151,7 @@ def test_gradients_keep_all_digits_of_float32_where_products_would_not():
     assert products >= 6 and text.count("Precision.HIGHEST") == 2 * products
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("length", [5, 128, 700])
 def test_splash_attention(length):
     """On a mesh and inside a shard_map over `data`."""
@@ -157,6 +169,21 @@ def test_splash_attention(length):
     check(inside, given, exact, 2e-2)
 
 
+def test_flash_attention():
+    """On a mesh; what is not of cuDNN."""
+    check(flash, *arrays(2, 6, 2, 300, 128, jnp.bfloat16), 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 300, 1037])
+def test_flash_attention_on_a_gpu(length):
+    if jax.default_backend() != "gpu":
+        pytest.skip("no GPU")
+    attend = functools.partial(flash, implementation="cudnn")
+    check(attend, *arrays(2, 6, 2, length, 128, jnp.bfloat16), 2e-2)
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("shards, rows", [(3, 2), (8, 1)])
 def test_rows_that_lie_in_shards(shards, rows, monkeypatch):
     """Where every position goes is stated here by a loop over positions. By the XLA

@@ -29,6 +29,8 @@ from e1jax.sampling.decode import prefill
 from e1jax.sampling.draw import top_k_top_p_mask
 from e1jax.sharding.mesh import make_mesh, sharding
 
+pytestmark = pytest.mark.cpu
+
 BLOCK = 8
 LAYERS = 3
 EPS = 1e-2  # so large that it counts

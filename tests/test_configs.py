@@ -1,6 +1,5 @@
 """Every file in configs/: what it sets, and the state that it trains, as shapes."""
 
-import importlib.util
 import json
 import math
 import re
@@ -140,7 +139,7 @@ def test_the_recipe_of_the_paper(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("part", ["sample", "train"])
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
 def test_the_hardware_of_the_header_is_large_enough(path, part):

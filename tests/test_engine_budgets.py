@@ -75,7 +75,7 @@ script_token = st.sampled_from([256, 256, 261, 261, 97, 98, 99, 270])
     st.lists(request, min_size=1, max_size=7),
     st.lists(script_token, min_size=CACHE_LEN + 2, max_size=CACHE_LEN + 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_engine_matches_the_plain_machine(scripted, more_ends, requests, script):
     ends, close = (256, *more_ends), 261
     scripted.tokenizer = dataclasses.replace(scripted.tokenizer, more_eos_ids=more_ends)

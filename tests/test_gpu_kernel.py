@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import several_devices
+from conftest import set_everywhere, several_devices
 from jax.sharding import AxisType, Mesh
 
 from e1jax import Engine, SamplingParams
@@ -21,7 +21,7 @@ from e1jax.nn.cache import sequence_shards
 from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, num_splits
 from e1jax.nn.quantize import LANES, quantize_kv
 from e1jax.nn.scores import BLOCK_LEN
-from e1jax.sampling.decode import decode
+from e1jax.sampling.decode import decode, layers_apart
 from e1jax.sharding.mesh import sharding
 
 LAYERS = 3
@@ -95,6 +95,13 @@ def test_equals_float64(sizes, dtype):
     check(interpreted, *sizes, dtype)
 
 
+@pytest.mark.parametrize(("programs", "splits"), [(1, 1), (20, 2), (30, 3)])
+def test_a_split_goes_through_several_blocks(programs, splits, monkeypatch):
+    set_everywhere(monkeypatch, "PROGRAMS", programs)
+    assert num_splits(len(EDGES), 640) == splits
+    check(interpreted, EDGES, 7, 1, 640, 64, jnp.float32)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
@@ -141,9 +148,31 @@ def test_triton_takes_the_kernel(dtype):
     scales = (scale, scale) if dtype == jnp.int8 else None
     at = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.jit(gpu_decode_attention).trace(q, cache, cache, layer, at, scales=scales)
+    traced = jax.jit(gpu_decode_attention).trace(
+        q, cache, cache, layer, at, scales=scales
+    )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gpu_decode_attention" in text and "triton" in text
+
+
+@pytest.mark.parametrize(
+    ("free", "apart"), [(None, True), (2**30 + 500_000, True), (2**30, False)]
+)
+def test_layers_are_copied_apart_on_gpus_where_they_fit(
+    free, apart, tiny_hf, monkeypatch
+):
+    loaded = load_model(str(tiny_hf()), "data=1,tensor=1")
+    params = loaded.read_params()
+    set_everywhere(monkeypatch, "on_cpu", lambda mesh: False, within="e1jax.sampling")
+    set_everywhere(monkeypatch, "on_gpu", lambda mesh: True, within="e1jax.sampling")
+    set_everywhere(monkeypatch, "free_bytes", lambda mesh: free)
+    ours = layers_apart(params, loaded.mesh)
+    assert isinstance(ours["layers"], list) == apart
+    for layer, weights in enumerate(ours["layers"] if apart else []):
+        jax.tree.map(
+            lambda x, stack, i=layer: np.testing.assert_array_equal(x, stack[i]),
+            *(weights, params["layers"]),
+        )
 
 
 @pytest.mark.slow
@@ -152,9 +181,7 @@ def test_greedy_tokens_are_those_of_plain_attention(tiny_hf, monkeypatch):
     loaded = load_model(str(tiny_hf()), "data=1,tensor=1")
     endless = dataclasses.replace(loaded.tokenizer, eos_id=2**20, think_end_id=None)
     prompts = [[5, 6, 7], list(range(40, 240))]
-    params = SamplingParams(
-        thinking_budget=None, solution_budget=1000, temperature=0.0
-    )
+    params = SamplingParams(thinking_budget=None, solution_budget=1000, temperature=0.0)
 
     def tokens():
         decode.clear_cache()

@@ -8,6 +8,8 @@ import pytest
 
 from e1jax.plan.account import account
 
+pytestmark = pytest.mark.cpu
+
 
 def compiled(function, *arguments, donate=()) -> str:
     jitted = jax.jit(function, donate_argnums=donate)

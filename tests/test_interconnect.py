@@ -1,7 +1,6 @@
 """The floor of the interconnect, against bytes counted on every link of a torus."""
 
 import collections
-import importlib.util
 import itertools
 import json
 import os
@@ -226,7 +225,7 @@ def test_scattered_groups_go_around_rings(sizes, ring):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_way_of_sending_is_faster(data):
     """Groups of any devices, each part sent to each by itself, and along the group."""
     sizes = data.draw(st.sampled_from([(2, 3), (4, 2), (2, 2, 2), (6,)]))
@@ -332,7 +331,7 @@ print(json.dumps([[c.opcode, c.times, c.payload, torus.seconds(c)] for c in coun
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.libtpu
 def test_collectives_of_a_compiled_program():
     """On four lines of four chips without a ring, links of 50 GB/s each way."""
     done = subprocess.run(

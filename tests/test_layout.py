@@ -16,7 +16,7 @@ FLOORS = {
     "config": "checks buckets texts architectures model sampling training load",
     "cli": "command flags files leases locks mirror outputs",
     "sharding": "mesh fsdp runtime hosts",
-    "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.decode_heads "
+    "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.gpu_flash kernels.decode_heads "
     "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model",
     "processes": "",
     "chat_template": "",
@@ -26,7 +26,7 @@ FLOORS = {
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "training": "optimizer run",
-    "grpo": "loss logprobs rollouts learner",
+    "grpo": "loss logprobs cuts rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo loops account interconnect sizes report sampling training",
     "serving": "protocol answers metrics worker app server",

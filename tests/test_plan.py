@@ -356,9 +356,7 @@ def test_copies_are_counted_over_all_calls_of_a_step():
     ]
 
 
-@pytest.mark.parametrize(
-    ("microbatch", "tokens"), [(1, 4 * 100), (2, 2 * 40 + 4 * 60)]
-)
+@pytest.mark.parametrize(("microbatch", "tokens"), [(1, 4 * 100), (2, 2 * 40 + 4 * 60)])
 def test_useful_flops_of_an_update(microbatch, tokens, config):
     """Of groups of 2 that are divided, and of groups that share their prompt."""
     argv = ["--config", str(config), "--update.microbatch", str(microbatch)]
@@ -825,12 +823,8 @@ def test_texts_of_two_plans_are_not_mixed(config, tmp_path, monkeypatch, refusal
 
 # With the TPU compiler.
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
-)
 
-
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path, architecture):
     sizes = dataclasses.replace(SIZES, architecture=architecture).to_hf("bfloat16")
@@ -855,7 +849,7 @@ def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path, architecture):
     assert "is_scheduled=true" in text
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_every_topology_can_be_described():
     code = (

@@ -90,7 +90,7 @@ plain = texts.filter(
 numbers = st.integers(-(10**30), 10**30)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.tuples(texts, plain | numbers | st.lists(plain | numbers, min_size=1)),
@@ -110,7 +110,7 @@ def test_json_and_jsonl_round_trip(tmp_path, pairs, ascii_only, name):
         assert problem.answers == tuple(map(str, answers))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(texts, st.lists(plain, min_size=1)), min_size=1, max_size=5))
 def test_parquet_round_trips(tmp_path, pairs):
     rows = [{"problem": text, "answer": answers} for text, answers in pairs]

@@ -21,7 +21,7 @@ from e1jax.convert import from_hf, to_hf
 from e1jax.nn.attention import cached_attention
 from e1jax.nn.cache import init_cache, sequence_shards
 from e1jax.nn.cache import write as write_cache
-from e1jax.nn.cpu import as_bits, unstack
+from e1jax.nn.cpu import as_bits, matmul_precision, unstack
 from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
 from e1jax.nn.quantize import (
     Packed,
@@ -115,7 +115,8 @@ def test_products_are_those_of_the_wide_kernel(
         own = None if scale is None else scale[layer]
         alone = Packed(values[layer], own, None, in_slabs)
         for kernel in (of_stack, alone):
-            found = matmul(x, kernel)
+            with matmul_precision(jnp.float32):
+                found = matmul(x, kernel)
             assert found.dtype == jnp.float32
             np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
 
@@ -133,7 +134,8 @@ def test_logits_of_tied_embeddings(vocab_size, in_slabs, monkeypatch):
         "scale": jnp.asarray(scale, jnp.float32),
     }
     packed = Packed(leaf["values"], leaf["scale"], None, in_slabs)
-    found = matmul_transposed(jnp.asarray(x), packed, jnp.float32)
+    with matmul_precision(jnp.float32):
+        found = matmul_transposed(jnp.asarray(x), packed, jnp.float32)
     wide = values * scale[:, None]
     np.testing.assert_allclose(found, x @ wide.T, atol=1e-5, rtol=1e-5)
     tokens = jnp.asarray([[0, vocab_size - 1], [7, 7]])
@@ -141,6 +143,7 @@ def test_logits_of_tied_embeddings(vocab_size, in_slabs, monkeypatch):
     np.testing.assert_allclose(rows, wide[np.asarray(tokens)], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.cpu
 def test_bits_and_layers_are_views(tiny_hf):
     """Of the arrays that the user has: a copy would take their memory once more. Nor may a
     view keep them from being donated later, as training does."""
@@ -166,6 +169,7 @@ def test_bits_and_layers_are_views(tiny_hf):
 # The cache.
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("shards", [1, 3])
 def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
     """Written by prompts and by steps, read by both kinds of attention."""
@@ -217,9 +221,8 @@ def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
 
 def sampled(name, mesh=CPU, params=None, **settings):
     """Tokens and log-probabilities of greedy completions; of other parameters, if given."""
-    made = Engine.from_pretrained(
-        str(name), mesh=mesh, cache_len=384, slots=2, **settings
-    )
+    settings = {"dtype": "float32", "cache_len": 384, "slots": 2, **settings}
+    made = Engine.from_pretrained(str(name), mesh=mesh, **settings)
     made.params = params or made.params
     budgets = SamplingParams(thinking_budget=150, solution_budget=9, temperature=0.0)
     completions = [samples[0] for samples in made.generate(PROMPTS, budgets)]
@@ -240,7 +243,7 @@ def difference(ours, theirs):
 @pytest.mark.parametrize("tied", [False, True])
 def test_int8_weights_are_a_model_with_their_values(tiny_hf, tied):
     path = tiny_hf(tied=tied, num_layers=3)
-    params = load_model(str(path), CPU, quantize="int8").read_params()
+    params = load_model(str(path), CPU, "float32", "int8").read_params()
     assert params["layers"]["mlp"]["down"]["kernel"]["values"].dtype == jnp.int8
     assert params["layers"]["attention"]["q"]["bias"].dtype == jnp.float32
     tokens, logprobs, _ = sampled(path, quantize="int8")
@@ -252,7 +255,7 @@ def test_int8_weights_are_a_model_with_their_values(tiny_hf, tied):
 def test_int8_weights_are_as_near_as_they_can_be(tiny_hf):
     path = str(tiny_hf(num_layers=3))
     wide, packed = (
-        load_model(path, CPU, quantize=q).read_params() for q in (None, "int8")
+        load_model(path, CPU, "float32", q).read_params() for q in (None, "int8")
     )
     for part, axis in (("o", -2), ("q", -2), (None, -1)):
         a, b = (
@@ -306,6 +309,7 @@ def test_what_int8_cannot_be_used_for(tiny_hf, tmp_path):
         Engine.from_pretrained("nano", kv_dtype="fp8")
 
 
+@pytest.mark.cpu
 def test_bfloat16_on_a_cpu_is_the_float32_model_of_its_values(tiny_hf):
     path = tiny_hf(num_layers=3)
     params = load_model(str(path), CPU, "bfloat16").read_params()

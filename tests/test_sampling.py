@@ -135,7 +135,7 @@ def fits(thinking, solution, num_text, room):
 
 @pytest.mark.parametrize("ends", [(EOS,), (EOS, 9, 6)])
 @given(st.lists(row, min_size=ROWS, max_size=ROWS))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_budgets_match_the_plain_machine(ends, rows):
     rows = [row for row in rows if fits(*row[:4])]
     if not rows:
@@ -352,6 +352,7 @@ def test_sums_do_not_overflow_on_a_huge_vocabulary(vocab):
             assert (got[row] == (numpy_kept(logits[row], 0.6, 0, exact) > 0)).all()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("vocab", [7, 128, 333])
 def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
     """To the bit, whatever the options of the rows beside; run by the interpreter."""

@@ -18,7 +18,7 @@ import httpx
 import jax.numpy as jnp
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from live_server import DEFAULTS, nano_engine, serving, wait_for
 
@@ -548,7 +548,6 @@ def test_metrics_count_what_was_done(live, client):
     assert any(name.startswith("vllm:inter_token_latency_seconds_") for name in after)
 
 
-@settings(deadline=None)
 @given(
     most=st.integers(1, 60),
     thinking=st.none() | st.integers(-1, 70),

@@ -1,7 +1,6 @@
 """Meshes from text, and the same logits on eight devices as on one."""
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
@@ -320,7 +319,7 @@ print("lines of direct links")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.libtpu
 def test_sums_over_data_go_over_direct_links_of_the_torus():
     done = subprocess.run(
         [sys.executable, "-c", TORUS],

@@ -8,6 +8,7 @@ import signal
 import sys
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 from conftest import edit_json
@@ -456,6 +457,7 @@ def tokenizer(tmp_path_factory):
 MIX = {"terse": 0.5, "rechecks": (0.4, 0.3, 0.3), "recap": 0.5}
 
 
+@hypothesis.settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_solutions_keep_the_budgets_that_they_state(tokenizer, seed):
     """Read off the text: a pass has 9 or 5 tokens a step, a re-check one more."""

@@ -4,7 +4,6 @@ Skipped without libtpu.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import subprocess
@@ -73,7 +72,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.libtpu
 @pytest.mark.parametrize(
     "kv_heads, mesh, slots, architecture",
     [

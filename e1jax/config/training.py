@@ -165,12 +165,14 @@ BudgetsUntil = dict[int, Budgets] | None
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled for training: under one pair of budgets for all, or one
-    that is drawn for each prompt, the same all the time or by a curriculum."""
+    that is drawn for each prompt, the same all the time or by a curriculum; or each thought
+    cut at several budgets."""
 
     prompts: int = 128
     """Prompts in a step."""
     samples: int = 8
-    """Responses to each prompt, whose rewards are compared with each other."""
+    """Responses to each prompt, whose rewards are compared with each other; with cuts,
+    thoughts."""
     thinking_budget: Budgets = 1024
     """Tokens sampled before </think> is forced; null: unlimited. Of a list, like
     [8, 16, null], one is drawn for each prompt of a step."""
@@ -184,6 +186,11 @@ class RolloutConfig:
     state_budgets: bool = False
     """Whether each prompt states its budgets, by data.budget_text; recorded with the
     model, which then is sampled from with stated budgets too."""
+    cuts: tuple[int, ...] = ()
+    """Instead of thinking_budget, like [8, 16, 32]: a thought is sampled to the last of
+    these budgets and answered from each, after a forced </think>."""
+    solutions_per_cut: int = 4
+    """Solutions sampled at each cut of a thought; only with cuts."""
     drop_equal_groups: bool = False
     """Whether a step draws prompts until it has as many as it needs whose responses have
     unequal rewards, the only ones that teach something; ten times as many at most."""
@@ -207,6 +214,8 @@ class RolloutConfig:
             if list(until) != sorted(until):
                 steps = ", ".join(map(str, until))
                 raise UserError(f"{name}_until has the steps {steps}; let them rise")
+        if self.cuts:
+            self._check_cuts()
         check_number("temperature", self.temperature, "above 0", lambda v: v > 0)
         check_integer("slots", self.slots, 1)
         if self.cache_len is not None:
@@ -214,6 +223,35 @@ class RolloutConfig:
         elif self.is_unlimited:
             raise UserError(
                 "a rollout without a budget needs rollout.cache_len, which then ends it"
+            )
+
+    def _check_cuts(self) -> None:
+        """The rules of `cuts`, which are not empty."""
+        for cut in self.cuts:
+            check_integer("cuts", cut, 1, UNLIMITED - 1)
+        for cut, following in itertools.pairwise(self.cuts):
+            if following <= cut:
+                raise UserError(
+                    f"cuts must rise, and {following} comes after {cut}; sort them"
+                )
+        check_integer("solutions_per_cut", self.solutions_per_cut, 2)
+        fixed = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("thinking_budget", "thinking_budget_until"):
+            if getattr(self, name) != fixed[name]:
+                raise UserError(
+                    f"rollout.cuts are the thinking budgets, and rollout.{name}="
+                    f"{shown(getattr(self, name))} is set too; leave one of them out"
+                )
+        solution = self.solution_budget
+        if self.solution_budget_until or not isinstance(solution, int) or not solution:
+            raise UserError(
+                "rollout.cuts need one rollout.solution_budget of 1 or more, not "
+                f"{shown(self.solution_budget_until or solution)}"
+            )
+        if self.state_budgets:
+            raise UserError(
+                "rollout.cuts end one thought at several budgets, of which a prompt can "
+                "state one; set rollout.state_budgets: false, or leave the cuts out"
             )
 
     def at_step(self, step: int) -> "RolloutConfig":
@@ -232,8 +270,22 @@ class RolloutConfig:
 
     @property
     def thinking_budgets(self) -> tuple[int | None, ...]:
-        """The budgets that one is drawn from, at any step; one alone is fixed."""
+        """The budgets that one is drawn from, at any step, or that a thought is cut at; one
+        alone is fixed."""
+        if self.cuts:
+            return tuple(self.cuts)
         return _union(self.thinking_budget, self.thinking_budget_until)
+
+    @property
+    def solutions(self) -> int:
+        """Solutions to each thought that is cut; 0 without cuts."""
+        return len(self.cuts) * self.solutions_per_cut
+
+    @property
+    def responses(self) -> int:
+        """Responses to a prompt; each thought that is cut is one, and each of its
+        solutions."""
+        return self.samples * (1 + self.solutions)
 
     @property
     def solution_budgets(self) -> tuple[int | None, ...]:
@@ -242,7 +294,7 @@ class RolloutConfig:
 
     @property
     def pairs(self) -> list[tuple[int | None, int | None]]:
-        """All pairs that can be drawn, if there is no curriculum."""
+        """All pairs that responses can have, if there is no curriculum."""
         return list(itertools.product(self.thinking_budgets, self.solution_budgets))
 
     @property
@@ -365,7 +417,8 @@ class UpdateConfig:
     minibatch_prompts: int = 64
     """Prompts in a mini-batch, all of their responses together; one update each."""
     microbatch: int = 8
-    """Responses that go through the model at a time, on all devices together."""
+    """Responses that go through the model at a time, on all devices together. With cuts,
+    each thought is one, and each of its solutions: take a multiple of these."""
     epochs: int = 1
     """Passes over the responses of a step."""
     remat: bool = True
@@ -487,14 +540,16 @@ class GRPOConfig:
                 "data.budget_text is set, but rollout.state_budgets is false; set that, "
                 "or leave the text out"
             )
+        if rollout.cuts:
+            _check_loss_of_cuts(self.loss)
         _check_divides(
             ("rollout.prompts", rollout.prompts),
             ("update.minibatch_prompts", update.minibatch_prompts),
         )
         _check_divides(
             (
-                "update.minibatch_prompts x rollout.samples",
-                update.minibatch_prompts * rollout.samples,
+                _RESPONSES_OF_CUTS if rollout.cuts else _RESPONSES,
+                update.minibatch_prompts * rollout.responses,
             ),
             ("update.microbatch", update.microbatch),
         )
@@ -508,6 +563,31 @@ class GRPOConfig:
         """Optimizer updates by the responses of a step."""
         minibatches = self.rollout.prompts // self.update.minibatch_prompts
         return minibatches * self.update.epochs
+
+
+_RESPONSES = "update.minibatch_prompts x rollout.samples"
+
+
+_RESPONSES_OF_CUTS = f"{_RESPONSES} x (1 + cuts x solutions_per_cut)"
+
+
+def _check_loss_of_cuts(loss: LossConfig) -> None:
+    """Refuses what has no meaning for thinking whose parts have advantages of their own."""
+    if loss.scale_rewards:
+        raise UserError(
+            "rollout.cuts compare the returns of different budgets, which have no common "
+            "standard deviation; set loss.scale_rewards: false"
+        )
+    if loss.clip == "gspo":
+        raise UserError(
+            "loss.clip=gspo has one ratio for a response, and with rollout.cuts the parts "
+            "of a thought have different advantages; take ppo, cispo or none"
+        )
+    if loss.train_on_forced:
+        raise UserError(
+            "loss.train_on_forced=true would train on the </think> of rollout.cuts, which "
+            "no thought holds; leave it false"
+        )
 
 
 def _check_divides(whole: tuple[str, int], part: tuple[str, int]) -> None:

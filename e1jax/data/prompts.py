@@ -37,10 +37,10 @@ def prompt_text(problem: str, instruction: str) -> str:
     return f"{problem} {instruction}" if instruction else problem
 
 
-def request_seed(seed: int, index: int) -> int:
-    """A seed of 64 bits for one of the requests of a run; equal seeds would share their
-    draws."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
+def request_seed(seed: int, *index: int) -> int:
+    """A seed of 64 bits for one of the requests of a run, which one or several numbers
+    name; equal seeds would share their draws."""
+    return int(np.random.SeedSequence([seed, *index]).generate_state(1, np.uint64)[0])
 
 
 class EncodedProblem(NamedTuple):

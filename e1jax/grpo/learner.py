@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.config.model import ModelConfig
-from e1jax.config.training import GRPOConfig
-from e1jax.grpo.logprobs import response_logprobs
+from e1jax.config.training import GRPOConfig, RolloutConfig
+from e1jax.grpo.logprobs import Solutions, response_logprobs
 from e1jax.grpo.loss import configured_loss, loss_scale, token_weights
 from e1jax.grpo.rollouts import (
     Batch,
@@ -86,7 +86,11 @@ class Learner:
             longest_response=longest[1],
         )
         self.logprobs = make_logprobs(
-            loaded.config, self.dtype, shardings[0], config.rollout.samples
+            loaded.config,
+            self.dtype,
+            shardings[0],
+            config.rollout.samples,
+            solutions_of(config.rollout),
         )
         self.params: Params = {}
         self.state: Any = None
@@ -225,6 +229,10 @@ def make_update(
         # So that gradients are of float32, whatever the parameters are.
         params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
         zeros = jax.tree.map(jnp.zeros_like, params)
+        if len(weights) == 1:  # XLA goes through a loop of one step twice (0.10.2)
+            only = jax.tree.map(lambda x: x[0], (batch, weights))
+            grads, metrics = add(zeros, only)
+            return grads, sum_over_data(metrics)
         grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
@@ -290,6 +298,7 @@ def grpo_loss(
         gather_params=gather_params,
         entropy_grad=loss.raises_entropy,
         samples=config.rollout.samples,
+        solutions=solutions_of(config.rollout),
     )
     own = jax.lax.stop_gradient(logprobs)
     value, metrics = configured_loss(
@@ -312,9 +321,23 @@ def grpo_loss(
     return value * weight, {name: v * weight for name, v in metrics.items()}
 
 
-def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int = 1):
+def solutions_of(rollout: RolloutConfig) -> Solutions | None:
+    """How rows share a thought; None without cuts."""
+    if not rollout.cuts:
+        return None
+    longest = rollout.solution_budgets[0] or 0
+    return Solutions(rollout.solutions, rollout.cuts[-1], longest)
+
+
+def make_logprobs(
+    model: ModelConfig,
+    dtype: Any,
+    shardings: Any,
+    samples: int = 1,
+    solutions: Solutions | None = None,
+):
     """Log-probabilities of responses, a micro-batch at a time; `samples` rows in turn
-    have the same prompt.
+    have the same prompt, and `solutions` the same thought: see `response_logprobs`.
 
     (params, batch, temperature) -> [M, B, R] float32; see make_update.
     """
@@ -333,9 +356,12 @@ def make_logprobs(model: ModelConfig, dtype: Any, shardings: Any, samples: int =
                 mesh=mesh,
                 gather_params=gather_params,
                 samples=samples,
+                solutions=solutions,
             )
             return logprobs
 
+        if len(batch.tokens) == 1:  # see make_update
+            return of_one(jax.tree.map(lambda x: x[0], batch))[None]
         return jax.lax.map(of_one, batch)
 
     rows = PartitionSpec(None, "data")

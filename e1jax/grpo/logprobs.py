@@ -1,8 +1,8 @@
 """Log-probabilities of responses, in chunks, so that logits of all positions never exist."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,15 @@ from e1jax.nn.quantize import Params
 CHUNK_TOKENS = 512
 
 
+class Solutions(NamedTuple):
+    """Rows of thoughts, each followed by rows of solutions to it: the prompt of such a row
+    is the thought's, then the first tokens of the thought, then `</think>`."""
+
+    count: int  # to each thought
+    longest_cut: int  # most tokens of its thought that one sees
+    longest: int  # most tokens of one
+
+
 def response_logprobs(
     config: ModelConfig,
     params: Params,
@@ -33,6 +42,7 @@ def response_logprobs(
     gather_params: GatherParams = lambda part, name: part,
     entropy_grad: bool = False,
     samples: int = 1,
+    solutions: Solutions | None = None,
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-probability of each response token under the policy, and the policy's entropy.
 
@@ -41,7 +51,9 @@ def response_logprobs(
     softmax(logits / temperature), in nats, float32, and mean nothing at padding. Prompt
     positions go through the model but not through its head. `mesh`, `remat` and
     `gather_params` go to model.forward. Each `samples` consecutive rows have the same
-    prompt, which goes through the model once, unless B is not a multiple of `samples`.
+    prompt, which goes through the model once, unless B is not a multiple of `samples`. With
+    `solutions`, these are thoughts, which go through the model once too, unless B is not a
+    multiple of the rows of one.
     """
 
     def of_response(row, start):
@@ -52,18 +64,27 @@ def response_logprobs(
         forward, config, params, mesh=mesh, remat=remat, gather_params=gather_params
     )
     # The token at a position is predicted from the position before it.
-    if shares_prompts(len(tokens), samples, response_len):
+    if solutions is not None and shares_prompts(
+        len(tokens), 1 + solutions.count, response_len
+    ):
+        parts = _hidden_of_thoughts(
+            compute, tokens, targets, prompt_len, samples, solutions
+        )
+    elif solutions is None and shares_prompts(len(tokens), samples, response_len):
         hidden = _hidden_of_groups(compute, tokens, targets, prompt_len, samples)
+        parts = [(hidden, targets)]
     else:
         inputs = tokens[:, :-1]  # the last position predicts none of them
         positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         hidden, _ = compute(inputs, positions)
-        hidden = jax.vmap(of_response)(hidden, prompt_len - 1)
+        parts = [(jax.vmap(of_response)(hidden, prompt_len - 1), targets)]
     name = "embedding" if config.tie_word_embeddings else "lm_head"
     params = {name: gather_params(params[name], name)}  # for all chunks at once
-    return chunked_logprobs(
-        config, params, hidden, targets, temperature, entropy_grad=entropy_grad
-    )
+    results = [
+        chunked_logprobs(config, params, *part, temperature, entropy_grad=entropy_grad)
+        for part in parts
+    ]
+    return results[0] if len(results) == 1 else _by_thought(results, response_len)
 
 
 def shares_prompts(rows: int, samples: int, response_len: int) -> bool:
@@ -88,17 +109,97 @@ def _hidden_of_groups(
         prompt_len[::samples], samples, tokens.shape[1] - responses.shape[1]
     )
     prompts, inputs = tokens[::samples, : shared.longest_prompt], responses[:, :-1]
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    following = prompt_len[:, None] + jnp.arange(inputs.shape[1])[None]
-    inputs, positions = (
-        shared.join((a[..., None], b[..., None]))[..., 0]
-        for a, b in ((prompts, inputs), (positions, following))
+    starts = jnp.zeros(len(prompts), jnp.int32), prompt_len
+    return _after_prompts(*_states_of(compute, shared, (prompts, inputs), starts))
+
+
+def _hidden_of_thoughts(
+    compute: Callable[..., tuple[jax.Array, Any]],
+    tokens: Int[Array, "B T"],
+    responses: Int[Array, "B R"],
+    prompt_len: Int[Array, " B"],
+    samples: int,
+    solutions: Solutions,
+) -> list[tuple[Float[Array, "_B _R D"], Int[Array, "_B _R"]]]:
+    """Hidden states from which the tokens of thoughts are predicted, and of their
+    solutions, both with these tokens; see `Solutions`. `samples` thoughts in turn follow
+    the same prompt, if all of a prompt are there."""
+    rows = 1 + solutions.count
+    if len(tokens) % (rows * samples):
+        samples = 1
+    longest_prompt = tokens.shape[1] - responses.shape[1] - solutions.longest_cut - 1
+    thought_len = min(solutions.longest_cut, responses.shape[1] - 1)
+    solution_len = min(solutions.longest, responses.shape[1])
+
+    def of_solutions(x):
+        return x.reshape(-1, rows, *x.shape[1:])[:, 1:].reshape(-1, *x.shape[1:])
+
+    of_thoughts, following = prompt_len[::rows], of_solutions(prompt_len)
+    shared = SharedPrompts(
+        of_thoughts[::samples],
+        samples,
+        longest_prompt,
+        seen=following - 1 - jnp.repeat(of_thoughts, solutions.count),
+        longest_response=thought_len,
     )
-    hidden, _ = compute(inputs, positions, shared=shared)
-    of_prompts, of_responses = shared.split(hidden)
+    prompts = tokens[:: rows * samples, :longest_prompt]
+    thoughts = responses[::rows, : thought_len + 1]
+    answers = of_solutions(responses)[:, :solution_len]
+    ends = jnp.take_along_axis(of_solutions(tokens), following[:, None] - 1, axis=1)
+    inputs = prompts, thoughts[:, :-1], jnp.concatenate([ends, answers[:, :-1]], axis=1)
+    starts = jnp.zeros(len(prompts), jnp.int32), of_thoughts, following - 1
+    *before, of_answers = _states_of(compute, shared, inputs, starts)
+    return [(_after_prompts(*before), thoughts), (of_answers, answers)]
+
+
+def _states_of(
+    compute: Callable[..., tuple[jax.Array, Any]],
+    shared: SharedPrompts,
+    inputs: Sequence[Int[Array, "_B _T"]],
+    starts: Sequence[Int[Array, " _B"]],
+) -> Sequence[jax.Array]:
+    """Hidden states of the parts of `shared`: of the last token of each prompt [N, D], and
+    of all tokens of the others [B, T, D]. Rows begin at the positions `starts`."""
+    positions = [
+        start[:, None] + jnp.arange(tokens.shape[1])[None]
+        for tokens, start in zip(inputs, starts, strict=True)
+    ]
+    tokens, positions = (
+        shared.join([part[..., None] for part in parts])[..., 0]
+        for parts in (inputs, positions)
+    )
+    hidden, _ = compute(tokens, positions, shared=shared)
+    of_prompts, *others = shared.split(hidden)
     last = of_prompts[jnp.arange(len(of_prompts)), shared.prompt_len - 1]
-    first = jnp.repeat(last, samples, axis=0)[:, None]
-    return jnp.concatenate([first, of_responses], axis=1)
+    return last, *others
+
+
+def _after_prompts(
+    last: Float[Array, "N D"], following: Float[Array, "B _R D"]
+) -> Float[Array, "B R D"]:
+    """States of responses behind the one of their prompt's last token, which predicts the
+    first token."""
+    first = jnp.repeat(last, len(following) // len(last), axis=0)[:, None]
+    return jnp.concatenate([first, following], axis=1)
+
+
+def _by_thought(
+    parts: Sequence[tuple[jax.Array, jax.Array]], response_len: int
+) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+    """Values of the tokens of thoughts and of solutions as rows, see `Solutions`."""
+
+    def rows(of_thoughts, of_solutions):
+        num = len(of_thoughts)
+        padded = [
+            jnp.pad(x, ((0, 0), (0, response_len - x.shape[1]))).reshape(
+                num, -1, response_len
+            )
+            for x in (of_thoughts, of_solutions)
+        ]
+        return jnp.concatenate(padded, axis=1).reshape(-1, response_len)
+
+    logprobs, entropy = zip(*parts, strict=True)
+    return rows(*logprobs), rows(*entropy)
 
 
 def chunked_logprobs(

@@ -120,11 +120,11 @@ def configured_loss(
     logprobs: Float[Array, "B R"],
     old_logprobs: Float[Array, "B R"],
     ref_logprobs: Float[Array, "B R"] | None,
-    advantages: Float[Array, " B"],
+    advantages: Float[Array, " B"] | Float[Array, "B R"],
     loss_mask: Shaped[Array, "B R"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """`policy_loss` with its settings in one value, before `loss_scale`; entropy is not
-    part of it."""
+    part of it. Tokens may have advantages of their own."""
     if ref_logprobs is None and config.kl_coef:
         raise UserError(
             f"kl_coef={config.kl_coef} needs ref_logprobs; give them, or kl_coef=0"
@@ -146,9 +146,10 @@ def configured_loss(
         largest = jnp.log(config.max_ratio)
         gap += jax.lax.stop_gradient(jnp.minimum(gap, largest) - gap)
     ratio = _exp(gap)
-    losses, cut = SURROGATES[config.clip](config, ratio, advantages[:, None], logprobs)
+    advantages = advantages.reshape(len(advantages), -1)
+    losses, cut = SURROGATES[config.clip](config, ratio, advantages, logprobs)
     # Without an advantage there is no term, not even where the ratio is infinite.
-    loss = mean(jnp.where(advantages[:, None] == 0, 0.0, losses))
+    loss = mean(jnp.where(advantages == 0, 0.0, losses))
     kl = jnp.float32(0)
     if ref_logprobs is not None:
         gap = difference(ref_logprobs, logprobs)
@@ -175,7 +176,7 @@ def response_gap(
 
 
 Surrogate = Callable[
-    [LossConfig, Float[Array, "B R"], Float[Array, "B 1"], Float[Array, "B R"]],
+    [LossConfig, Float[Array, "B R"], Float[Array, "B _R"], Float[Array, "B R"]],
     tuple[Float[Array, "B R"], Bool[Array, "B R"]],
 ]
 

@@ -15,11 +15,13 @@ from e1jax.config.sampling import SamplingParams, stated_budgets
 from e1jax.config.training import GRPOConfig, budget_name
 from e1jax.data.problems import load_problems
 from e1jax.data.prompts import EncodedProblem, Prompt, encode_problems, request_seed
+from e1jax.grpo.cuts import CutStream, cut_advantages, cut_requests
 from e1jax.grpo.loss import group_advantages
 from e1jax.nn.model import abstract_params
 from e1jax.rewards import Grader, RewardFunction, call_function, grade
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
+from e1jax.sampling.request import Following
 from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
 from e1jax.tokenizer import Tokenizer
@@ -41,7 +43,7 @@ class Batch(NamedTuple):
 
     tokens: Any  # [M, B, T] int32: prompt, response, padding
     prompt_len: Any  # [M, B] int32
-    advantages: Any  # [M, B] float32
+    advantages: Any  # [M, B] float32; with cuts of each token, [M, B, R]
     loss_mask: Any  # [M, B, R] bool: the response tokens that are learned
     old_logprobs: Any  # [M, B, R] float32
     ref_logprobs: Any = None  # [M, B, R] float32, where the divergence counts
@@ -127,9 +129,10 @@ def rollout_cache_len(config: GRPOConfig, longest_prompt: int) -> int:
     if rollout.cache_len is None:
         return needed
     if rollout.cache_len < needed:
+        budgets = list(rollout.cuts) or rollout.thinking_budget
         raise UserError(
             f"rollout.cache_len={rollout.cache_len} is too short for a prompt of "
-            f"{longest_prompt} tokens, budgets of {rollout.thinking_budget} and "
+            f"{longest_prompt} tokens, budgets of {budgets} and "
             f"{rollout.solution_budget} and </think>; {needed} is enough"
         )
     return rollout.cache_len
@@ -146,7 +149,12 @@ def least_room(config: GRPOConfig) -> int:
 def longest_lengths(
     config: GRPOConfig, cache_len: int, shortest_prompt: int, longest_prompt: int
 ) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest response that can come."""
+    """Tokens of the longest prompt, and of the longest response that can come. With cuts,
+    a thought is a response, and the prompt of its solutions, `</think>` included."""
+    if cuts := config.rollout.cuts:
+        thought = cuts[-1] + 1
+        solution = config.rollout.solution_budgets[0] or 0
+        return longest_prompt + thought, max(thought, solution)
     if config.rollout.is_unlimited:
         return longest_prompt, cache_len - shortest_prompt
     return longest_prompt, least_room(config)
@@ -155,7 +163,8 @@ def longest_lengths(
 class Rollouts(NamedTuple):
     """The responses of a step with their rewards, prompt by prompt."""
 
-    completions: list[Completion]  # N x G
+    # N x G; with cuts each thought and then its solutions, whose rewards alone are given
+    completions: list[Completion]
     rewards: np.ndarray  # [N, G] float32
     metrics: dict[str, float]
     # [P, 5], of each pair of budgets that can be drawn: the number of responses, and sums
@@ -175,14 +184,23 @@ def sample_rollouts(
 
     With a `function`, that gives the rewards, once all are sampled.
     """
+
+    def follow(thought: Completion) -> list[Following]:
+        position = prompts[thought.prompt_index].position
+        return cut_requests(config, thought, position, len(prompts))
+
     start = time.perf_counter()
     failures = dict(grader.failures)
+    cut = CutStream(config.rollout, len(prompts), engine.tokenizer)
     states = engine.tokenizer.budget_text is not None  # of each prompt, by its pair
     stream = engine.stream(
         [prompt.text if states else prompt.prompt_ids for prompt in prompts],
         [rollout_request(config, prompt.position) for prompt in prompts],
         progress=stop_if_asked,
+        follow=follow if config.rollout.cuts else None,
     )
+    if config.rollout.cuts:
+        stream = cut.responses(stream)
     answers = [prompt.answers for prompt in prompts]
     if function is None:
         graded = list(grade(stream, answers, grader))
@@ -196,9 +214,7 @@ def sample_rollouts(
     base = np.array([reward for _, reward in graded], np.float32)
     costs = [length_cost(config, completion) for completion in completions]
     rewards = np.where(base == 1, base - np.array(costs, np.float32), base)
-    base, rewards = (
-        x.reshape(len(prompts), config.rollout.samples) for x in (base, rewards)
-    )
+    base, rewards = (x.reshape(len(prompts), -1) for x in (base, rewards))
     seconds = time.perf_counter() - start
     metrics = rollout_metrics(completions, rewards, base == 1) | {
         "reward_timeouts": grader.failures["timeout"] - failures["timeout"],
@@ -206,9 +222,15 @@ def sample_rollouts(
         "rollout_waste": 1 - engine.stats.tokens / engine.stats.slot_steps,
         "rollout_tokens_per_second": engine.stats.tokens / seconds,
     }
-    drawn = [drawn_pair(config, prompt.position) for prompt in prompts]
-    sums = pair_sums(config, drawn, completions, rewards, base == 1)
-    return Rollouts(completions, rewards, metrics, sums)
+    if config.rollout.cuts:
+        pairs = list(range(len(config.rollout.cuts))) * len(prompts)
+        pairs *= config.rollout.samples
+    else:
+        pairs = [drawn_pair(config, prompt.position) for prompt in prompts]
+    by_pair = (x.reshape(len(pairs), -1) for x in (rewards, base == 1))
+    sums = pair_sums(config, pairs, completions, *by_pair)
+    rows = cut.rows() if config.rollout.cuts else completions
+    return Rollouts(rows, rewards, metrics, sums)
 
 
 def length_cost(config: GRPOConfig, completion: Completion) -> float:
@@ -238,8 +260,8 @@ def unequal_groups(
     completions = [c for part in parts for c in part.completions]
     is_equal = (rewards == rewards[:, :1]).all(axis=1)
     chosen = np.sort(np.argsort(is_equal, kind="stable")[:count])
-    samples = config.rollout.samples
-    kept = [completions[g * samples + j] for g in chosen for j in range(samples)]
+    count = config.rollout.responses
+    kept = [completions[g * count + j] for g in chosen for j in range(count)]
     names = parts[0].metrics
     metrics = {n: float(np.mean([part.metrics[n] for part in parts])) for n in names}
     metrics |= {
@@ -251,8 +273,12 @@ def unequal_groups(
 
 
 def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:
-    """How the prompt at a position of the stream is sampled in training."""
-    thinking, solution = config.rollout.pairs[drawn_pair(config, position)]
+    """How the prompt at a position of the stream is sampled in training; with cuts, the
+    thoughts alone."""
+    if config.rollout.cuts:
+        thinking, solution = config.rollout.cuts[-1], 0
+    else:
+        thinking, solution = config.rollout.pairs[drawn_pair(config, position)]
     return SamplingParams(
         thinking,
         solution,
@@ -342,7 +368,10 @@ def make_batch(
     completions = rollouts.completions
     lengths = [(len(c.prompt_ids), len(c.token_ids)) for c in completions]
     lengths = np.array(lengths, np.int32)
-    of_step = process_allgather(lengths.max(axis=0)).max(axis=0).astype(int).tolist()
+    own = lengths.max(axis=0)
+    if cuts := config.rollout.cuts:  # room for a solution to the longest thought
+        own[0] = lengths[:: 1 + config.rollout.solutions, 0].max() + cuts[-1] + 1
+    of_step = process_allgather(own).max(axis=0).astype(int).tolist()
     length, response_len = padded_lengths((longest_prompt, longest_response), of_step)
     shape = (len(completions), response_len)
     tokens = np.zeros((len(completions), length), np.int32)
@@ -352,10 +381,16 @@ def make_batch(
         tokens[row, : len(ids)] = ids
         logprobs[row, : len(c.logprobs)] = c.logprobs
         mask[row, : len(c.forced)] = config.loss.train_on_forced | ~np.array(c.forced)
-    scale = config.loss.scale_rewards
-    advantages = np.asarray(group_advantages(rollouts.rewards, scale=scale)).reshape(-1)
+    if config.rollout.cuts:
+        advantages = cut_advantages(
+            config.rollout, rollouts.rewards, completions, response_len
+        )
+    else:
+        scale = config.loss.scale_rewards
+        advantages = np.asarray(group_advantages(rollouts.rewards, scale=scale))
+        advantages = advantages.reshape(-1)
     batch = Batch(tokens, lengths[:, 0], advantages, mask, logprobs)
-    batch = allgather_rows(batch, config.rollout.samples)
+    batch = allgather_rows(batch, config.rollout.responses)
     micro = config.update.microbatch
     return jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), batch)
 

@@ -8,12 +8,12 @@ five-dimensional einsum runs several times slower on a CPU.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num, Shaped
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from e1jax.nn.cache import merge_shards
 from e1jax.nn.quantize import LANES, dequantize
@@ -23,73 +23,99 @@ MAX_PARTS = 8  # of causal attention; each is compiled on its own
 
 
 class SharedPrompts(NamedTuple):
-    """Rows of two lengths, one after the other on a dim of tokens: N prompts of P, then
-    the G responses of R to each. A prompt is gone through once, not with each response."""
+    """Rows of several lengths, one after the other on a dim of tokens: N prompts of P, then
+    the G responses of R to each, then, if `seen` is given, the Q solutions to each of
+    these, which are thoughts. What several rows begin with is gone through once."""
 
     prompt_len: jax.Array  # [N] int32
     samples: int  # G
     longest_prompt: int  # P
+    seen: jax.Array | None = None  # [N*G*Q] int32: tokens of its thought, of a solution
+    longest_response: int | None = None  # R, where `seen` is given
 
-    def split(self, x: Shaped[Array, "1 _S D"]) -> tuple[jax.Array, jax.Array]:
-        """[1, N*P + N*G*R, D] -> [N, P, D] and [N*G, R, D]"""
-        num = len(self.prompt_len)
-        prompts, responses = jnp.split(x[0], [num * self.longest_prompt])
-        return (
-            prompts.reshape(num, self.longest_prompt, -1),
-            responses.reshape(num * self.samples, -1, x.shape[-1]),
+    def split(self, x: Shaped[Array, "1 _S D"]) -> tuple[jax.Array, ...]:
+        """[1, N*P + N*G*R + N*G*Q*L, D] -> [N, P, D], [N*G, R, D] and [N*G*Q, L, D]"""
+        rows = [len(self.prompt_len), len(self.prompt_len) * self.samples]
+        ends = [rows[0] * self.longest_prompt]
+        if self.seen is not None:
+            assert self.longest_response is not None
+            ends.append(ends[0] + rows[1] * self.longest_response)
+            rows.append(len(self.seen))
+        parts = jnp.split(x[0], ends)
+        return tuple(
+            part.reshape(count, -1, x.shape[-1])
+            for part, count in zip(parts, rows, strict=True)
         )
 
-    def join(self, parts: tuple[jax.Array, jax.Array]) -> Shaped[Array, "1 _S D"]:
-        """Prompts [N, P, D] and responses [B, R, D] as one row; undone by `split`."""
+    def join(self, parts: Sequence[jax.Array]) -> Shaped[Array, "1 _S D"]:
+        """Prompts [N, P, D], responses [N*G, R, D] and solutions as one row; undone by
+        `split`."""
         rows = [part.reshape(1, -1, part.shape[-1]) for part in parts]
         return jnp.concatenate(rows, axis=1)
 
 
 def shared_prompt_attention(
-    q: tuple[jax.Array, jax.Array],
-    k: tuple[jax.Array, jax.Array],
-    v: tuple[jax.Array, jax.Array],
+    q: tuple[jax.Array, ...],
+    k: tuple[jax.Array, ...],
+    v: tuple[jax.Array, ...],
     shared: SharedPrompts,
     causal: Callable[..., jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """Attention of prompts, and of responses that also see their prompt, by `causal`,
-    which is `causal_attention` or another form of it.
+) -> tuple[jax.Array, ...]:
+    """Attention of prompts, of responses that also see their prompt, and of solutions that
+    see the prompt and their thought up to where it was cut, by `causal`, which is
+    `causal_attention` or another form of it.
 
-    Heads of each part, [N, H, P, C] and [N*G, H, R, C] or with K heads.
+    Heads of each part, as `SharedPrompts.split` gives them: [N, H, P, C], ..., or with K
+    heads.
     """
 
-    def all_keys(parts):
-        prompts, responses = parts
-        prompts = jnp.repeat(prompts, shared.samples, axis=0)
-        return jnp.concatenate([prompts, responses], axis=2)
+    def before_responses(keys):
+        return jnp.repeat(keys[0], shared.samples, axis=0)
 
-    prompt_len = jnp.repeat(shared.prompt_len, shared.samples)
-    return (
-        causal(q[0], k[0], v[0]),
-        causal(q[1], all_keys(k), all_keys(v), prompt_len=prompt_len),
-    )
+    def before_solutions(keys):
+        thoughts = jnp.concatenate([before_responses(keys), keys[1]], axis=2)
+        return jnp.repeat(thoughts, len(keys[2]) // len(thoughts), axis=0)
+
+    def with_own(part, before):
+        return (jnp.concatenate([before(x), x[part]], axis=2) for x in (k, v))
+
+    of_prompt = _first(shared.prompt_len, shared.longest_prompt)
+    of_prompt = jnp.repeat(of_prompt, shared.samples, axis=0)
+    results = [causal(q[0], k[0], v[0])]
+    results.append(causal(q[1], *with_own(1, before_responses), visible=of_prompt))
+    if shared.seen is not None:
+        of_prompt = jnp.repeat(of_prompt, len(shared.seen) // len(of_prompt), axis=0)
+        of_thought = _first(shared.seen, q[1].shape[2])
+        visible = jnp.concatenate([of_prompt, of_thought], axis=1)
+        keys, values = with_own(2, before_solutions)
+        results.append(causal(q[2], keys, values, visible=visible))
+    return tuple(results)
+
+
+def _first(count: Int[Array, " B"], length: int) -> Bool[Array, "B S"]:
+    """Which of `length` tokens are the first `count` of a row."""
+    return jnp.arange(length)[None] < count[:, None]
 
 
 def causal_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    prompt_len: Int[Array, " B"] | None = None,
+    visible: Bool[Array, "B _P"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. With `prompt_len`, the T queries belong to the last T keys; of the
-    S - T keys before them, row b attends only to the first prompt_len[b]. Up to
+    needs no mask. The T queries belong to the last T keys; of the P = S - T keys
+    before them, row b attends only to the ones where `visible` is true (None: all). Up to
     MAX_PARTS parts of the queries are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
     """
     key_mask = None
-    if prompt_len is not None:
-        index = jnp.arange(k.shape[2])[None]
-        before = k.shape[2] - q.shape[2]
-        key_mask = (index < prompt_len[:, None]) | (index >= before)
+    if visible is not None:
+        own = jnp.ones((len(visible), q.shape[2]), bool)
+        key_mask = jnp.concatenate([visible, own], axis=1)
     return _by_parts(q, k, v, key_mask)
 
 

@@ -35,8 +35,7 @@ def _product_backward(residuals, grad):
 
 
 def _transposed(x: jax.Array) -> jax.Array:
-    """By an operation of its own: see sharding.runtime.backward_options. Without the constraint
-    it may be a view, which whatever stores it turns round on the way."""
+    """By an operation of its own. Without the constraint it may be a view, which whatever stores it turns round on the way."""
     transposed = with_layout_constraint(jax.lax.optimization_barrier(x).T, _ROWS)
     return jax.lax.optimization_barrier(transposed)
 

@@ -26,6 +26,7 @@ from e1jax.nn.heads import Vectors, add_biases, join_heads, make_heads
 from e1jax.nn.kernels.decode_attention import decode_attention, live_blocks
 from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads, takes_heads
 from e1jax.nn.kernels.gpu_decode import gpu_decode_attention, takes_gpu_decode
+from e1jax.nn.kernels.gpu_flash import gpu_flash_attention, takes_gpu_flash
 from e1jax.nn.kernels.splash import splash_attention, takes_splash
 from e1jax.nn.kernels.top_p import last_ranks, last_ranks_on_tpu
 from e1jax.nn.norm import rms_normalise
@@ -35,7 +36,7 @@ from e1jax.sharding.mesh import on_cpu, on_tpu, sharding
 
 # Results of `Path.prepare`: queries [B, H, T, C], keys and values with K heads, and the
 # cache with these written. Keys and values are None where attention needs the cache
-# alone, and with shared prompts each is a pair; see SharedPrompts.split.
+# alone, and with shared prompts each is a tuple; see SharedPrompts.split.
 Prepared = tuple[Any, Any, Any, KVCache | None]
 
 
@@ -108,6 +109,8 @@ def choose_path(
     causal = causal_attention
     if mesh is not None and takes_splash(mesh, dtype, config.head_dim):
         causal = functools.partial(splash_attention, mesh=mesh)
+    elif mesh is not None and takes_gpu_flash(mesh, dtype, config.head_dim):
+        causal = functools.partial(gpu_flash_attention, mesh=mesh)
     if shared is not None:
         prepare, attend = _with_shared_prompts(heads, rope, shared, causal)
         return Path(operations, _as_it_is, prepare, attend)
@@ -195,22 +198,22 @@ def _with_shared_prompts(
     shared: SharedPrompts,
     causal: Callable[..., jax.Array],
 ):
-    """`prepare` and `attend` of pairs: of prompts, and of the responses to them."""
+    """`prepare` and `attend` of several parts: prompts, responses, solutions."""
     cos, sin = (shared.split(x[:, 0]) for x in rope)
     ropes = [(c[:, None], s[:, None]) for c, s in zip(cos, sin, strict=True)]
 
     def prepare(products, vectors, cache, layer) -> Prepared:
         biased = map(shared.split, add_biases(products, vectors))
-        prompts, responses = (
+        parts = (
             heads(part, vectors, rope=rope)
             for part, rope in zip(zip(*biased, strict=True), ropes, strict=True)
         )
-        q, k, v = zip(prompts, responses, strict=True)
+        q, k, v = zip(*parts, strict=True)
         return q, k, v, cache
 
     def attend(q, k, v, cache, layer):
-        prompts, responses = shared_prompt_attention(q, k, v, shared, causal)
-        return shared.join((join_heads(prompts), join_heads(responses)))
+        parts = shared_prompt_attention(q, k, v, shared, causal)
+        return shared.join([join_heads(part) for part in parts])
 
     return prepare, attend
 

@@ -128,7 +128,7 @@ def abstract_learner(
     learner = Learner(config, loaded, longest)
     length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
-    num_micro = update.minibatch_prompts * rollout.samples // update.microbatch
+    num_micro = update.minibatch_prompts * rollout.responses // update.microbatch
 
     def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
         shape = (num_micro, update.microbatch, *shape)
@@ -138,7 +138,7 @@ def abstract_learner(
     batch = Batch(
         tokens=array(jnp.int32, length),
         prompt_len=array(jnp.int32),
-        advantages=array(jnp.float32),
+        advantages=array(jnp.float32, *([response_len] if rollout.cuts else [])),
         loss_mask=array(jnp.bool_, response_len),
         old_logprobs=values,
         ref_logprobs=values if config.loss.kl_coef else None,
@@ -292,19 +292,51 @@ def update_flops(learner: Learner) -> float:
     matrices = jax.tree.leaves(learner.shapes["layers"])
     per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
     head = sizes.hidden_size * sizes.vocab_size
-    prompt_len, response_len = learner.longest
-    rows = config.update.minibatch_prompts * config.rollout.samples
-    prompts = rows // samples_in_pass(learner)
-    tokens = prompts * prompt_len + rows * response_len
-    return 6.0 * (tokens * per_token + rows * response_len * head)
+    parts = parts_in_pass(learner)
+    tokens = sum(rows * length for rows, _, length in parts)
+    _, response_len = learner.longest
+    sampled = rows_on_device(learner) * response_len
+    if len(parts) == 3:  # thoughts, and solutions of another length
+        sampled = sum(rows * length for rows, _, length in parts[1:])
+    rows = config.update.minibatch_prompts * config.rollout.responses
+    passes = rows / rows_on_device(learner)
+    return 6.0 * passes * (tokens * per_token + sampled * head)
+
+
+def rows_on_device(learner: Learner) -> int:
+    """Responses of a micro-batch on one device."""
+    return learner.config.update.microbatch // learner.loaded.mesh.shape["data"]
 
 
 def samples_in_pass(learner: Learner) -> int:
-    """Responses that go through the model with one prompt; see response_logprobs."""
-    config = learner.config
-    rows = config.update.microbatch // learner.loaded.mesh.shape["data"]
-    samples, (_, response_len) = config.rollout.samples, learner.longest
-    return samples if shares_prompts(rows, samples, response_len) else 1
+    """Responses, of cut ones thoughts, that go through the model with one prompt; see
+    response_logprobs."""
+    rollout, (_, response_len) = learner.config.rollout, learner.longest
+    rows = rows_on_device(learner)
+    if rollout.cuts:
+        thoughts, rest = divmod(rows, 1 + rollout.solutions)
+        return 1 if rest or thoughts % rollout.samples else rollout.samples
+    return rollout.samples if shares_prompts(rows, rollout.samples, response_len) else 1
+
+
+def parts_in_pass(learner: Learner) -> list[tuple[float, int, int]]:
+    """What goes through the model on a device at a time: rows, tokens before them that
+    they see, and tokens; of prompts, of responses and of the solutions to these, or of
+    complete rows."""
+    rollout, (prompt_len, response_len) = learner.config.rollout, learner.longest
+    rows, samples = rows_on_device(learner), samples_in_pass(learner)
+    if rollout.cuts and shares_prompts(rows, 1 + rollout.solutions, response_len):
+        thoughts, thought_len = rows / (1 + rollout.solutions), rollout.cuts[-1] + 1
+        prompt_len -= thought_len
+        solution_len = rollout.solution_budgets[0] or 0
+        return [
+            (thoughts / samples, 0, prompt_len),
+            (thoughts, prompt_len, thought_len),
+            (thoughts * rollout.solutions, prompt_len + thought_len, solution_len),
+        ]
+    if rollout.cuts or samples == 1:
+        return [(rows, 0, prompt_len + response_len)]
+    return [(rows / samples, 0, prompt_len), (rows, prompt_len, response_len)]
 
 
 def _kernel_flops(counted: Account, learner: Learner) -> float:
@@ -326,17 +358,13 @@ def _kernel_flops(counted: Account, learner: Learner) -> float:
 
 
 def _product_flops(learner: Learner) -> float:
-    """Flops of one of the products of a call of attention on one device; of two calls
-    in turn, for prompts and for responses that follow them, the mean."""
+    """Flops of one of the products of a call of attention on one device; of several calls
+    in turn, see `parts_in_pass`, the mean."""
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
-    rows = learner.config.update.microbatch / mesh.shape["data"]
     heads = sizes.num_heads / mesh.shape["tensor"]
-    samples, (prompt_len, response_len) = samples_in_pass(learner), learner.longest
-    if samples == 1:
-        return rows * heads * sizes.head_dim * (prompt_len + response_len) ** 2
-    of_prompts = rows / samples * prompt_len**2
-    of_responses = rows * response_len * (2 * prompt_len + response_len)
-    return heads * sizes.head_dim * (of_prompts + of_responses) / 2
+    parts = parts_in_pass(learner)
+    pairs = sum(rows * own * (2 * before + own) for rows, before, own in parts)
+    return heads * sizes.head_dim * pairs / len(parts)
 
 
 def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:

@@ -6,12 +6,13 @@ is donated to every call and updated in place; everything else per slot is repli
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e1jax.config.model import ModelConfig
 from e1jax.nn.cache import (
@@ -23,7 +24,8 @@ from e1jax.nn.cache import (
     prompt_of_shards,
     prompt_shards,
 )
-from e1jax.nn.cpu import as_bits
+from e1jax.nn.cpu import as_bits, unstack
+from e1jax.nn.kernels.gpu_flash import takes_gpu_flash
 from e1jax.nn.kernels.splash import takes_splash
 from e1jax.nn.model import compute_dtype, forward, unembed
 from e1jax.nn.quantize import LANES, Params
@@ -49,8 +51,8 @@ from e1jax.sampling.draw import (
     token_logprobs,
 )
 from e1jax.sampling.request import Request
-from e1jax.sharding.mesh import on_cpu, replicated, sharding
-from e1jax.sharding.runtime import COMPILER_OPTIONS
+from e1jax.sharding.mesh import on_cpu, on_gpu, replicated, sharding
+from e1jax.sharding.runtime import COMPILER_OPTIONS, free_bytes
 
 CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 
@@ -62,6 +64,9 @@ _SHORTEST_BUCKET = 16
 
 
 SHORTEST_FORCED = 8  # forced tokens that a row has room for at least
+
+
+_SPARE_BYTES = 2**30  # on a device, for the temporaries of a step
 
 
 _MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -99,6 +104,46 @@ def prepare(params: Params, kv_dtype: str | None, mesh: Mesh) -> tuple[Params, A
     return params, jnp.dtype(jnp.uint16) if dtype == jnp.bfloat16 else dtype
 
 
+def layers_apart(params: Params, mesh: Mesh) -> Params:
+    """Parameters as `decode` takes them: with a list of layers in place of the stack, where
+    XLA copies the weights of a layer that it takes from a stack, at every step.
+
+    On a CPU, where it is alone, the layers are views of the stack; on GPUs they are copies,
+    if there is room for them beside it and the cache.
+    """
+    if on_cpu(mesh) and mesh.size == 1:
+        return unstack(params)
+    if on_gpu(mesh) and _fits_again(params["layers"], mesh):
+        return params | {"layers": _copied_apart(params["layers"])}
+    return params
+
+
+def _fits_again(layers: Any, mesh: Mesh) -> bool:
+    """Whether each device has room for a copy of its part of the layers."""
+    free = free_bytes(mesh)
+    if free is None:
+        return True
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(layers)
+    ]
+    return sum(sizes) + _SPARE_BYTES <= free
+
+
+def _copied_apart(layers: Any) -> list[Any]:
+    """The layers of stacks, each sharded as its stack is."""
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:])),
+        layers,
+    )
+    count = len(jax.tree.leaves(layers)[0])
+
+    def apart(layers):
+        return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+
+    return jax.jit(apart, out_shardings=[shardings] * count)(layers)
+
+
 _jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
 
 
@@ -121,7 +166,8 @@ def prefill(
     dtype = compute_dtype(params)
     empty = init_cache(config, 1, bucket, kv_dtype or dtype)
     cache = cache_on_mesh(mesh, empty)
-    at_once = takes_splash(mesh, dtype, config.head_dim)
+    takes = mesh, dtype, config.head_dim
+    at_once = takes_splash(*takes) or takes_gpu_flash(*takes)
     piece = bucket if at_once else math.gcd(bucket, PREFILL_LEN)
     step = _prefill_step(config, mesh, params, tokens, piece, from_start=at_once)
     return jax.lax.fori_loop(0, -(-length // piece), step, cache)
@@ -233,15 +279,24 @@ def admit(
     def copy(i, cache):
         return jax.tree.map(lambda old, new: put(old, new, slots[i]), cache, prefix)
 
+    cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
+    return cache_on_mesh(mesh, cache), _replace_rows(mesh, rows, new)
+
+
+@functools.partial(_jit, static_argnums=0, donate_argnums=1)
+def start_rows(mesh: Mesh, rows: Rows, new: tuple[jax.Array, Rows]) -> Rows:
+    """Starts rows whose slots hold the keys and values of their prompts; `new` as for
+    `admit`."""
+    return _replace_rows(mesh, rows, new)
+
+
+def _replace_rows(mesh: Mesh, rows: Rows, new: tuple[jax.Array, Rows]) -> Rows:
     is_new, fresh = new
 
     def merge(now, old):
         return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), now, old)
 
-    cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
-    return cache_on_mesh(mesh, cache), _everywhere(
-        mesh, jax.tree.map(merge, fresh, rows)
-    )
+    return _everywhere(mesh, jax.tree.map(merge, fresh, rows))
 
 
 @functools.partial(_jit, static_argnums=(0, 1), donate_argnums=(4, 5))
@@ -355,42 +410,51 @@ def empty_rows(slots: int, width: int) -> Rows:
 
 
 def request_rows(
-    request: Request, free: list[int], samples: list[int], rows: Rows
+    starts: Mapping[int, tuple[Request, int]], rows: Rows
 ) -> tuple[np.ndarray, Rows]:
-    """Which rows are new, and their state, which differs in the sample's number only."""
+    """Which rows are new, and what they begin with: of each slot in `starts`, a request
+    and the number of its sample."""
     slots, width = rows.budget.forced_ids.shape
-    is_new, sample = np.zeros(slots, bool), np.zeros(slots, np.int32)
-    is_new[free], sample[free] = True, samples
-    params, budget, forced_ids = request.params, request.budget, request.forced_ids
-    padding = [0] * (width - len(forced_ids))
+    fresh = jax.tree.map(np.copy, empty_rows(slots, width))
+    for slot, start in starts.items():
+        _fill_row(fresh, slot, *start)
+    return np.isin(np.arange(slots), list(starts)), fresh
 
-    def fill(value, dtype: Any = np.int32) -> Any:
-        return np.tile(np.array(value, dtype), (slots, *[1] * np.ndim(value)))
 
-    fresh = Rows(
-        token=fill(request.prompt_ids[-1]),
-        position=fill(len(request.prompt_ids) - 1),
-        first_token=fill(request.prompt_ids[0]),
-        sampling=Sampling(
-            temperature=fill(min(params.temperature, _MAX_FLOAT), np.float32),
-            # The most probable token survives any cut: greedy rows need none.
-            top_p=fill(params.top_p if params.temperature else 1, np.float32),
-            top_k=fill(params.top_k if params.temperature else 0),
-            seed=fill([params.seed & 0xFFFFFFFF, params.seed >> 32], np.uint32),
-            sample=sample,  # type: ignore[arg-type]
-        ),
+def _fill_row(rows: Rows, slot: int, request: Request, number: Any) -> None:
+    """Writes a sample, as it begins, into `rows`, which are NumPy's arrays."""
+    params: Any = request.params
+    prompt_ids: Any = request.prompt_ids
+    forced_ids: Any = request.forced_ids
+    temperature: Any = min(params.temperature, _MAX_FLOAT)
+    # The most probable token survives any cut: greedy rows need none.
+    top_p: Any = params.top_p if temperature else 1
+    top_k: Any = params.top_k if temperature else 0
+    seed: Any = [params.seed & 0xFFFFFFFF, params.seed >> 32]
+    num_forced: Any = len(forced_ids)
+    padding = [0] * (rows.budget.forced_ids.shape[1] - num_forced)
+    budget: Any = request.budget
+    row = Rows(
+        token=prompt_ids[-1],
+        position=len(prompt_ids) - 1,  # type: ignore[arg-type]
+        first_token=prompt_ids[0],
+        sampling=Sampling(temperature, top_p, top_k, seed, number),
         budget=Budget(
-            thinking=fill(budget.thinking),
-            solution=fill(budget.solution),
-            total=fill(budget.total),
-            plain=fill(budget.plain, bool),
-            forced_ids=fill(forced_ids + padding),
-            num_forced=fill(len(forced_ids)),
-            stops=fill(budget.stops, bool),
+            thinking=budget.thinking,
+            solution=budget.solution,
+            total=budget.total,
+            plain=budget.plain,
+            forced_ids=forced_ids + padding,
+            num_forced=num_forced,
+            stops=budget.stops,
         ),
-        state=jax.tree.map(fill, _first_state(request)),
+        state=_first_state(request),
     )
-    return is_new, fresh
+
+    def write(array: Any, value: Any) -> None:
+        array[slot] = value
+
+    jax.tree.map(write, rows, row)
 
 
 def _first_state(request: Request) -> BudgetState:

@@ -31,7 +31,6 @@ from e1jax.config.checks import UserError, check_choice, check_integer
 from e1jax.config.model import KV_DTYPES, ModelConfig
 from e1jax.config.sampling import SamplingParams
 from e1jax.nn.cache import KVCache, whole_slots
-from e1jax.nn.cpu import unstack
 from e1jax.nn.quantize import Params
 from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import DONE, BudgetState, TokenIds
@@ -47,6 +46,7 @@ from e1jax.sampling.decode import (
     empty_prefix,
     empty_rows,
     extend,
+    layers_apart,
     new_cache,
     next_power,
     prefill,
@@ -55,11 +55,18 @@ from e1jax.sampling.decode import (
     prepare,
     read_prefix,
     request_rows,
+    start_rows,
     stop_rows,
     widen_rows,
 )
-from e1jax.sampling.request import Prompt, Request, encode_prompt, make_request
-from e1jax.sampling.scheduler import Scheduler, Waiting
+from e1jax.sampling.request import (
+    Follow,
+    Prompt,
+    Request,
+    encode_prompt,
+    make_request,
+)
+from e1jax.sampling.scheduler import Scheduler, Start, Waiting
 from e1jax.sharding.mesh import on_cpu, replicated
 from e1jax.sharding.runtime import enough_memory
 from e1jax.tokenizer import Tokenizer
@@ -227,6 +234,7 @@ class Engine:
         names: Sequence[str] | None = None,
         skip: Callable[[int, int], bool] = lambda prompt_index, sample: False,
         progress: Callable[[int], None] = lambda new_tokens: None,
+        follow: Follow | None = None,
     ) -> Iterator[Completion]:
         """Yields each Completion as it finishes. See `generate`. The longest budgets
         start first, equal ones in the order of the call.
@@ -236,10 +244,14 @@ class Engine:
         for which `skip(prompt_index, sample)` holds are left out (a resumed run has them
         already). `progress` is told after each chunk, once its completions are out, how
         many tokens it gave; an exception that it raises ends the stream.
+
+        `follow` gives the requests that go on from a completion. They are sampled as any,
+        but take the keys and values of their prompt from where that one was sampled, with
+        nothing computed again; their own completions are not followed.
         """
         requests = self._requests(prompts, params, names)
         self._note_cut(requests)
-        return self._stream(requests, skip, progress)
+        return self._stream(requests, skip, progress, follow)
 
     def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queues a request, as `generate` takes them, behind the others; returns its id.
@@ -367,9 +379,12 @@ class Engine:
         requests: list[Request],
         skip: Callable[[int, int], bool],
         progress: Callable[[int], None],
+        follow: Follow | None,
     ) -> Iterator[Completion]:
         self.stats = Stats()
         left: dict[int, int] = {}  # samples of each request that are not done
+        if follow is not None:
+            requests = [self._followed(request, follow, left) for request in requests]
         # The longest budgets start first, so that the slots come to their ends together
         # and none waits long for the last; equal ones start in the order of the call.
         for request in sorted(requests, key=lambda r: -r.most_tokens):
@@ -387,7 +402,8 @@ class Engine:
                         left[event.request_id] -= 1
                         yield event.completion
                 progress(sum(len(event.token_ids) for event in own))
-                left = {id: count for id, count in left.items() if count}
+                for id in [id for id, count in left.items() if not count]:
+                    del left[id]
         finally:
             self._scheduler.abort(left)  # of a stream that is given up
             self._unclaimed = [e for e in self._unclaimed if e.request_id not in left]
@@ -395,6 +411,21 @@ class Engine:
             if self._scheduler.is_idle:
                 # The parameters may be replaced now, and their memory reused.
                 self._weights = self._rows = None
+
+    def _followed(
+        self, request: Request, follow: Follow, left: dict[int, int]
+    ) -> Request:
+        """The request with followers, which have its id, and are counted in `left`."""
+
+        def requests(completion: Completion) -> list[Request]:
+            made = [
+                self._request(*following, f"a follower of prompt {request.index}")
+                for following in follow(completion)
+            ]
+            left[request.id] += sum(follower.params.n for follower in made)
+            return [dataclasses.replace(follower, id=request.id) for follower in made]
+
+        return dataclasses.replace(request, follow=requests)
 
     def _update(self) -> None:
         """Applies the calls of `add` and `abort` since the last update."""
@@ -432,11 +463,9 @@ class Engine:
             return
         assert self.params is not None, "assign Engine.params before sampling"
         weights, kv_dtype = prepare(self.params, self.kv_dtype, self.mesh)
-        # XLA on a CPU copies the weights of a layer that it takes from a stack. A longer
-        # prompt does not feel that, and would wait for a program per layer and bucket.
-        alone = on_cpu(self.mesh) and self.mesh.size == 1
-        self._weights = weights, unstack(weights) if alone else weights
         self._cache = self._cache or self._new_cache(kv_dtype)
+        # A longer prompt would wait for a program with all layers for each bucket.
+        self._weights = weights, layers_apart(weights, self.mesh)
         rows = empty_rows(self.slots, SHORTEST_FORCED)
         first_tokens = [held[0] if held else 0 for held in self._scheduler.held]
         rows = rows._replace(first_token=np.array(first_tokens, np.int32))
@@ -461,6 +490,8 @@ class Engine:
         queue, room = self._scheduler.queue, self._piece
         if len(self._scheduler.free) < self._few:
             return False
+        if starts := self._scheduler.next_in_place():
+            self._start_rows(starts)
         while queue and self._scheduler.free:
             waiting = queue[0]
             in_pieces = waiting.request.is_live and self.running > 0
@@ -472,6 +503,8 @@ class Engine:
             self._admit(waiting)
             if not waiting.samples:
                 queue.popleft()
+        while found := self._scheduler.next_elsewhere():
+            self._copy(*found)
         return False
 
     def _admit(self, waiting: Waiting) -> None:
@@ -481,16 +514,44 @@ class Engine:
         free = self._scheduler.free_for(waiting)
         count = len(free)
         samples, waiting.samples = waiting.samples[:count], waiting.samples[count:]
-        for slot, number in zip(free, samples, strict=True):
+        numbers = zip(free, samples, strict=True)
+        starts = {slot: (request, number) for slot, number in numbers}
+        self._start_rows(starts, waiting.prefix, waiting.cached_tokens)
+
+    def _copy(self, source: int, starts: dict[int, Start]) -> None:
+        """Starts samples that go on from what the slot `source` holds in other slots."""
+        assert self._cache
+        longest = max(len(request.prompt_ids) for request, _ in starts.values())
+        bucket = prefill_len(longest - 1, self.cache_len)
+        prefix = read_prefix(self.mesh, self.slots, bucket, self._cache, source)
+        self._start_rows(starts, prefix)
+
+    def _start_rows(
+        self,
+        starts: dict[int, Start],
+        prefix: KVCache | None = None,
+        cached_tokens: int | None = None,
+    ) -> None:
+        """Starts a sample in each slot of `starts`, with the keys and values of `prefix`,
+        or with its own. Of every prompt, `cached_tokens` were cached before: by default
+        all but the last."""
+        assert self._cache and self._rows
+        rows = self._rows
+        for slot, (request, number) in starts.items():
             sample = Sample(request, number, self.tokenizer)
-            sample.cached_tokens = waiting.cached_tokens
+            cached = len(request.prompt_ids) - 1
+            sample.cached_tokens = cached if cached_tokens is None else cached_tokens
             self._scheduler.slots[slot] = sample
-        slots = np.array(free + [0] * (self.slots - count), np.int32)
-        width = next_power(len(request.forced_ids), SHORTEST_FORCED)
-        rows = widen_rows(self.mesh, self._rows, width)
-        new = request_rows(request, free, samples, rows)
+            width = next_power(len(request.forced_ids), SHORTEST_FORCED)
+            rows = widen_rows(self.mesh, rows, width)
+        new = request_rows(starts, rows)
+        if prefix is None:
+            self._rows = start_rows(self.mesh, rows, new)
+            return
+        count = len(starts)
+        slots = np.array([*starts, *[0] * (self.slots - count)], np.int32)
         self._cache, self._rows = admit(
-            self.mesh, self._cache, waiting.prefix, rows, slots, count, new
+            self.mesh, self._cache, prefix, rows, slots, count, new
         )
 
     def _prefill(self, waiting: Waiting, room: int | None) -> int:
@@ -554,7 +615,7 @@ class Engine:
         tags = (-1, -1) if ends is None else (ends, -1 if starts is None else starts)
         # Rows that are done, free slots among them, at which samples that wait can start.
         enough = self.slots
-        if self._scheduler.queue:
+        if self._scheduler.has_more:
             enough = max(self._few, len(self._scheduler.free) + 1)
         start = time.monotonic()
         self._cache, rows, chunk = decode(
@@ -592,6 +653,9 @@ class Engine:
                     stopped.append(slot)
                     row = sample.stop(stop, row)
                 completion = sample.completion(row)
+                if sample.request.follow is not None:
+                    following = sample.request.follow(completion)
+                    self._scheduler.follow(slot, following)
             events += sample.events(start, completion)
             self.stats.tokens += count
         self._stop(stopped)

@@ -21,12 +21,11 @@ def model_record(loaded: LoadedModel, engine: Engine) -> dict[str, Any]:
 def upgrade_record(settings: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
     """Settings of an earlier run, of which an older version did not record all.
 
-    A parameter of sampling that there was none of then has its default, and no budgets
-    were stated. e1jax 0.1
+    A parameter of sampling that there was none of then has its default. e1jax 0.1
     recorded no digest of the weights, so that they are taken for the same ones; as
     `model`, `evaluate` wrote the directory of the weights.
     """
-    upgraded = {**SamplingParams().record(), "budget_text": None, **settings}
+    upgraded = {**SamplingParams().record(), **settings}
     if "weights" not in settings:
         today = loaded.record()
         upgraded |= {name: today[name] for name in ("step", "weights")}

@@ -1,8 +1,8 @@
 """Requests: a prompt and how it is sampled, checked before any work is done."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,18 @@ from e1jax.sampling.budget import ResolvedBudget, resolve_budget
 from e1jax.tokenizer import THINK_END, Tokenizer
 
 Prompt = str | Sequence[dict[str, Any]] | Sequence[int]
+
+
+class Following(NamedTuple):
+    """A request that goes on from a finished sample: all tokens of its prompt but the last
+    begin that sample's prompt and response, of which the last one is left out."""
+
+    index: int  # `prompt_index` of its completions
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+Follow = Callable[[Any], Sequence[Following]]  # of a Completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +43,8 @@ class Request:
     # Came alone: its prompt may take keys and values from a slot, and is prefilled in
     # pieces between the steps of other requests.
     is_live: bool
+    # Of a finished sample's Completion, the requests that go on from its slot.
+    follow: Callable[[Any], list["Request"]] | None = None
 
     @property
     def most_tokens(self) -> int:

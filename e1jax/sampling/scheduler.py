@@ -22,6 +22,9 @@ class Waiting:
     goes_on: int | None = None  # the slot that holds little else than these
 
 
+Start = tuple[Request, int]  # a sample, by its number
+
+
 class Scheduler:
     """`add` and `abort` may be called from any thread; they take effect at `update`.
     Everything else is of the thread that steps the engine."""
@@ -32,6 +35,8 @@ class Scheduler:
         self.held: list[list[int]] = [[]] * slots
         self.left_at: list[int] = [0] * slots
         self.queue: deque[Waiting] = deque()
+        # Of a slot, the samples that go on from what it holds, the next one last.
+        self.followers: dict[int, list[Start]] = {}
         self._lock = threading.Lock()
         self._added: list[Waiting] = []
         self._aborted: set[int] = set()
@@ -55,6 +60,9 @@ class Scheduler:
         if not aborted:
             return []
         self.queue = deque(w for w in self.queue if w.request.id not in aborted)
+        for starts in self.followers.values():
+            starts[:] = [start for start in starts if start[0].id not in aborted]
+        self._drop_empty()
         freed = [
             slot
             for slot, sample in enumerate(self.slots)
@@ -72,6 +80,43 @@ class Scheduler:
         self.held[slot] = sample.request.prompt_ids + sample.token_ids[:-1]
         self.slots[slot] = None
         self.left_at[slot] = max(self.left_at) + 1
+
+    def follow(self, slot: int, requests: Sequence[Request]) -> None:
+        """Keeps a slot's keys and values for samples that go on from them.
+
+        The longest prompt comes first: what its samples write in the slot lies behind all
+        that the others read.
+        """
+        ordered = sorted(requests, key=lambda r: len(r.prompt_ids))
+        numbers = [(r, j) for r in ordered for j in reversed(range(r.params.n))]
+        if numbers:
+            self.followers[slot] = numbers
+
+    def next_in_place(self) -> dict[int, Start]:
+        """Of each free slot that has followers, the next one, which is taken."""
+        free = [slot for slot in self.followers if self.slots[slot] is None]
+        starts = {slot: self.followers[slot].pop() for slot in free}
+        self._drop_empty()
+        return starts
+
+    def next_elsewhere(self) -> tuple[int, dict[int, Start]] | None:
+        """The slot that most samples wait to go on from, and those that free slots take;
+        None without any. Slots' numbers decide nothing."""
+        if not self.free or not self.followers:
+            return None
+
+        def most_followed(slot: int) -> tuple[int, int]:
+            starts = self.followers[slot]
+            return -len(starts), starts[-1][0].index
+
+        slot = min(self.followers, key=most_followed)
+        starts = self.followers[slot]
+        taken = {free: starts.pop() for free in self.free[: len(starts)]}
+        self._drop_empty()
+        return slot, taken
+
+    def _drop_empty(self) -> None:
+        self.followers = {slot: s for slot, s in self.followers.items() if s}
 
     def longest_prefix(self, tokens: list[int]) -> tuple[int, int]:
         """The slot that holds most of the beginning of `tokens`, and how many of them."""
@@ -99,6 +144,7 @@ class Scheduler:
         with self._lock:
             self._added, self._aborted = [], set()
         self.queue.clear()
+        self.followers.clear()
         self.slots = [None] * len(self.slots)
         self.forget()
 
@@ -118,12 +164,20 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Samples without a slot."""
         with self._lock:
-            return sum(len(w.samples) for w in [*self.queue, *self._added])
+            waiting = sum(len(w.samples) for w in [*self.queue, *self._added])
+        return waiting + sum(map(len, self.followers.values()))
 
     @property
     def is_idle(self) -> bool:
         """Whether no sample runs or waits, as of the last `update`."""
-        return not self.queue and not any(self.slots)
+        return not self.queue and not self.followers and not any(self.slots)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a sample waits for a slot, or one that runs will have followers."""
+        running = filter(None, self.slots)
+        to_come = any(sample.request.follow for sample in running)
+        return bool(self.queue or self.followers) or to_come
 
 
 def _common(a: list[int], b: list[int]) -> int:

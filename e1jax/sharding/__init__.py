@@ -27,7 +27,6 @@ from e1jax.sharding.mesh import (
 )
 from e1jax.sharding.runtime import (
     COMPILER_OPTIONS,
-    backward_options,
     enough_memory,
     use_compilation_cache,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "COMPILER_OPTIONS",
     "allgather_rows",
     "any_process",
-    "backward_options",
     "data_specs",
     "enough_memory",
     "is_first",

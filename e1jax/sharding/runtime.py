@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 
 from e1jax.config.checks import UserError
-from e1jax.sharding.mesh import on_cpu
 
 # For every program that runs on a mesh. On several CPU devices, XLA's default scheduler
 # starts independent collectives in an order of each device's own, and with fewer threads
@@ -21,17 +20,6 @@ from e1jax.sharding.mesh import on_cpu
 COMPILER_OPTIONS = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
 
 CACHE_BYTES = 2 * 2**30  # of compiled programs that are kept between runs
-
-
-def backward_options(mesh: Mesh) -> dict[str, Any]:
-    """COMPILER_OPTIONS of a program with a backward pass.
-
-    On a CPU, XLA removes optimization barriers before it fuses operations. Here they
-    stay: a transpose fused with its operand takes ten times as long.
-    """
-    if not on_cpu(mesh):
-        return COMPILER_OPTIONS
-    return COMPILER_OPTIONS | {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def use_compilation_cache() -> None:
@@ -96,6 +84,14 @@ def _drop_damaged(path: Path) -> None:
         print(f"note: {text}", file=sys.stderr)
 
     warnings.showwarning = note
+
+
+def free_bytes(mesh: Mesh) -> int | None:
+    """Memory that is free on the fullest of this process's devices of the mesh; None
+    where devices do not say."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    known = [s for s in stats if s and "bytes_limit" in s]
+    return min((s["bytes_limit"] - s["bytes_in_use"] for s in known), default=None)
 
 
 @contextlib.contextmanager

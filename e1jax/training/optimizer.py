@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from e1jax.config.training import AdamWConfig, LossConfig, MuonConfig
-from e1jax.sharding.runtime import backward_options
+from e1jax.sharding.runtime import COMPILER_OPTIONS
 
 
 def learning_rates(config: AdamWConfig | MuonConfig, steps: int) -> optax.Schedule:
@@ -133,10 +133,9 @@ def jit_update(update: Callable[..., Any], shardings: tuple[Any, Any]) -> Any:
 
     The first two arguments are donated; the new ones have `shardings`.
     """
-    mesh = jax.tree.leaves(shardings[0])[0].mesh
     return jax.jit(
         update,
         donate_argnums=(0, 1),
         out_shardings=(*shardings, None),
-        compiler_options=backward_options(mesh),
+        compiler_options=COMPILER_OPTIONS,
     )

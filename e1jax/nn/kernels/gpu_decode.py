@@ -7,7 +7,6 @@ several programs, and their results are merged by the mass of each.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +104,9 @@ def _decode_local(q, caches, layer, positions, *, interpret: bool):
 
     def of_split(width):
         shape = (splits, rows, kv_heads, padded, width)
-        block = pl.BlockSpec((None, None, None, *shape[3:]), lambda r, k, s: (s, r, k, 0, 0))
+        block = pl.BlockSpec(
+            (None, None, None, *shape[3:]), lambda r, k, s: (s, r, k, 0, 0)
+        )
         return block, jax.ShapeDtypeStruct(shape, jnp.float32)
 
     everything = pl.BlockSpec(memory_space=pl.ANY)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from e1jax.nn.scores import BLOCK_LEN, KEPT, scaled
 from e1jax.sharding.mesh import on_tpu, sharding
@@ -25,7 +25,7 @@ def splash_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    prompt_len: Int[Array, " B"] | None = None,
+    visible: Bool[Array, "B _P"] | None = None,
     *,
     mesh: Mesh,
     interpret: bool = False,
@@ -38,14 +38,14 @@ def splash_attention(
 
     inside = set(jax.sharding.get_abstract_mesh().manual_axes)
     rows = None if "data" in inside else "rows"
-    if prompt_len is None:
-        prompt_len = jnp.full(len(q), k.shape[2] - q.shape[2], jnp.int32)
+    if visible is None:
+        visible = jnp.ones((len(q), k.shape[2] - q.shape[2]), bool)
 
     def spec(x):
         axes = (rows, "heads", None, None)[: x.ndim]
         return sharding(mesh, axes, x.shape).spec
 
-    args = q, k, v, prompt_len
+    args = q, k, v, visible
     local = jax.shard_map(
         functools.partial(_splash_local, interpret=interpret),
         mesh=None if inside else mesh,
@@ -57,7 +57,7 @@ def splash_attention(
     return local(*args)
 
 
-def _splash_local(q, k, v, prompt_len, *, interpret: bool) -> jax.Array:
+def _splash_local(q, k, v, visible, *, interpret: bool) -> jax.Array:
     length, before = q.shape[2], k.shape[2] - q.shape[2]
     (q, block_q), (k, block_kv), (v, _) = map(_whole_blocks, (scaled(q), k, v))
     mask = splash.CausalMask((q.shape[2], k.shape[2]), offset=before)
@@ -77,16 +77,14 @@ def _splash_local(q, k, v, prompt_len, *, interpret: bool) -> jax.Array:
         out: Any = jax.vmap(kernel)(q, k, v)
         return out[:, :, :length]
 
-    def of_row(q, k, v, prompt_len):
-        # Queries see the keys of their own segment alone: the padding between prompt and
-        # response is another one.
-        index = jnp.arange(k.shape[1])
-        is_padding = (index >= prompt_len) & (index < before)
+    def of_row(q, k, v, is_hidden):
+        # Queries see the keys of their own segment alone; hidden keys are another one.
         of_queries = jnp.zeros(q.shape[1], jnp.int32)
-        segments = splash.SegmentIds(of_queries, is_padding.astype(jnp.int32))
+        segments = splash.SegmentIds(of_queries, is_hidden.astype(jnp.int32))
         return kernel(q, k, v, segments)
 
-    out = jax.vmap(of_row)(q, k, v, prompt_len)
+    is_hidden = jnp.pad(~visible, ((0, 0), (0, k.shape[2] - before)))
+    out = jax.vmap(of_row)(q, k, v, is_hidden)
     return out[:, :, :length]
 
 

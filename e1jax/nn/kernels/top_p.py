@@ -3,6 +3,7 @@
 On TPUs as a kernel (Pallas), a row at a time in vector memory.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -136,9 +137,7 @@ def _last_by_k(gaps: jax.Array, top_k: jax.Array) -> jax.Array:
     return jax.lax.cond(jnp.any(top_k > 0), k_most_probable, lambda: everything)
 
 
-def _rest_within(
-    gaps: jax.Array, by_k: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
+def _rest_within(gaps: jax.Array, by_k: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """(cut) -> the mass of tokens beyond `cut`, of all up to `by_k`.
 
     Near top_p = 1 it is small, so float32 resolves it better than the mass up to the cut.
@@ -151,9 +150,10 @@ def _rest_within(
 
     def rest(cut):
         sums = [_total(jnp.where(ranks > cut, limb, 0)) for limb in limbs]
-        return sum(
+        parts = (
             s.astype(jnp.float32) * 2.0 ** -(bits * i) for i, s in enumerate(sums, 1)
         )
+        return functools.reduce(jnp.add, parts)
 
     return rest
 

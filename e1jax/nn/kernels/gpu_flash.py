@@ -1,0 +1,68 @@
+"""Causal attention on GPUs by cuDNN's flash attention, which makes no scores in memory."""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from e1jax.nn.scores import keep
+from e1jax.sharding.mesh import on_gpu, sharding
+
+
+def takes_gpu_flash(mesh: Mesh | None, dtype: Any, head_dim: int) -> bool:
+    """Whether causal attention takes cuDNN's: bfloat16 on GPUs, heads of up to 128."""
+    return on_gpu(mesh) and dtype == jnp.bfloat16 and head_dim in range(8, 129, 8)
+
+
+def gpu_flash_attention(
+    q: Float[Array, "B H T C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
+    visible: Bool[Array, "B _P"] | None = None,
+    *,
+    mesh: Mesh,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> Float[Array, "B H T C"]:
+    """`causal_attention` by `jax.nn.dot_product_attention`.
+
+    Each device takes its own rows and heads. Where the caller is in a `shard_map` over
+    `data`, the rows are its own already. The `implementation` "xla" runs without a GPU.
+    """
+    inside = set(jax.sharding.get_abstract_mesh().manual_axes)
+    rows = None if "data" in inside else "rows"
+
+    def spec(x):
+        axes = (rows, "heads", None, None)[: x.ndim]
+        return sharding(mesh, axes, x.shape).spec
+
+    args = (q, k, v) if visible is None else (q, k, v, visible)
+    local = jax.shard_map(
+        functools.partial(_flash_local, implementation=implementation),
+        mesh=None if inside else mesh,
+        in_specs=tuple(map(spec, args)),
+        out_specs=spec(q),
+        axis_names=set(mesh.axis_names) - inside,
+        check_vma=False,
+    )
+    return keep(local(*args))
+
+
+def _flash_local(q, k, v, visible=None, *, implementation) -> jax.Array:
+    mask = None
+    if visible is not None:
+        # Queries belong to the last keys: a mask, as cuDNN counts from the first.
+        length, own = q.shape[2], jnp.ones((len(visible), q.shape[2]), bool)
+        is_seen = jnp.concatenate([visible, own], axis=1)
+        is_earlier = jnp.tri(length, k.shape[2], k.shape[2] - length, dtype=bool)
+        mask = (is_seen[:, None] & is_earlier[None])[:, None]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(
+        *(q, k, v),
+        mask=mask,
+        is_causal=mask is None,
+        implementation=implementation,
+    )
+    return out.swapaxes(1, 2)
