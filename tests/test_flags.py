@@ -15,7 +15,7 @@ from e1jax.sample import SampleFlags
 from e1jax.serve import ServeFlags
 
 SAMPLING = ["solution-budget", "n", "temperature", "top-p", "top-k", "seed"]
-ENGINE = ["model", "mesh", "dtype", "slots", "cache-len", "quantize", "kv-dtype"]
+ENGINE = "model mesh dtype slots cache-len quantize kv-dtype no-state-budgets".split()
 FLAGS = {
     SampleFlags: "thinking-budget end-of-thinking-text on-thinking-budget stop prompts output json logprobs raw",
     EvaluateFlags: "dataset budgets limit instruction output",
@@ -221,8 +221,5 @@ def test_a_field_of_a_base_and_a_percent_sign():
     text = " ".join(parser.format_help().split())
     assert "Shows 100 % of it. options:" in text and text.endswith("The end.")
     assert "--share X In %, of all of it --mesh" in text
-    assert (
-        "run directory, nano or nano-e1 (default nano) --slots N Its own words --"
-        in text
-    )
+    assert "nano or nano-e1 (default nano) --slots N Its own words --" in text
     assert read_flags(Flags, ["--share", "5"], "prog") == Flags(share=5.0)
