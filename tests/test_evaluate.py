@@ -500,10 +500,10 @@ def test_an_output_that_grew_meanwhile_is_not_cut(run, tmp_path, monkeypatch):
     assert run(*flags)[0] == 0
     load_model = evaluate.load_model
 
-    def slow(*args):
+    def slow(*args, **options):
         with path.open("a") as file:
             file.write("{}\n")
-        return load_model(*args)
+        return load_model(*args, **options)
 
     monkeypatch.setattr(evaluate, "load_model", slow)
     refused(run(*flags, "-n", 2), "another run has written", path)

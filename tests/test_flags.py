@@ -15,7 +15,16 @@ from e1jax.sample import SampleFlags
 from e1jax.serve import ServeFlags
 
 SAMPLING = ["solution-budget", "n", "temperature", "top-p", "top-k", "seed"]
-ENGINE = "model mesh dtype slots cache-len quantize kv-dtype no-state-budgets".split()
+ENGINE = [
+    "model",
+    "mesh",
+    "dtype",
+    "slots",
+    "cache-len",
+    "quantize",
+    "kv-dtype",
+    "no-state-budgets",
+]
 FLAGS = {
     SampleFlags: "thinking-budget end-of-thinking-text on-thinking-budget stop prompts output json logprobs raw",
     EvaluateFlags: "dataset budgets limit instruction output",

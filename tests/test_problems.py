@@ -664,8 +664,9 @@ def test_prompts_are_users_messages_of_limited_length(path):
             kept, dropped = encode_problems(problems, tokenizer, instruction, most)
             fit = [p for p in problems if len(p.text + tail) + 5 <= most]
             assert dropped == len(problems) - len(fit)
-            assert [answers for _, answers in kept] == [p.answers for p in fit]
-            assert [tokenizer.decode(ids) for ids, _ in kept] == [
+            assert [e.answers for e in kept] == [p.answers for p in fit]
+            assert [e.text for e in kept] == [p.text + tail for p in fit]
+            assert [tokenizer.decode(e.prompt_ids) for e in kept] == [
                 f"<｜begin▁of▁sentence｜><｜User｜>{p.text}{tail}<｜Assistant｜><think>\n"
                 for p in fit
             ]
@@ -692,7 +693,7 @@ def test_the_default_instruction_has_a_single_backslash():
 
 
 def kept_problems(count: int) -> list[EncodedProblem]:
-    return [EncodedProblem([i, i + 1], (str(i),)) for i in range(count)]
+    return [EncodedProblem([i, i + 1], (str(i),), f"{i}?") for i in range(count)]
 
 
 def read(batches, count: int) -> list:
@@ -709,7 +710,7 @@ def test_every_epoch_holds_every_problem_once(count, prompts):
     stream = [prompt for batch in batches for prompt in batch]
     assert [prompt.position for prompt in stream] == list(range(len(stream)))
     for prompt in stream:
-        assert (prompt.prompt_ids, prompt.answers) == kept[prompt.index]
+        assert prompt[2:] == kept[prompt.index]
     for start in range(0, len(stream), count):
         epoch = Counter(prompt.index for prompt in stream[start : start + count])
         assert epoch == Counter(range(count))

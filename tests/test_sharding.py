@@ -344,7 +344,9 @@ for n in range(int(sys.argv[2])):
 def keep_programs(path: Path, limit: int, count: int) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", KEEPING, str(limit), str(count)],
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(path)},
+        # On the CPU: where libtpu is installed, JAX would look for a TPU, and say so.
+        env=os.environ
+        | {"JAX_COMPILATION_CACHE_DIR": str(path), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

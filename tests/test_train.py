@@ -411,7 +411,7 @@ def test_the_policy_is_laid_out_for_sampling_once_after_each_update(
 
 
 def test_too_little_memory_for_an_update_is_one_sentence(workplace, monkeypatch):
-    def learn(self, rollouts):
+    def learn(self, rollouts, step):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating")
 
     monkeypatch.setattr(Learner, "learn", learn)

@@ -405,10 +405,10 @@ def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int,
 
     def padded(length: int, longest: int, unit: int) -> int:
         unit = max(unit, -(-longest // NUM_LENGTHS))
-        # A shorter statement of budgets may, by its tokenizer, take more tokens.
-        return min(-(-length // unit) * unit, max(length, longest))
+        return min(-(-length // unit) * unit, longest)
 
-    prompt_len = padded(of_step[0], longest[0], TILE)
+    # A shorter statement of budgets may, by its tokenizer, take more tokens.
+    prompt_len = padded(of_step[0], max(longest[0], of_step[0]), TILE)
     response_len = 1 + padded(max(1, of_step[1] - 1), longest[1] - 1, 1)
     seen = prompt_len + response_len - 1
     if seen > 4 * TILE:
