@@ -461,7 +461,8 @@ def make_engine(config, mesh, params, tokenizer, rows: int, cache: int) -> Any:
 
 
 def random_prompts(config: Any, rows: int, length: int) -> list[list[int]]:
-    """Token ids; another time others, as an engine reuses what it knows."""
+    """Random token ids, different in every call: an engine reuses the keys and values of a
+    prompt that it has seen."""
     rng = np.random.default_rng(time.time_ns())
     return rng.integers(1, config.vocab_size, (rows, length)).tolist()
 

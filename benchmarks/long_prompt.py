@@ -18,10 +18,8 @@ percentiles and the longest; `first_s`, seconds from the prompt's arrival to its
 
 import argparse
 import dataclasses
-import datetime
 import importlib.metadata
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -30,7 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from serving import RANDOM, cores, cpu_model
+from common import append, machine
+from serving import RANDOM
 
 from e1jax import Engine, SamplingParams
 from e1jax.checkpoint.load import load_model
@@ -63,19 +62,14 @@ def main() -> None:
         "benchmark": "long_prompt",
         "prompt": args.prompt,
         "others": args.others,
-        "load": os.getloadavg()[0],
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "e1jax")},
         "device": jax.devices()[0].device_kind,
-        "cpu_model": cpu_model(),
-        "cores": cores(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **machine(),
     }
-    for way in WAYS:
-        line = figures(way, [turn[way] for turn in turns])
-        print(json.dumps(line), flush=True)
-        if args.output:
-            with args.output.open("a") as file:
-                file.write(json.dumps(line | about) + "\n")
+    lines = [figures(way, [turn[way] for turn in turns]) for way in WAYS]
+    for line in lines:
+        print(json.dumps(line))
+    append(args.output, [line | about for line in lines])
 
 
 def make_engine(kind: type[Engine], args: argparse.Namespace) -> Engine:
@@ -117,7 +111,7 @@ def figures(way: str, turns: list[tuple[list[float], float]]) -> dict[str, Any]:
     cuts = [*np.percentile(gaps, [50, 95, 99]), gaps.max()]
     return {
         "name": way,
-        "between_ms": " / ".join(f"{1000 * cut:#.3g}" for cut in cuts),
+        "between_ms": " / ".join(f"{1000 * cut:,.0f}" for cut in cuts),
         "first_s": statistics.median(firsts),
         "first_s_low": min(firsts),
         "first_s_high": max(firsts),

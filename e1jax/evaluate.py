@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import e1jax
 from e1jax import chat_template, data, rewards
-from e1jax.checkpoint.load import LoadedModel, load_model
+from e1jax.checkpoint.load import LoadedModel, load_flagged
 from e1jax.cli.command import check_command, run_command
 from e1jax.cli.flags import (
     EngineFlags,
@@ -193,13 +193,7 @@ def _evaluate(args: EvaluateFlags, problems: Sequence[Problem]) -> None:
     requests = [(i, b) for b in reversed(args.budgets) for i in range(len(problems))]
     keys = [[(problems[i].id, j, b) for j in range(params.n)] for i, b in requests]
     left = sum(key not in outcomes for samples in keys for key in samples)
-    loaded = load_model(
-        args.model,
-        args.mesh,
-        args.dtype,
-        args.quantize,
-        state_budgets=not args.no_state_budgets,
-    )
+    loaded = load_flagged(args)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine.without_weights(
         loaded,

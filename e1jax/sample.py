@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from e1jax import chat_template, data
-from e1jax.checkpoint.load import LoadedModel, load_model
+from e1jax.checkpoint.load import LoadedModel, load_flagged
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
@@ -128,13 +128,7 @@ def main() -> None:
     done = output.done if output else {}
     keys = [(item.id, j) for item in items for j in range(item.params.n)]
     left = sum(key not in done for key in keys)
-    loaded = load_model(
-        args.model,
-        args.mesh,
-        args.dtype,
-        args.quantize,
-        state_budgets=not args.no_state_budgets,
-    )
+    loaded = load_flagged(args)
     # Everything is checked before the weights are read, which can take minutes.
     engine = Engine.without_weights(
         loaded,

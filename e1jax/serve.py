@@ -10,7 +10,7 @@ import socket
 import sys
 from typing import Any
 
-from e1jax.checkpoint.load import load_model
+from e1jax.checkpoint.load import load_flagged
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags
 from e1jax.config.checks import UserError, check_integer, check_number
@@ -64,13 +64,7 @@ def main() -> None:
             f"{error.name} is missing; install what serving needs: "
             "pip install 'e1jax[serve]'"
         ) from None
-    loaded = load_model(
-        args.model,
-        args.mesh,
-        args.dtype,
-        args.quantize,
-        state_budgets=not args.no_state_budgets,
-    )
+    loaded = load_flagged(args)
     engine = Engine.without_weights(
         loaded,
         cache_len=args.cache_len,

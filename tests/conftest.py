@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,19 @@ def several_devices(count: int) -> str:
         f"--xla_force_host_platform_device_count={count} "
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     )
+
+
+def run_on_devices(count: int, code: str) -> None:
+    """Runs code that imports modules of the tests, in a process with so many devices."""
+    environment = {"XLA_FLAGS": several_devices(count), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def set_everywhere(monkeypatch, name: str, value, within: str = "e1jax") -> None:

@@ -1,16 +1,13 @@
 """The decode kernel for TPUs, run by Pallas' interpreter, against the XLA version."""
 
 import functools
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import set_everywhere, several_devices
+from conftest import run_on_devices, set_everywhere
 from jax.experimental.pallas import tpu as pltpu
 
 from e1jax.checkpoint.load import load_model
@@ -305,16 +302,4 @@ def test_on_meshes_of_8_devices():
         "import pytest, test_attention_kernel as t\npatch = pytest.MonkeyPatch()\n"
         "t.on_a_mesh(2, 4, patch), t.on_a_mesh(4, 2, patch)"
     )
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": several_devices(8),
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(8, code)

@@ -9,14 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from test_train import (
-    DRIVER,
-    assert_same_run,
-    metrics,
-    settings,
-    start,
-    workplace,
-)
+from test_train import interrupted_run, metrics, settings, workplace
 
 from e1jax import train
 from e1jax.config.checks import UserError
@@ -101,14 +94,8 @@ def test_a_curriculum_of_the_wrong_kind(workplace, value):
 
 
 def test_a_run_by_a_curriculum_resumes_bit_for_bit(workplace, tmp_path):
-    config = settings(workplace, *FLAGS)
-    train.train(config, tmp_path / "unbroken")
-    run_dir = tmp_path / "killed"
     moments = f"sampling:3:{int(signal.SIGKILL)} update:5:{int(signal.SIGTERM)}"
-    process = start(workplace, [DRIVER, moments], "--run-dir", str(run_dir), *FLAGS)
-    assert process.wait() == 0, process.stderr.read()
-    train.train(config, run_dir)
-    assert_same_run(run_dir, tmp_path / "unbroken")
+    run_dir = interrupted_run(workplace, tmp_path, FLAGS, moments)
     allowed = [{"4_2", "4_9"}, {"4_6"}, {"5_6", "7_6"}, {"5_6", "7_6"}]
     allowed += [{"3_6", "8_6"}] * 2
     for line, pairs in zip(metrics(run_dir), allowed, strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import Chip, several_devices
 from test_engine import CONFIG, compiled_programs, make, params, tokenizer
-from test_train import DRIVER, assert_same_run, metrics, settings, start, workplace
+from test_train import interrupted_run, metrics, settings, workplace
 
 from e1jax import train
 from e1jax.checkpoint.load import load_model
@@ -381,14 +381,8 @@ def test_lengths_have_room_for_a_solution_to_the_longest_thought(workplace):
 def test_a_run_with_cuts_resumes_bit_for_bit(workplace, tmp_path):
     """Killed while it samples, and after an update."""
     flags = [*CUTS, "--loss.entropy_coef", "0.01", "--reward.length_cost", "2"]
-    config = settings(workplace, *flags)
-    train.train(config, tmp_path / "unbroken")
-    run_dir = tmp_path / "killed"
     moments = f"sampling:4:{int(signal.SIGKILL)} update:3:{int(signal.SIGTERM)}"
-    process = start(workplace, [DRIVER, moments], "--run-dir", str(run_dir), *flags)
-    assert process.wait() == 0, process.stderr.read()
-    train.train(config, run_dir)
-    assert_same_run(run_dir, tmp_path / "unbroken")
+    run_dir = interrupted_run(workplace, tmp_path, flags, moments)
     for line in metrics(run_dir):
         rewards = [line[f"reward_{cut}_6"] for cut in (3, 6, 8)]
         assert line["reward"] == pytest.approx(np.mean(rewards), abs=1e-6)

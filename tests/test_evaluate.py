@@ -498,14 +498,14 @@ def test_an_output_that_grew_meanwhile_is_not_cut(run, tmp_path, monkeypatch):
     path = tmp_path / "completions.jsonl"
     flags = [*FLAGS, "--output", tmp_path, "--budgets", 8, "-n", 1]
     assert run(*flags)[0] == 0
-    load_model = evaluate.load_model
+    load_flagged = evaluate.load_flagged
 
-    def slow(*args, **options):
+    def slow(flags):
         with path.open("a") as file:
             file.write("{}\n")
-        return load_model(*args, **options)
+        return load_flagged(flags)
 
-    monkeypatch.setattr(evaluate, "load_model", slow)
+    monkeypatch.setattr(evaluate, "load_flagged", slow)
     refused(run(*flags, "-n", 2), "another run has written", path)
     assert path.read_text().endswith("{}\n")
 

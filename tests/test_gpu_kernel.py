@@ -3,15 +3,12 @@ interpreter anywhere, and compiled where there is a GPU."""
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import set_everywhere, several_devices
+from conftest import run_on_devices, set_everywhere
 from jax.sharding import AxisType, Mesh
 
 from e1jax import Engine, SamplingParams
@@ -223,16 +220,4 @@ def on_a_mesh(data: int, tensor: int):
 
 def test_on_meshes_of_8_devices():
     code = "import test_gpu_kernel as t\nt.on_a_mesh(2, 4), t.on_a_mesh(4, 2)"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": several_devices(8),
-        "JAX_PLATFORMS": "cpu",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=os.path.dirname(__file__),
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_devices(8, code)

@@ -350,6 +350,28 @@ def program_of(logprobs_by, response_len: int):
     return jax.jit(jax.grad(total)).lower(params, tokens, prompt_len).compile()
 
 
+def test_responses_of_two_tokens_to_one_prompt():
+    """The model sees one of them, behind a prompt that both share."""
+    config = ModelConfig(32, 64, 24, 2, 4, 2, 16, 64, 1e4)
+    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
+    params = init_params(config, mesh, jnp.float32, 0)
+    tokens = np.random.default_rng(0).integers(1, 32, (4, 22))
+    tokens[1, :20], tokens[3, :20] = tokens[0, :20], tokens[2, :20]
+
+    def total(params, samples):
+        values, _ = response_logprobs(
+            *(config, params, jnp.int32(tokens), jnp.full(4, 20), 2, jnp.float32(1)),
+            mesh=mesh,
+            samples=samples,
+        )
+        return values.sum()
+
+    ours, alone = (
+        jax.jit(jax.grad(total), static_argnums=1)(params, n) for n in (2, 1)
+    )
+    jax.tree.map(assert_close, ours, alone)
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("response_len", "remat", "at_a_time"),

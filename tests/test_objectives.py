@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 import torch
 from test_grpo import HIGH, LOW, arrays, assert_close, loss_and_grads
-from test_train import (
-    DRIVER,
-    assert_same_run,
-    metrics,
-    settings,
-    start,
-    workplace,
-)
+from test_train import interrupted_run, metrics, settings, workplace
 
-from e1jax import train
 from e1jax.config.checks import UserError
 from e1jax.config.training import LossConfig, RewardConfig, RolloutConfig
 from e1jax.grpo.loss import AGGREGATES, loss_scale
@@ -232,14 +224,8 @@ BEYOND = [
 
 def test_a_run_beyond_the_paper_resumes_bit_for_bit(workplace, tmp_path):
     """Killed while it samples another batch of prompts for a step, and after an update."""
-    config = settings(workplace, *BEYOND)
-    train.train(config, tmp_path / "unbroken")
-    run_dir = tmp_path / "killed"
     moments = f"sampling:4:{int(signal.SIGKILL)} update:3:{int(signal.SIGTERM)}"
-    process = start(workplace, [DRIVER, moments], "--run-dir", str(run_dir), *BEYOND)
-    assert process.wait() == 0, process.stderr.read()
-    train.train(config, run_dir)
-    assert_same_run(run_dir, tmp_path / "unbroken")
+    run_dir = interrupted_run(workplace, tmp_path, BEYOND, moments)
 
     lines = metrics(run_dir)
     drawn = {name for line in lines for name in line if name.startswith("reward_")}

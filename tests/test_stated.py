@@ -15,14 +15,7 @@ from conftest import edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 from live_server import serving
-from test_train import (
-    DRIVER,
-    NANO,
-    assert_same_run,
-    settings,
-    start,
-    workplace,
-)
+from test_train import NANO, interrupted_run, settings, workplace
 from transformers import AutoTokenizer
 
 from e1jax import Engine, SamplingParams, convert, evaluate, sample, train
@@ -425,13 +418,8 @@ def test_a_run_that_states_budgets(workplace, tmp_path, monkeypatch):
         assert f"<｜User｜>{written}{prompt.text}<｜Assistant｜>" in text
     assert len({text.partition(":")[0] for *_, text in prompts}) > 1
 
-    run_dir = tmp_path / "killed"
-    flags = [*FLAGS, *SHORTLY]
     moments = f"sampling:4:{int(signal.SIGKILL)} update:3:{int(signal.SIGTERM)}"
-    process = start(workplace, [DRIVER, moments], "--run-dir", str(run_dir), *flags)
-    assert process.wait() == 0, process.stderr.read()
-    train.train(config, run_dir)
-    assert_same_run(run_dir, tmp_path / "unbroken")
+    run_dir = interrupted_run(workplace, tmp_path, [*FLAGS, *SHORTLY], moments)
 
     convert.to_hf(str(run_dir), tmp_path / "hf")
     for model in (run_dir, tmp_path / "hf"):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -165,6 +166,22 @@ def saved(run_dir: Path) -> dict[str, dict]:
             record = read_json(path / "record" / "metadata")
             steps[path.name] = {**trees, "record": record}
     return steps
+
+
+def interrupted_run(
+    workplace: Path, parent: Path, flags: Sequence[str], moments: str
+) -> Path:
+    """A run that was interrupted at `moments` (see interrupt.py) in a process of its own
+    and went on in this one. It is compared with an unbroken one."""
+    config = settings(workplace, *flags)
+    if not (parent / "unbroken").exists():
+        train.train(config, parent / "unbroken")
+    run_dir = parent / "killed"
+    process = start(workplace, [DRIVER, moments], "--run-dir", str(run_dir), *flags)
+    assert process.wait() == 0, process.stderr.read()
+    train.train(config, run_dir)
+    assert_same_run(run_dir, parent / "unbroken")
+    return run_dir
 
 
 def assert_same_run(run_dir: Path, other: Path) -> None:

@@ -28,6 +28,7 @@ from e1jax.checkpoint.int8 import as_int8
 from e1jax.checkpoint.params import check_saved, open_params, place, quantized
 from e1jax.checkpoint.runs import find_params, is_step, saved_checksums
 from e1jax.cli.files import OBJECT, TEXT, check_fields, looking_for, read_json
+from e1jax.cli.flags import EngineFlags
 from e1jax.cli.outputs import digest
 from e1jax.config.buckets import (
     copy_file,
@@ -233,6 +234,17 @@ def load_model(
         quantize = quantized(tensors) or quantize
     note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
     return LoadedModel(files, config, tokenizer, mesh, jnp.dtype(dtype), quantize)
+
+
+def load_flagged(flags: EngineFlags) -> LoadedModel:
+    """The model that a command line names; see `load_model`."""
+    return load_model(
+        flags.model,
+        flags.mesh,
+        flags.dtype,
+        flags.quantize,
+        state_budgets=not flags.no_state_budgets,
+    )
 
 
 def find_model(model: str) -> ModelFiles:

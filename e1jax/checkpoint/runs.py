@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ from e1jax.sharding.mesh import replicated
 CHECKPOINTS, RECORD, BEST = "checkpoints", "record/metadata", "best.json"
 
 
-COMMIT_SUCCESS_FILE = (
-    "commit_success.txt"  # Orbax's mark of a complete step in a bucket
-)
+# Orbax's mark of a complete step in a bucket.
+COMMIT_SUCCESS_FILE = "commit_success.txt"
 
 CHECKSUMS = "checksums"  # in the record of a step; steps of e1jax 0.1 have none
 
@@ -124,6 +124,8 @@ class RunCheckpoints:
         # Its threads log the tracebacks of errors that `wait` then raises.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        # After such an error, Python warns of writes that were not begun.
+        warnings.filterwarnings("ignore", r"coroutine .* was never awaited")
         with explain_orbax(f"{self.directory} cannot be read"):
             self.manager = ocp.CheckpointManager(
                 str(self.directory),

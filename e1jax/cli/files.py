@@ -13,8 +13,9 @@ Schema = Mapping[
     str, tuple[tuple[type, ...], str]
 ]  # types of fields, and these in words
 
+# Of a field of JSON, the types it may have and the words for them in messages.
 NUMBER = ((int, float), "a number")
-WHOLE = ((int,), "a whole number")  # types of a field, and their name in messages
+WHOLE = ((int,), "a whole number")
 TEXT = ((str,), "a text")
 OBJECT = ((dict,), "an object")
 

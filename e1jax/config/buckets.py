@@ -86,8 +86,8 @@ def _file_system() -> Any:
 
 
 def _explained(method: CallT) -> CallT:
-    """The method with its errors as a local path has them: OSError with a reason in
-    `strerror`, FileNotFoundError for what is not there."""
+    """The method, whose errors become the ones of a local path: OSError with a reason in
+    `strerror`, FileNotFoundError for a missing object."""
 
     @functools.wraps(method)
     def call(self: "BucketPath", *args: Any, **options: Any) -> Any:

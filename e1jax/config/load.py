@@ -205,7 +205,8 @@ def _with_local_config(argv: Sequence[str]) -> list[str]:
     source = open_path(path)
     copy = temporary_directory(source.parent) / source.name
     copy.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    return [word.replace(path, str(copy)) for word in argv]
+    own = {path: str(copy), f"--config={path}": f"--config={copy}"}
+    return [own.get(word, word) for word in argv]
 
 
 def check_one_config(argv: Sequence[str]) -> None:

@@ -308,7 +308,8 @@ def _as_tuple(budgets: Budgets) -> tuple[int | None, ...]:
 
 
 def _union(last: Budgets, until: BudgetsUntil) -> tuple[int | None, ...]:
-    """The budgets of all steps: those of the last ones as they are, then the others."""
+    """The budgets of a run with a curriculum: first the budgets of its last steps, in their
+    order, then the earlier steps' other budgets."""
     earlier = itertools.chain(*map(_as_tuple, (until or {}).values()))
     others = [budget for budget in earlier if budget not in _as_tuple(last)]
     return (*_as_tuple(last), *dict.fromkeys(others))

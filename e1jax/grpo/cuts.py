@@ -174,15 +174,15 @@ def thinking_advantages(rewards: np.ndarray) -> np.ndarray:
     """Advantages [N, G, M] of the parts of thoughts, part j being the tokens from cut j - 1
     to cut j; of `rewards` [N, G, M, K], with all cuts alike in probability.
 
-    With r_i the mean reward at cut i, part j (from 0) returns R_j = (r_j + ... + r_(M-1)) / M.
-    Its baseline is (j * V1 + (M - j) * V2) / M. V1 is what the thought's earlier cuts
-    promise: their mean, in which each weighs GROWTH times as much as the one before, times
-    (M - j) / M. V2 is the mean of R_j over the G thoughts.
+    With r_i the mean reward at cut i, the return of part j (from 0) is
+    R_j = (r_j + ... + r_(M-1)) / M, and its baseline (j * V1 + (M - j) * V2) / M. V1
+    predicts R_j from the same thought: (M - j) / M times the weighted mean of
+    r_0 ... r_(j-1), where r_i has GROWTH times the weight of r_(i-1). V2 is the mean of
+    R_j over the G thoughts.
     """
     num_cuts = rewards.shape[2]
-    rewards = (
-        rewards.astype(float) - rewards[:, :1, :1, :1]
-    )  # equal ones give exactly 0
+    # Equal rewards give exactly 0.
+    rewards = rewards.astype(float) - rewards[:, :1, :1, :1]
     means = rewards.mean(axis=-1)
     returns = np.cumsum(means[..., ::-1], axis=-1)[..., ::-1] / num_cuts
     number = np.arange(num_cuts)

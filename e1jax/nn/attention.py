@@ -24,13 +24,13 @@ MAX_PARTS = 8  # of causal attention; each is compiled on its own
 
 class SharedPrompts(NamedTuple):
     """Rows of several lengths, one after the other on a dim of tokens: N prompts of P, then
-    the G responses of R to each, then, if `seen` is given, the Q solutions to each of
-    these, which are thoughts. What several rows begin with is gone through once."""
+    the G responses of R to each, then, if `seen` is given, the Q solutions of L to each
+    response, which is then a thought. A common beginning of rows is computed once."""
 
     prompt_len: jax.Array  # [N] int32
     samples: int  # G
     longest_prompt: int  # P
-    seen: jax.Array | None = None  # [N*G*Q] int32: tokens of its thought, of a solution
+    seen: jax.Array | None = None  # [N*G*Q] int32: tokens of its thought that it sees
     longest_response: int | None = None  # R, where `seen` is given
 
     def split(self, x: Shaped[Array, "1 _S D"]) -> tuple[jax.Array, ...]:
@@ -112,6 +112,11 @@ def causal_attention(
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
     """
+    if q.shape[2] == 1 < k.shape[2]:
+        # XLA on a CPU aborts in the backward pass of a single query (jax 0.10.2): another
+        # one follows it, and is dropped.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (q, k, v))
+        return causal_attention(q, k, v, visible)[:, :, :1]
     key_mask = None
     if visible is not None:
         own = jnp.ones((len(visible), q.shape[2]), bool)

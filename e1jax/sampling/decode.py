@@ -412,8 +412,8 @@ def empty_rows(slots: int, width: int) -> Rows:
 def request_rows(
     starts: Mapping[int, tuple[Request, int]], rows: Rows
 ) -> tuple[np.ndarray, Rows]:
-    """Which rows are new, and what they begin with: of each slot in `starts`, a request
-    and the number of its sample."""
+    """A mask [B] of the rows in `starts`, and rows in their first state. `starts` gives, by
+    slot, a request and the number of its sample."""
     slots, width = rows.budget.forced_ids.shape
     fresh = jax.tree.map(np.copy, empty_rows(slots, width))
     for slot, start in starts.items():
@@ -422,7 +422,7 @@ def request_rows(
 
 
 def _fill_row(rows: Rows, slot: int, request: Request, number: Any) -> None:
-    """Writes a sample, as it begins, into `rows`, which are NumPy's arrays."""
+    """Writes the first state of a sample into `rows`, which are NumPy arrays."""
     params: Any = request.params
     prompt_ids: Any = request.prompt_ids
     forced_ids: Any = request.forced_ids

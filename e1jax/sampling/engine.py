@@ -519,7 +519,8 @@ class Engine:
         self._start_rows(starts, waiting.prefix, waiting.cached_tokens)
 
     def _copy(self, source: int, starts: dict[int, Start]) -> None:
-        """Starts samples that go on from what the slot `source` holds in other slots."""
+        """Starts followers of the sample that ended in the slot `source` in other slots, to
+        which its keys and values are copied."""
         assert self._cache
         longest = max(len(request.prompt_ids) for request, _ in starts.values())
         bucket = prefill_len(longest - 1, self.cache_len)
@@ -532,9 +533,9 @@ class Engine:
         prefix: KVCache | None = None,
         cached_tokens: int | None = None,
     ) -> None:
-        """Starts a sample in each slot of `starts`, with the keys and values of `prefix`,
-        or with its own. Of every prompt, `cached_tokens` were cached before: by default
-        all but the last."""
+        """Starts a sample in each slot of `starts`, with the keys and values of `prefix`, or
+        with the ones that are in the slot already. `cached_tokens` of every prompt were in
+        the cache before: by default all but the last token."""
         assert self._cache and self._rows
         rows = self._rows
         for slot, (request, number) in starts.items():

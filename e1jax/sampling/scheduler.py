@@ -22,7 +22,7 @@ class Waiting:
     goes_on: int | None = None  # the slot that holds little else than these
 
 
-Start = tuple[Request, int]  # a sample, by its number
+Start = tuple[Request, int]  # a request, and the number of its sample
 
 
 class Scheduler:
@@ -35,7 +35,7 @@ class Scheduler:
         self.held: list[list[int]] = [[]] * slots
         self.left_at: list[int] = [0] * slots
         self.queue: deque[Waiting] = deque()
-        # Of a slot, the samples that go on from what it holds, the next one last.
+        # By slot, followers of the sample that ended there; the next to start is last.
         self.followers: dict[int, list[Start]] = {}
         self._lock = threading.Lock()
         self._added: list[Waiting] = []
@@ -82,10 +82,11 @@ class Scheduler:
         self.left_at[slot] = max(self.left_at) + 1
 
     def follow(self, slot: int, requests: Sequence[Request]) -> None:
-        """Keeps a slot's keys and values for samples that go on from them.
+        """Queues followers of the sample that ended in a slot, whose keys and values they
+        share.
 
-        The longest prompt comes first: what its samples write in the slot lies behind all
-        that the others read.
+        Followers with the longest prompt start first: in the slot itself, their tokens are
+        written behind the positions that shorter prompts read.
         """
         ordered = sorted(requests, key=lambda r: len(r.prompt_ids))
         numbers = [(r, j) for r in ordered for j in reversed(range(r.params.n))]
@@ -93,15 +94,16 @@ class Scheduler:
             self.followers[slot] = numbers
 
     def next_in_place(self) -> dict[int, Start]:
-        """Of each free slot that has followers, the next one, which is taken."""
+        """Takes the next follower of every free slot that has some."""
         free = [slot for slot in self.followers if self.slots[slot] is None]
         starts = {slot: self.followers[slot].pop() for slot in free}
         self._drop_empty()
         return starts
 
     def next_elsewhere(self) -> tuple[int, dict[int, Start]] | None:
-        """The slot that most samples wait to go on from, and those that free slots take;
-        None without any. Slots' numbers decide nothing."""
+        """The slot with the most followers, and which of them start in which free slots;
+        None if no follower waits or no slot is free. The choice does not depend on the
+        numbers of slots, so that it is the same with any number of them."""
         if not self.free or not self.followers:
             return None
 

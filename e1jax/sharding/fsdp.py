@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from e1jax.sharding.mesh import sharding
+
 
 def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any):
     """`jax.shard_map` over `data` alone: the function sees the shards of one place on
@@ -28,6 +30,32 @@ def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any)
         axis_names={"data"},
         check_vma=False,
     )
+
+
+def map_over_rows_and_heads(
+    function: Callable, mesh: Mesh, *args: jax.Array | None
+) -> Any:
+    """`function(*args)` with each device's own rows and heads of every argument
+    [B, H, ...], or rows [B, ...] of a boolean mask; of None, None. The result is sharded as
+    the first argument. Where the caller is in a `shard_map` over `data`, the rows are its
+    own already."""
+    inside = set(jax.sharding.get_abstract_mesh().manual_axes)
+    rows = None if "data" in inside else "rows"
+
+    def spec(x):
+        heads = "heads" if x.ndim == 4 else None
+        axes = (rows, heads, None, None)[: x.ndim]
+        return sharding(mesh, axes, x.shape).spec
+
+    mapped = jax.shard_map(
+        function,
+        mesh=None if inside else mesh,
+        in_specs=tuple(map(spec, [x for x in args if x is not None])),
+        out_specs=spec(args[0]),
+        axis_names=set(mesh.axis_names) - inside,
+        check_vma=False,
+    )
+    return mapped(*(x for x in args if x is not None))
 
 
 def data_specs(shardings: Any) -> Any:

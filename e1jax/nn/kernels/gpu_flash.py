@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from e1jax.nn.scores import keep
-from e1jax.sharding.mesh import on_gpu, sharding
+from e1jax.sharding.fsdp import map_over_rows_and_heads
+from e1jax.sharding.mesh import on_gpu
 
 
 def takes_gpu_flash(mesh: Mesh | None, dtype: Any, head_dim: int) -> bool:
@@ -31,23 +32,8 @@ def gpu_flash_attention(
     Each device takes its own rows and heads. Where the caller is in a `shard_map` over
     `data`, the rows are its own already. The `implementation` "xla" runs without a GPU.
     """
-    inside = set(jax.sharding.get_abstract_mesh().manual_axes)
-    rows = None if "data" in inside else "rows"
-
-    def spec(x):
-        axes = (rows, "heads", None, None)[: x.ndim]
-        return sharding(mesh, axes, x.shape).spec
-
-    args = (q, k, v) if visible is None else (q, k, v, visible)
-    local = jax.shard_map(
-        functools.partial(_flash_local, implementation=implementation),
-        mesh=None if inside else mesh,
-        in_specs=tuple(map(spec, args)),
-        out_specs=spec(q),
-        axis_names=set(mesh.axis_names) - inside,
-        check_vma=False,
-    )
-    return keep(local(*args))
+    local = functools.partial(_flash_local, implementation=implementation)
+    return keep(map_over_rows_and_heads(local, mesh, q, k, v, visible))
 
 
 def _flash_local(q, k, v, visible=None, *, implementation) -> jax.Array:

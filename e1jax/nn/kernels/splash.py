@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from e1jax.nn.scores import BLOCK_LEN, KEPT, scaled
-from e1jax.sharding.mesh import on_tpu, sharding
+from e1jax.sharding.fsdp import map_over_rows_and_heads
+from e1jax.sharding.mesh import on_tpu
 
 SPLASH_BLOCK_LEN = 512
 
@@ -35,26 +36,10 @@ def splash_attention(
     Each device takes its own rows and heads. Where the caller is in a `shard_map` over
     `data`, the rows are its own already. `interpret` runs it without a TPU.
     """
-
-    inside = set(jax.sharding.get_abstract_mesh().manual_axes)
-    rows = None if "data" in inside else "rows"
     if visible is None:
         visible = jnp.ones((len(q), k.shape[2] - q.shape[2]), bool)
-
-    def spec(x):
-        axes = (rows, "heads", None, None)[: x.ndim]
-        return sharding(mesh, axes, x.shape).spec
-
-    args = q, k, v, visible
-    local = jax.shard_map(
-        functools.partial(_splash_local, interpret=interpret),
-        mesh=None if inside else mesh,
-        in_specs=tuple(map(spec, args)),
-        out_specs=spec(q),
-        axis_names=set(mesh.axis_names) - inside,
-        check_vma=False,
-    )
-    return local(*args)
+    local = functools.partial(_splash_local, interpret=interpret)
+    return map_over_rows_and_heads(local, mesh, q, k, v, visible)
 
 
 def _splash_local(q, k, v, visible, *, interpret: bool) -> jax.Array:
