@@ -329,23 +329,27 @@ def mean_accuracy(rows: list[dict], solution: int | None, thinking: tuple) -> fl
 
 
 def most_below(rows: list[dict], paper: list[dict]) -> float:
-    """The most that accuracy at as many mean tokens falls below the paper's, with 28 tokens
-    for the solution: at each point of the paper's curve, against the best of ours that
-    needs no more tokens. 0 where it never falls below."""
-
-    def curve(rows):
-        return [
-            (row["mean_tokens"], row["accuracy"])
-            for row in rows
-            if row["solution_budget"] in (28, None)
-        ]
-
-    ours = curve(rows)
+    """The most that our accuracy falls below the paper's at as many mean tokens, at any
+    of the paper's budgets; 0 where it never does. Between two of our budgets, a mixture of
+    both counts: so many tokens and so much accuracy are had by asking for one or the other.
+    """
+    tokens, accuracy = frontier(rows)
     gaps = [
-        accuracy - max([a for t, a in ours if t <= tokens], default=0.0)
-        for tokens, accuracy in curve(paper)
+        row["accuracy"] - np.interp(row["mean_tokens"], tokens, accuracy)
+        for row in paper
     ]
     return max(0.0, *gaps)
+
+
+def frontier(rows: list[dict]) -> tuple[list[float], list[float]]:
+    """Mean tokens and accuracy of the budgets that no other beats with fewer tokens, by
+    tokens; before them no answer, of no token."""
+    points = [(0.0, 0.0)]
+    for row in sorted(rows, key=lambda r: (r["mean_tokens"], -r["accuracy"])):
+        if row["accuracy"] > points[-1][1]:
+            points.append((row["mean_tokens"], row["accuracy"]))
+    tokens, accuracy = zip(*points, strict=True)
+    return list(tokens), list(accuracy)
 
 
 if __name__ == "__main__":

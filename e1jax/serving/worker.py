@@ -23,7 +23,7 @@ from e1jax.serving.protocol import ApiError, longest_prompt
 
 # Steps of small models take a few milliseconds, and to send a piece of an answer costs as
 # much as to sample it: the pieces of such steps are sent together.
-_PIECE_SECONDS = 0.02
+_PIECE_SECONDS = 0.05
 
 
 LOADING, READY, ENDING, FAILED = "loading", "ready", "ending", "failed"
