@@ -22,7 +22,7 @@ FLOORS = {
     "chat_template": "",
     "tokenizer": "",
     "checkpoint": "lazy params digests runs int8 huggingface load metrics",
-    "sampling": "draw budget request completion decode scheduler engine record",
+    "sampling": "draw budget request completion decode scheduler prefill engine record",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
     "data": "nano problems prompts",
     "training": "optimizer run",

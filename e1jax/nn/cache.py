@@ -48,14 +48,15 @@ def cache_sizes(mesh: Mesh, slots: int, cache_len: int) -> tuple[int, int]:
 
 
 def prompt_shards(x: jax.Array, shards: int, block: int) -> jax.Array:
-    """A prompt's keys, values or scales [L, 1, K, P, C] as the N shards of a row,
-    [L, N, 1, K, P', C]; `block` of P go to one."""
+    """Keys, values or scales of prompts [L, B, K, P, C] as the N shards of each row,
+    [L, N, B, K, P', C]; `block` of P go to one."""
     if shards == 1:
         return x[:, None]
-    layers, _, kv_heads, length, size = x.shape
+    layers, rows, kv_heads, length, size = x.shape
     x = jnp.pad(x, ((0, 0),) * 3 + ((0, -length % (shards * block)), (0, 0)))
-    x = x.reshape(layers, kv_heads, -1, shards, block, size)
-    return x.transpose(0, 3, 1, 2, 4, 5).reshape(layers, shards, 1, kv_heads, -1, size)
+    x = x.reshape(layers, rows, kv_heads, -1, shards, block, size)
+    x = x.transpose(0, 4, 1, 2, 3, 5, 6)
+    return x.reshape(layers, shards, rows, kv_heads, -1, size)
 
 
 def prompt_of_shards(x: jax.Array, block: int) -> jax.Array:
@@ -99,7 +100,7 @@ def write(
     (k, k_scale), (v, v_scale) = (quantize_kv(x, cache.k.dtype) for x in (k, v))
 
     def write_scales(buffer, layer, new, write_positions):
-        if new.shape[2] > 1:  # a prompt's, of which there is one at a time
+        if new.shape[2] > 1:  # of prompts
             flat = buffer.reshape(*buffer.shape[:3], -1, 1)
             flat = write_one(flat, layer, new[..., None], write_positions)
             return flat.reshape(buffer.shape)

@@ -71,6 +71,7 @@ def forward(
     *,
     mesh: Mesh | None = None,
     from_start: bool = False,
+    cache_only: bool = False,
     remat: bool = False,
     gather_params: GatherParams = lambda part, name: part,
     shared: SharedPrompts | None = None,
@@ -83,7 +84,9 @@ def forward(
     begin at 0) asks for with a cache too. `mesh` holds the arrays: on TPUs,
     attention then takes their kernels. `gather_params` all-gathers sharded parameters
     just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
-    is 1 and `tokens` holds several prompts and their responses (no cache).
+    is 1 and `tokens` holds several prompts and their responses (no cache). A caller that
+    needs no hidden states says so by `cache_only`, and drops them: of the last layer, XLA
+    then computes the keys and values alone.
 
     For the backward pass a layer keeps expensive results (the heads, attention's,
     both products of the mlp), and computes norms, scores and the activation
@@ -122,7 +125,13 @@ def forward(
     with matmul_precision(x.dtype):
         # The cache is part of the carry, not of the scanned inputs and outputs: as such
         # it would be copied layer by layer, in and out, at every step.
-        if stacked:
+        if stacked and cache_only:
+            last = config.num_layers - 1
+            carry = jax.lax.fori_loop(
+                0, last, lambda i, carry: layer_step(carry, _layer(layers, i))[0], start
+            )
+            (x, cache, _), _ = layer_step(carry, _layer(layers, last))
+        elif stacked:
             (x, cache, _), _ = jax.lax.scan(step, start, layers)
         else:
             for layer, weights in enumerate(params["layers"]):
@@ -130,6 +139,13 @@ def forward(
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
     norm = _module(config, "norm", gather_params(params["norm"], "norm"))
     return norm(x, path.operations), cache
+
+
+def _layer(layers: Params, index: Any) -> Params:
+    """One layer of a stack."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), layers
+    )
 
 
 def unembed(

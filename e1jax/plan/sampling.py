@@ -1,6 +1,7 @@
 """Sampling on a slice: does it fit, and how fast can a step be?"""
 
 import argparse
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -46,8 +47,11 @@ from e1jax.sampling.decode import (
     Rows,
     admit,
     empty_rows,
+    most_prompts,
+    next_power,
     prefill_len,
 )
+from e1jax.sampling.prefill import fullest_group
 from e1jax.sharding.mesh import sharding
 
 DEFAULT_LIVE = 2048
@@ -121,12 +125,21 @@ class Sampler(NamedTuple):
         )
 
     @property
-    def _bucket(self) -> int:
-        return prefill_len(self.prompt_len, self.cache_len)
+    def largest_prefix(self) -> tuple[int, int]:
+        """Rows and positions of the largest buffer that prompts are prefilled into."""
+
+        def prefix(bucket: int) -> tuple[int, int]:
+            most = most_prompts(self.sizes, self.mesh, self.dtype, bucket)
+            return next_power(fullest_group(min(most, self.slots)), 1), bucket
+
+        longest = prefill_len(self.prompt_len, self.cache_len)
+        # A bucket that ends with the cache may have room for fewer tokens in all.
+        buckets = longest, prefill_len(longest // 2, self.cache_len)
+        return max(map(prefix, buckets), key=math.prod)
 
     def prefill(self) -> Program:
-        """The compiled program that reads a prompt of the longest bucket."""
-        tokens = self._whole(np.zeros((1, self._bucket), np.int32))
+        """The compiled program that reads the longest prompts."""
+        tokens = self._whole(np.zeros(self.largest_prefix, np.int32))
         number = self._whole(np.int32(0))
         return compile_for_tpu(
             decode.prefill.trace(
@@ -140,7 +153,7 @@ class Sampler(NamedTuple):
         )
 
     def admit(self) -> Program:
-        """The compiled program that copies a prompt's keys and values into slots."""
+        """The compiled program that copies the keys and values of prompts into slots."""
         slots = self._whole(np.zeros(self.slots, np.int32))
         is_new = self._whole(np.zeros(self.slots, bool))
         number = self._whole(np.int32(0))
@@ -148,8 +161,9 @@ class Sampler(NamedTuple):
             admit.trace(
                 self.mesh,
                 self.cache,
-                self._cache(1, self._bucket),
+                self._cache(*self.largest_prefix),
                 self._rows,
+                slots,
                 slots,
                 number,
                 (is_new, self._rows),
@@ -211,8 +225,8 @@ def rollout_sampler(config: GRPOConfig, sizes: ModelConfig, mesh: Mesh) -> Sampl
 def sampling_programs(
     sampler: Sampler, prefill: Program | None = None
 ) -> dict[str, Program]:
-    """`decode`, and if it fits the programs that bring a prompt into slots; a `prefill`
-    that was compiled serves for any number of slots."""
+    """`decode`, and if it fits the programs that bring prompts into slots; a `prefill`
+    that was compiled serves for any slots that take as many prompts at a time."""
     programs = {"decode": sampler.decode()}
     if programs["decode"].fits:
         programs["prefill"] = prefill or sampler.prefill()
@@ -254,7 +268,8 @@ def largest_slots(report: Report, sampler: Sampler, prefill: Program | None) -> 
             return False
         if slots not in known:
             trial = sampler._replace(slots=slots)
-            known[slots] = sampler_fits(report, trial, prefill)
+            serves = trial.largest_prefix == sampler.largest_prefix
+            known[slots] = sampler_fits(report, trial, prefill if serves else None)
         return known[slots]
 
     guess = int(min((report.hbm_limit_bytes - fixed) // row, MOST_SLOTS)) // unit

@@ -1,4 +1,4 @@
-"""The jitted programs of sampling: prefill of a prompt, admission into slots, decode steps.
+"""The jitted programs of sampling: prefill of prompts, admission into slots, decode steps.
 
 The cache (rows, or positions of a few, over the mesh axis `data`, heads over `tensor`)
 is donated to every call and updated in place; everything else per slot is replicated.
@@ -58,6 +58,16 @@ CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 
 
 PREFILL_LEN = 512  # prompt tokens that go through the model at a time
+
+
+# The same, of several prompts, where a kernel spares the memory for scores: products are
+# at full speed by then, and activations stay small beside the weights.
+_PREFILL_LEN_AT_ONCE = 4096
+
+
+_MOST_PROMPTS = (
+    8  # that are prefilled at a time; more would need more compiled programs
+)
 
 
 _SHORTEST_BUCKET = 16
@@ -156,21 +166,36 @@ def prefill(
     length: jax.Array,
     kv_dtype: Any = None,
 ) -> KVCache:
-    """Keys and values of the first `length` of `tokens` [1, P], in a cache of P
-    positions and of `kv_dtype`, as `prepare` gives it (None: as it is computed).
+    """Keys and values of the first `length` of `tokens` [N, P], one prompt a row, in a
+    cache of N rows of P positions and of `kv_dtype`, as `prepare` gives it (None: as it is
+    computed). `length` is the longest prompt's; what is behind a shorter one is padding.
 
-    The prompt goes through the model in pieces, as many as it fills, or at once where
-    a kernel spares the memory for its scores; no logits are made.
+    The prompts go through the model in pieces, as many as the longest fills, or at once
+    where a kernel spares the memory for its scores; no logits are made.
     """
-    bucket = tokens.shape[1]
+    rows, bucket = tokens.shape
     dtype = compute_dtype(params)
-    empty = init_cache(config, 1, bucket, kv_dtype or dtype)
+    empty = init_cache(config, rows, bucket, kv_dtype or dtype)
     cache = cache_on_mesh(mesh, empty)
-    takes = mesh, dtype, config.head_dim
-    at_once = takes_splash(*takes) or takes_gpu_flash(*takes)
+    at_once = _goes_at_once(config, mesh, dtype)
     piece = bucket if at_once else math.gcd(bucket, PREFILL_LEN)
     step = _prefill_step(config, mesh, params, tokens, piece, from_start=at_once)
     return jax.lax.fori_loop(0, -(-length // piece), step, cache)
+
+
+def most_prompts(config: ModelConfig, mesh: Mesh, dtype: Any, bucket: int) -> int:
+    """How many prompts of a bucket are prefilled at a time, at most: a power of two. `dtype`
+    is of the hidden states."""
+    at_once = _goes_at_once(config, mesh, dtype)
+    tokens = _PREFILL_LEN_AT_ONCE if at_once else PREFILL_LEN
+    fitting = max(1, tokens // bucket)
+    return min(_MOST_PROMPTS, 1 << fitting.bit_length() - 1)
+
+
+def _goes_at_once(config: ModelConfig, mesh: Mesh, dtype: Any) -> bool:
+    """Whether prompts go through the model at once, and not in pieces."""
+    takes = mesh, dtype, config.head_dim
+    return takes_splash(*takes) or takes_gpu_flash(*takes)
 
 
 @functools.partial(_jit, static_argnums=(0, 1), donate_argnums=6)
@@ -200,14 +225,22 @@ def extend(
 
 
 def _prefill_step(config, mesh, params, tokens, piece, *, from_start=False):
-    """(i, prefix) -> prefix with piece i of `tokens` [1, P]."""
+    """(i, prefix) -> prefix with piece i of `tokens` [N, P]."""
+    rows = tokens.shape[0]
 
     def step(i, prefix):
         start = i * piece
-        positions = start + jnp.arange(piece)[None]
-        part = jax.lax.dynamic_slice(tokens, (0, start), (1, piece))
+        positions = jnp.broadcast_to(start + jnp.arange(piece), (rows, piece))
+        part = jax.lax.dynamic_slice(tokens, (0, start), (rows, piece))
         _, prefix = forward(
-            config, params, part, positions, prefix, mesh=mesh, from_start=from_start
+            config,
+            params,
+            part,
+            positions,
+            prefix,
+            mesh=mesh,
+            from_start=from_start,
+            cache_only=True,
         )
         return cache_on_mesh(mesh, prefix)
 
@@ -255,32 +288,42 @@ def admit(
     prefix: KVCache,
     rows: Rows,
     slots: jax.Array,
+    sources: jax.Array,
     count: jax.Array,
     new: tuple[jax.Array, Rows],
 ) -> tuple[KVCache, Rows]:
-    """Copies a prefilled prompt into the first `count` of `slots` [B], and starts their
-    rows.
+    """Copies prefilled prompts into the first `count` of `slots` [B], and starts their
+    rows. `sources` [B] says which row of `prefix` goes into each.
 
     `new` is (which rows are new [B] bool, their contents).
     """
     shards = cache.k.shape[1] // len(slots)
-    k, v, *scales = jax.tree.leaves(prefix)
+    k, v, *scales = jax.tree.leaves(_rows_everywhere(mesh, prefix))
     block = BLOCK_LEN  # one row of the scales, if there are any
     prefix = KVCache(
         *(prompt_shards(x, shards, block) for x in (k, v)),
         *(prompt_shards(x, shards, block // LANES) for x in scales),
     )
 
-    def put(buffer, prompt, slot):
+    def put(buffer, prompts, slot, source):
         by_shard = buffer.reshape(buffer.shape[0], shards, -1, *buffer.shape[2:])
+        prompt = jax.lax.dynamic_slice_in_dim(prompts, source, 1, axis=2)
         at = (0, 0, slot, 0, 0, 0)
         return jax.lax.dynamic_update_slice(by_shard, prompt, at).reshape(buffer.shape)
 
     def copy(i, cache):
-        return jax.tree.map(lambda old, new: put(old, new, slots[i]), cache, prefix)
+        row = functools.partial(put, slot=slots[i], source=sources[i])
+        return jax.tree.map(row, cache, prefix)
 
     cache = jax.lax.fori_loop(0, count, copy, cache_on_mesh(mesh, cache))
     return cache_on_mesh(mesh, cache), _replace_rows(mesh, rows, new)
+
+
+def _rows_everywhere(mesh: Mesh, prefix: KVCache) -> KVCache:
+    """A prefix whose rows are on every device, since any of them may go into any slot."""
+    axes = ("layers", None, "kv_heads", None, None)
+    places = jax.tree.map(lambda x: sharding(mesh, axes, x.shape), prefix)
+    return jax.lax.with_sharding_constraint(prefix, places)
 
 
 @functools.partial(_jit, static_argnums=0, donate_argnums=1)

@@ -4,9 +4,9 @@ A request with n samples goes through these steps:
 1. host, `Engine.add`: the prompt becomes token ids, the budgets become numbers; a request
    that cannot fit is refused before any work is done. Its samples wait for slots.
 2. device, `decode.prefill`: keys and values of all prompt tokens but the last, once per
-   request, into a buffer of the next larger bucket length.
-3. device, `decode.admit`: that buffer is copied into the free slots of the cache that
-   take the request's samples.
+   request, into a buffer of the next larger bucket length, of several requests at a time.
+3. device, `decode.admit`: a row of that buffer is copied into the free slots of the cache
+   that take the request's samples.
 4. device, `decode.decode`: all slots step together, from the prompt's last token on,
    until enough of them are done, or for a while.
 5. host: the new tokens become events and, of finished samples, completions; freed slots
@@ -32,26 +32,20 @@ from e1jax.config.model import KV_DTYPES, ModelConfig
 from e1jax.config.sampling import SamplingParams
 from e1jax.nn.cache import KVCache, whole_slots
 from e1jax.nn.quantize import Params
-from e1jax.nn.scores import BLOCK_LEN
 from e1jax.sampling.budget import DONE, BudgetState, TokenIds
 from e1jax.sampling.completion import Completion, Event, Sample
 from e1jax.sampling.decode import (
     CHUNK_STEPS,
-    PREFILL_LEN,
     SHORTEST_FORCED,
     Chunk,
     Rows,
     admit,
     decode,
-    empty_prefix,
     empty_rows,
-    extend,
     layers_apart,
     new_cache,
     next_power,
-    prefill,
     prefill_len,
-    prefix_step,
     prepare,
     read_prefix,
     request_rows,
@@ -59,6 +53,7 @@ from e1jax.sampling.decode import (
     stop_rows,
     widen_rows,
 )
+from e1jax.sampling.prefill import Prefiller
 from e1jax.sampling.request import (
     Follow,
     Prompt,
@@ -67,7 +62,7 @@ from e1jax.sampling.request import (
     make_request,
 )
 from e1jax.sampling.scheduler import Scheduler, Start, Waiting
-from e1jax.sharding.mesh import on_cpu, replicated
+from e1jax.sharding.mesh import replicated
 from e1jax.sharding.runtime import enough_memory
 from e1jax.tokenizer import Tokenizer
 
@@ -479,44 +474,48 @@ class Engine:
         return max(1, self.slots // 16)
 
     @property
-    def _piece(self) -> int:
-        """Tokens of a waiting prompt that are prefilled at a time. For a CPU, which computes
-        all the time, a token of a prompt is as much work as one of a running sample."""
-        return BLOCK_LEN if on_cpu(self.mesh) else PREFILL_LEN
+    def _prefiller(self) -> Prefiller:
+        assert self._weights and self._cache
+        model = self.config, self.mesh, self._weights[0]
+        return Prefiller(*model, self._cache, self.cache_len, self._scheduler)
 
     def _refill(self) -> bool:
         """Gives the free slots to samples that wait; whether a live prompt is to be
         prefilled further, with a free slot, after some steps of the running samples."""
-        queue, room = self._scheduler.queue, self._piece
+        queue, room = self._scheduler.queue, self._prefiller.piece
         if len(self._scheduler.free) < self._few:
             return False
         if starts := self._scheduler.next_in_place():
+            self._give_slots(starts)
             self._start_rows(starts)
         while queue and self._scheduler.free:
-            waiting = queue[0]
-            in_pieces = waiting.request.is_live and self.running > 0
+            first = queue[0]
+            in_pieces = first.request.is_live and self.running > 0
             if in_pieces and room <= 0:
                 return True
-            room -= self._prefill(waiting, room if in_pieces else None)
-            if waiting.filled < len(waiting.request.prompt_ids) - 1:
+            limit = room if in_pieces else sys.maxsize
+            group = self._prefiller.next_group(limit)
+            if not first.is_filled:
+                self.stats.prefills += sum(w.prefix is None for w in group)
+                room -= self._prefiller.fill(group, limit)
+            if not first.is_filled:
                 return True
-            self._admit(waiting)
-            if not waiting.samples:
-                queue.popleft()
+            self._admit(group)
         while found := self._scheduler.next_elsewhere():
             self._copy(*found)
         return False
 
-    def _admit(self, waiting: Waiting) -> None:
-        """Starts as many samples of the request as there are free slots."""
-        assert self._cache and self._rows and waiting.prefix
-        request = waiting.request
-        free = self._scheduler.free_for(waiting)
-        count = len(free)
-        samples, waiting.samples = waiting.samples[:count], waiting.samples[count:]
-        numbers = zip(free, samples, strict=True)
-        starts = {slot: (request, number) for slot, number in numbers}
-        self._start_rows(starts, waiting.prefix, waiting.cached_tokens)
+    def _admit(self, group: Sequence[Waiting]) -> None:
+        """Starts samples of requests whose prompts are in one prefix, as many as there are
+        free slots."""
+        starts: dict[int, Start] = {}
+        sources: list[int] = []
+        for waiting in group:
+            taken = self._scheduler.next_starts(waiting)
+            self._give_slots(taken, waiting.cached_tokens)
+            starts |= taken
+            sources += [waiting.row] * len(taken)
+        self._start_rows(starts, group[0].prefix, sources)
 
     def _copy(self, source: int, starts: dict[int, Start]) -> None:
         """Starts followers of the sample that ended in the slot `source` in other slots, to
@@ -525,82 +524,42 @@ class Engine:
         longest = max(len(request.prompt_ids) for request, _ in starts.values())
         bucket = prefill_len(longest - 1, self.cache_len)
         prefix = read_prefix(self.mesh, self.slots, bucket, self._cache, source)
-        self._start_rows(starts, prefix)
+        self._give_slots(starts)
+        self._start_rows(starts, prefix, [0] * len(starts))
 
-    def _start_rows(
-        self,
-        starts: dict[int, Start],
-        prefix: KVCache | None = None,
-        cached_tokens: int | None = None,
+    def _give_slots(
+        self, starts: dict[int, Start], cached_tokens: int | None = None
     ) -> None:
-        """Starts a sample in each slot of `starts`, with the keys and values of `prefix`, or
-        with the ones that are in the slot already. `cached_tokens` of every prompt were in
+        """Gives a slot to each sample of `starts`. `cached_tokens` of every prompt were in
         the cache before: by default all but the last token."""
-        assert self._cache and self._rows
-        rows = self._rows
         for slot, (request, number) in starts.items():
             sample = Sample(request, number, self.tokenizer)
             cached = len(request.prompt_ids) - 1
             sample.cached_tokens = cached if cached_tokens is None else cached_tokens
             self._scheduler.slots[slot] = sample
+
+    def _start_rows(
+        self,
+        starts: dict[int, Start],
+        prefix: KVCache | None = None,
+        sources: Sequence[int] = (),
+    ) -> None:
+        """Starts a row for each sample of `starts`, with the keys and values of the rows
+        `sources` of a prefix, or with the ones that are in its slot already."""
+        assert self._cache and self._rows
+        rows = self._rows
+        for request, _ in starts.values():
             width = next_power(len(request.forced_ids), SHORTEST_FORCED)
             rows = widen_rows(self.mesh, rows, width)
         new = request_rows(starts, rows)
         if prefix is None:
             self._rows = start_rows(self.mesh, rows, new)
             return
-        count = len(starts)
-        slots = np.array([*starts, *[0] * (self.slots - count)], np.int32)
+        padding = [0] * (self.slots - len(starts))
+        copies = (np.array([*x, *padding], np.int32) for x in (starts, sources))
         self._cache, self._rows = admit(
-            self.mesh, self._cache, prefix, rows, slots, count, new
+            self.mesh, self._cache, prefix, rows, *copies, len(starts), new
         )
-
-    def _prefill(self, waiting: Waiting, room: int | None) -> int:
-        """Brings a prompt's keys and values into its prefix, all of them, or up to about
-        `room` tokens; returns the number of tokens."""
-        assert self._weights and self._cache
-        prompt_ids = waiting.request.prompt_ids
-        length = len(prompt_ids) - 1  # the last one starts the decoding
-        bucket = prefill_len(length, self.cache_len)
-        tokens = np.zeros((1, bucket), np.int32)
-        tokens[0, :length] = prompt_ids[:-1]
-        kv_dtype, model = self._cache.k.dtype, (self.config, self.mesh)
-        if waiting.prefix is None:
-            self.stats.prefills += 1
-            if waiting.request.is_live:
-                self._reuse(waiting, length, bucket)
-            if waiting.filled == 0 and (room is None or length <= room):
-                waiting.filled = length
-                waiting.prefix = prefill(
-                    *model, self._weights[0], tokens, length, kv_dtype
-                )
-                return length
-            if waiting.filled == 0:
-                waiting.prefix = empty_prefix(*model, bucket, kv_dtype)
-        start = waiting.filled
-        stop = length
-        if room is not None:  # to the end of a piece, where the next one can start
-            pieces = start // self._piece + max(1, room // self._piece)
-            stop = min(length, pieces * self._piece)
-        waiting.prefix = extend(
-            *model, self._weights[0], tokens, start, stop, waiting.prefix
-        )
-        waiting.filled = stop
-        return stop - start
-
-    def _reuse(self, waiting: Waiting, length: int, bucket: int) -> None:
-        """Takes the beginning of a prompt from the slot that holds most of it."""
-        assert self._cache
-        slot, common = self._scheduler.longest_prefix(waiting.request.prompt_ids)
-        step = prefix_step(bucket)
-        common = min(common, length) // step * step
-        if common:
-            waiting.prefix = read_prefix(
-                self.mesh, self.slots, bucket, self._cache, slot
-            )
-            waiting.filled = waiting.cached_tokens = common
-            if 2 * common >= len(self._scheduler.held[slot]):
-                waiting.goes_on = slot
 
     def _decode(self, seconds: float, is_behind: bool) -> tuple[Chunk, BudgetState]:
         """One chunk of steps, and the state of the rows after it, on the host. `is_behind`:

@@ -10,16 +10,27 @@ from e1jax.sampling.completion import Sample
 from e1jax.sampling.request import Request
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Waiting:
     """Samples of a request that have no slot yet."""
 
     request: Request
     samples: list[int]
-    prefix: KVCache | None = None  # keys and values of the prompt, while samples wait
+    prefix: KVCache | None = None  # keys and values of prompts, while samples wait
+    row: int = 0  # of the prefix, which has this prompt
     filled: int = 0  # tokens of the prompt that are in it
     cached_tokens: int = 0  # tokens that were taken from a slot
     goes_on: int | None = None  # the slot that holds little else than these
+
+    @property
+    def length(self) -> int:
+        """Tokens to prefill: all of the prompt but the last, which starts the decoding."""
+        return len(self.request.prompt_ids) - 1
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether the prefix has all of the prompt."""
+        return self.prefix is not None and self.filled == self.length
 
 
 Start = tuple[Request, int]  # a request, and the number of its sample
@@ -120,18 +131,30 @@ class Scheduler:
     def _drop_empty(self) -> None:
         self.followers = {slot: s for slot, s in self.followers.items() if s}
 
+    def next_requests(self) -> list[Waiting]:
+        """The first of the queue, and the ones behind it as long as there are free slots for
+        all samples."""
+        left = len(self.free)
+        found = []
+        for waiting in self.queue:
+            left -= len(waiting.samples)
+            if found and left < 0:
+                break
+            found.append(waiting)
+        return found
+
     def longest_prefix(self, tokens: list[int]) -> tuple[int, int]:
         """The slot that holds most of the beginning of `tokens`, and how many of them."""
 
         def length(slot: int) -> int:
             sample = self.slots[slot]
             if sample is None:
-                return _common(tokens, self.held[slot])
+                return common_tokens(tokens, self.held[slot])
             prompt_ids = sample.request.prompt_ids
-            common = _common(tokens, prompt_ids)
+            common = common_tokens(tokens, prompt_ids)
             if common < len(prompt_ids):
                 return common
-            return common + _common(tokens[common:], sample.token_ids[:-1])
+            return common + common_tokens(tokens[common:], sample.token_ids[:-1])
 
         lengths = [length(slot) for slot in range(len(self.slots))]
         longest = max(lengths)
@@ -150,11 +173,16 @@ class Scheduler:
         self.slots = [None] * len(self.slots)
         self.forget()
 
-    def free_for(self, waiting: Waiting) -> list[int]:
-        """Free slots for the samples that wait, or for some of them. A conversation goes
-        on in its own slot, so that others stay readable."""
+    def next_starts(self, waiting: Waiting) -> dict[int, Start]:
+        """Takes the samples of a request, or as many as there are free slots, with a slot
+        for each; with the last one, the request leaves the queue. A conversation goes on in
+        its own slot, so that others stay readable."""
         free = sorted(self.free, key=lambda slot: slot != waiting.goes_on)
-        return free[: len(waiting.samples)]
+        free = free[: len(waiting.samples)]
+        starts = {slot: (waiting.request, waiting.samples.pop(0)) for slot in free}
+        if not waiting.samples:
+            self.queue.remove(waiting)
+        return starts
 
     @property
     def free(self) -> list[int]:
@@ -182,7 +210,7 @@ class Scheduler:
         return bool(self.queue or self.followers) or to_come
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def common_tokens(a: list[int], b: list[int]) -> int:
     """How many tokens both begin with."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices are compared faster than tokens one by one
