@@ -472,6 +472,8 @@ FIELDS = [
 PARAMETERS = sum(map(math.prod, named_shapes(SIZES).values()))
 # Keys and values of 3 layers, 2 heads of 16 dims, in bfloat16, a block of 128 positions.
 ROW = 2 * 3 * 2 * 16 * 2 * 128
+# Of eight prompts of 64 tokens, which six slots or more are prefilled with at a time.
+PREFIX = 8 * ROW // 2
 
 
 def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
@@ -492,9 +494,9 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
     assert 8 * PARAMETERS <= train["memory"]["optimizer"] <= 8 * PARAMETERS + 16
     assert train["memory"]["reference"] == 2 * PARAMETERS
     # While responses are sampled: all of that, the copy sampled from, the cache, and
-    # while a prompt is copied into it 64 positions of that.
+    # while prompts are copied into it theirs.
     phases = train["settings"]["phases"]
-    rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW + ROW // 2
+    rollouts = (4 + 8 + 2 + 2) * PARAMETERS + 6 * ROW + PREFIX
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     assert 14 * PARAMETERS < phases["update"] < 14 * PARAMETERS + 10**4
     assert phases["copy"] - 16 * PARAMETERS in range(17)  # two counters
@@ -506,9 +508,9 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
 
 @pytest.mark.parametrize("slots", [1, 3, 50])
 def test_the_most_slots_are_found(slots, fake, config, monkeypatch, capsys):
-    # Room for 20 rows, their state, which is some 200 bytes each, and the prompt's own
-    # keys and values, half a row, while they are copied; but not for 21.
-    fake(2 * PARAMETERS + 20 * ROW + 3 * ROW // 4)
+    # Room for 20 rows, their state, which is some 200 bytes each, and the prompts' own
+    # keys and values while they are copied; but not for 21.
+    fake(2 * PARAMETERS + 20 * ROW + PREFIX + ROW // 4)
     argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
     code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
     assert report["max_slots"] == 20
@@ -518,14 +520,14 @@ def test_the_most_slots_are_found(slots, fake, config, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "most"), [({}, 29), ({"prefill": 20 * ROW}, 9), ({"admit": 20 * ROW}, 9)]
+    ("more", "most"), [({}, 26), ({"prefill": 20 * ROW}, 6), ({"admit": 20 * ROW}, 6)]
 )
 @pytest.mark.parametrize("slots", [1, 12, 50])
 def test_slots_have_room_for_a_prompt(
     more, most, slots, fake, config, monkeypatch, capsys
 ):
     """There is room for `decode` with 30 slots, but not for all that goes before it: the
-    keys and values of a prompt alone are half a row."""
+    keys and values of eight prompts alone are four rows."""
     fake(2 * PARAMETERS + 30 * ROW + ROW // 4, **more)
     argv = ("--config", config, "--topology", "v5e:1x1", "--json", "--part", "sample")
     code, (report,) = run(monkeypatch, capsys, *argv, "--slots", slots)
@@ -535,6 +537,25 @@ def test_slots_have_room_for_a_prompt(
     if code:
         code, _ = run(monkeypatch, capsys, *argv, "--slots", most)
         assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("slots", "prompt_len", "cache_len", "largest"),
+    [
+        (64, 300, 4096, (8, 512)),
+        (64, 1000, 4096, (4, 1024)),
+        (64, 1400, 1500, (4, 1024)),  # and not two of 1,536
+        (64, 5000, 8192, (1, 8192)),
+        (3, 300, 4096, (4, 512)),
+        (1, 1400, 1500, (1, 1536)),
+    ],
+)
+def test_the_largest_prefix_has_the_most_tokens(slots, prompt_len, cache_len, largest):
+    sizes = dataclasses.replace(SIZES, head_dim=128)
+    mesh = make_mesh("data=1,tensor=1", sizes, [Chip(0)])
+    lengths = slots, cache_len, prompt_len
+    sampler = Sampler(sizes, mesh, jnp.dtype("bfloat16"), *lengths)
+    assert sampler.largest_prefix == largest
 
 
 def test_what_fits_nowhere_says_so(fake, config, monkeypatch, capsys):
@@ -610,7 +631,7 @@ def test_settings_can_be_changed_like_those_of_train(fake, config, monkeypatch, 
     assert report["memory"]["reference"] == 0
     assert "train refuses update.param_dtype=bfloat16" in report["warnings"]
     # There is no copy to sample from.
-    rollouts = 6 * PARAMETERS + 6 * ROW + ROW // 2
+    rollouts = 6 * PARAMETERS + 6 * ROW + PREFIX
     phases = report["settings"]["phases"]
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     assert set(phases) == {"update", "logprobs", "rollouts"}
@@ -693,7 +714,7 @@ def test_a_larger_slice_is_estimated(flags, fake, config, monkeypatch, capsys):
 def test_fewer_slots_are_estimated(fake, config, monkeypatch, capsys):
     argv = ["--config", config, "--topology", "v5e:1x1", "--json", "--part", "train"]
     state = (4 + 8 + 2 + 2) * PARAMETERS
-    fake(state + 20 * ROW + 3 * ROW // 4)
+    fake(state + 20 * ROW + PREFIX + ROW // 4)
     code, (report,) = run(monkeypatch, capsys, *argv, "--rollout.slots", 50)
     assert code == 3
     assert report["fitting"] == "--rollout.slots 20 would fit by an estimate"
