@@ -201,7 +201,7 @@ def test_of_the_last_layer_only_keys_and_values_are_computed(params):
         layers = jax.tree.map(lambda x: x[:num_layers], params["layers"])
         args = params | {"layers": layers}, np.zeros((1, 16), np.int32), 9
         lowered = decode.prefill.lower(config, make_mesh(None, config), *args)
-        return lowered.compile().as_text()
+        return lowered.compile().as_text() or ""
 
     of_mlp = f"f32[16,{CONFIG.intermediate_size}]"
     assert of_mlp in compiled(2) and of_mlp not in compiled(1)

@@ -60,8 +60,8 @@ CHUNK_STEPS = 64  # the most decode steps between two looks of the host
 PREFILL_LEN = 512  # prompt tokens that go through the model at a time
 
 
-# The same, of several prompts, where a kernel spares the memory for scores: products are
-# at full speed by then, and activations stay small beside the weights.
+# The same, of several prompts together, where a kernel spares the memory for scores. Enough
+# for products at a chip's full speed; the memory grows with it, and `plan` counts it.
 _PREFILL_LEN_AT_ONCE = 4096
 
 

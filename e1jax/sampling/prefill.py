@@ -48,9 +48,9 @@ class Prefiller(NamedTuple):
     def next_group(self, room: int) -> list[Waiting]:
         """The first request of the queue, and others to be prefilled with it.
 
-        The others have prompts of the same bucket and free slots for all samples, and the
-        group has at most `room` tokens. A live prompt that begins as one in a slot, or in
-        the group, is not among them: it takes its beginning from that slot later.
+        The others have prompts of the same bucket and free slots for all samples; together
+        they have at most `room` tokens. A live prompt that begins as one in a slot, or as
+        one of the group, is left out: it takes its beginning from a slot later.
         """
         head, *behind = self.scheduler.next_requests()
         group, room = [head], room - head.length
@@ -60,12 +60,8 @@ class Prefiller(NamedTuple):
         for waiting in behind:
             if len(group) == most:
                 break
-            is_alike = self._kind(waiting) == self._kind(head)
-            if (
-                is_alike
-                and waiting.length <= room
-                and not self._is_begun(waiting, group)
-            ):
+            fits = self._kind(waiting) == self._kind(head) and waiting.length <= room
+            if fits and not self._is_begun(waiting, group):
                 group.append(waiting)
                 room -= waiting.length
         return group[: fullest_group(len(group))]
@@ -77,10 +73,10 @@ class Prefiller(NamedTuple):
         if head.prefix is None and head.request.is_live:
             self._reuse(head)
         if head.prefix is None and head.length <= room:
-            return self._fill_all(group)
+            return self._fill_at_once(group)
         return self._fill_further(head, room)
 
-    def _fill_all(self, group: Sequence[Waiting]) -> int:
+    def _fill_at_once(self, group: Sequence[Waiting]) -> int:
         longest = max(waiting.length for waiting in group)
         tokens = self._tokens(group)
         prefix = prefill(*self._model, tokens, longest, self.cache.k.dtype)
