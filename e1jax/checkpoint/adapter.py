@@ -31,7 +31,7 @@ from e1jax.checkpoint.params import (
     restore_lazily,
 )
 from e1jax.cli.files import NUMBER, TEXT, WHOLE, read_json
-from e1jax.config.adapter import TARGETS, AdapterConfig
+from e1jax.config.adapter import TARGETS, AdapterConfig, Target
 from e1jax.config.checks import UserError, check_known, shown
 from e1jax.config.load import read_yaml
 from e1jax.config.model import ModelConfig
@@ -97,14 +97,16 @@ def of_peft(directory: Path) -> AdapterOrigin:
     if saved.get("use_rslora"):  # divides by the root of the rank
         alpha *= math.sqrt(rank)
     names = " ".join(read_tensors(directory / PEFT_WEIGHTS))
-    found = [t for t in TARGETS if re.search(rf"\.{t}_proj\.lora_A\.", names)]
-    if not found:
+    targets: tuple[Target, ...] = tuple(
+        t for t in TARGETS if re.search(rf"\.{t}_proj\.lora_A\.", names)
+    )
+    if not targets:
         raise UserError(
             f"{directory / PEFT_WEIGHTS} holds no lora_A of {', '.join(TARGETS)}, so it is "
             "no adapter that e1jax reads"
         )
     base = saved.get("base_model_name_or_path")
-    return AdapterOrigin(AdapterConfig(rank, alpha, tuple(found)), base)
+    return AdapterOrigin(AdapterConfig(rank, alpha, targets), base)
 
 
 def check_saved_adapter(
@@ -191,12 +193,9 @@ def merged(
         return dataclasses.replace(kernel, read=read)
 
     joined = dict(arrays)
-    for name in adapter:
-        linear, _, which = name.rpartition("/")
-        if which == "a":
-            kernel = f"layers/{linear}/kernel"
-            pair = adapter[name], adapter[f"{linear}/b"]
-            joined[kernel] = with_adapter(arrays[kernel], *pair)
+    for linear in {name.rpartition("/")[0] for name in adapter}:
+        kernel, pair = f"layers/{linear}/kernel", (f"{linear}/a", f"{linear}/b")
+        joined[kernel] = with_adapter(arrays[kernel], *(adapter[key] for key in pair))
     return joined
 
 

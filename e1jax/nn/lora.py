@@ -22,8 +22,10 @@ import jax
 from e1jax.nn.quantize import Packed, Params
 
 # The part of a block that each linear layer is in.
-PARTS = dict.fromkeys(("q", "k", "v", "o"), "attention")
-PARTS |= dict.fromkeys(("gate", "up", "down"), "mlp")
+PARTS: dict[str, str] = {
+    **dict.fromkeys(("q", "k", "v", "o"), "attention"),
+    **dict.fromkeys(("gate", "up", "down"), "mlp"),
+}
 
 
 class Adapted(NamedTuple):
@@ -60,7 +62,7 @@ def add_adapter(params: Params, adapter: Params) -> Params:
 
 def attach_adapters(weights: Params) -> Params:
     """The weights of a layer with each kernel that has an adapter as `Adapted`."""
-    attached = {
+    attached: dict[str, Any] = {
         name: attach_adapters(part) if isinstance(part, dict) else part
         for name, part in weights.items()
     }

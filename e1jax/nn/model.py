@@ -129,7 +129,7 @@ def forward(
         if stacked:
             (x, cache, _), _ = jax.lax.scan(step, start, layers)
         else:
-            for layer, weights in enumerate(layers):
+            for layer, weights in enumerate(params["layers"]):
                 weights = attach_adapters(join(weights, {}, None, in_slabs))
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
     norm = _module(config, "norm", gather_params(params["norm"], "norm"))
