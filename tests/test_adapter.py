@@ -22,7 +22,7 @@ from test_grpo import (
 from test_grpo import gradients as gradients_of_all
 from transformers import AutoModelForCausalLM
 
-from e1jax import Engine, SamplingParams, convert
+from e1jax import Engine, SamplingParams
 from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.checkpoint.params import named_leaves
 from e1jax.checkpoint.runs import abstract_state
@@ -305,24 +305,22 @@ def test_the_base_may_be_int8(tied, tiny_hf):
     plain = load_model(str(path), ONE, "float32")
     config = settings()
     batch = batch_of(config, make_completions(path, plain.config.vocab_size))
+    base = as_float(int8.read_params())
+    rounded = np.abs(base["embedding"] - plain.read_params()["embedding"])
+    assert rounded.max() > 1e-3
     (ours, metrics), (theirs, expected) = (
         update_of(config, THREE, model, base=base)[0](batch)
-        for model, base in ((int8, None), (plain, as_float(int8.read_params())))
+        for model, base in ((int8, None), (plain, base))
     )
     jax.tree.map(
         lambda x, y: assert_close(x, y, 1e-4), (ours, metrics), (theirs, expected)
-    )
-    other, _ = update_of(config, THREE, plain)[0](batch)
-    assert any(
-        np.abs(x - y).max() > 1e-3 * np.abs(y).max()
-        for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(other), strict=True)
     )
 
 
 SIZES = ModelConfig(512, 16, 24, 2, 4, 2, 6, 64, 1e4)
 
 
-@pytest.mark.parametrize("form", [None, "int8"])
+@pytest.mark.parametrize("form", [pytest.param(None, marks=pytest.mark.slow), "int8"])
 def test_eight_devices_update_as_one(form):
     run_on_devices(8, f"import test_adapter; test_adapter.update_on_meshes({form!r})")
 
@@ -341,7 +339,7 @@ def update_on_meshes(form) -> None:
     )
     config = dataclasses.replace(settings(microbatch=8, samples=4), adapter=THREE)
     expected = None
-    for text, count in ((ONE, 1), ("data=8,tensor=1", 8), ("data=4,tensor=2", 8)):
+    for text, count in ((ONE, 1), ("data=4,tensor=2", 8)):
         mesh = make_mesh(text, SIZES, jax.devices()[:count])
         base = init_params(SIZES, mesh, jnp.float32, 0)
         base = jax.tree.map(lambda p: 5 * p, base)
@@ -396,38 +394,38 @@ def quantized(params, shapes):
 def test_sampling_has_the_adapter_beside_the_weights(
     dtype, quantize, tiny_hf, tmp_path
 ):
-    """The engine's log-probabilities are those of a forward pass with the adapter, and of
-    float32 weights the tokens those of the merged model."""
-    peft_model(tiny_hf(), THREE).save_pretrained(tmp_path)
+    """The engine's log-probabilities are those of a forward pass with the adapter."""
+    path = str(tiny_hf())
+    peft_model(Path(path), THREE).save_pretrained(tmp_path)
     options = {"mesh": ONE, "dtype": dtype, "quantize": quantize}
-    loaded = load_model(str(tiny_hf()), ONE, dtype, quantize, adapter=str(tmp_path))
     engine = Engine.from_pretrained(
-        str(tiny_hf()), adapter=str(tmp_path), cache_len=64, slots=3, **options
+        path, adapter=str(tmp_path), cache_len=64, slots=3, **options
     )
-    request = SamplingParams(8, 6, n=2, seed=1)
-    prompts = ["1+1?", "a longer prompt"]
-    results = [c for group in engine.generate(prompts, request) for c in group]
-    # On a CPU, the engine computes in float32, also from weights in bfloat16.
-    wide = jax.tree.map(
-        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
-        loaded.read_params(),
-    )
-    for c in results:
-        ids = np.array([c.prompt_ids + c.token_ids])
-        logits = logits_of(loaded.config, wide, ids)[0] / 0.6
-        logprobs = jax.nn.log_softmax(logits)[len(c.prompt_ids) - 1 : -1]
-        expected = np.asarray(logprobs)[np.arange(len(c.token_ids)), c.token_ids]
-        atol = 1e-4 if dtype == "float32" else 0.1  # keys and values are bfloat16
-        np.testing.assert_allclose(c.logprobs, expected, atol=atol)
-    plain = Engine.from_pretrained(str(tiny_hf()), cache_len=64, slots=3, **options)
-    tokens = [c.token_ids for c in results]
-    assert tokens != [c.token_ids for g in plain.generate(prompts, request) for c in g]
-    if dtype == "float32" and not quantize:
-        convert.to_hf(str(tiny_hf()), tmp_path / "merged", adapter=str(tmp_path))
-        whole = Engine.from_pretrained(
-            str(tmp_path / "merged"), cache_len=64, slots=3, **options
+    request = SamplingParams(8, 6, n=2, temperature=1.0, seed=1)
+    groups = engine.generate(["1+1?", "a longer prompt"], request)
+    results = [completion for group in groups for completion in group]
+    tokens = np.zeros((len(results), 64), np.int32)
+    for row, c in zip(tokens, results, strict=True):
+        row[: len(c.prompt_ids + c.token_ids)] = c.prompt_ids + c.token_ids
+
+    def logprobs(loaded):
+        # On a CPU, the engine computes in float32, also from weights in bfloat16.
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
+            loaded.read_params(),
         )
-        merged_tokens = [
-            c.token_ids for g in whole.generate(prompts, request) for c in g
+        values = jax.nn.log_softmax(logits_of(loaded.config, wide, tokens))
+        values = np.take_along_axis(values[:, :-1], tokens[:, 1:, None], axis=-1)
+        return [
+            row[len(c.prompt_ids) - 1 :][: len(c.token_ids), 0]
+            for row, c in zip(values, results, strict=True)
         ]
-        assert tokens == merged_tokens
+
+    atol = 1e-3 if dtype == "float32" else 0.1  # keys and values are bfloat16
+    adapted = load_model(path, ONE, dtype, quantize, adapter=str(tmp_path))
+    for c, expected in zip(results, logprobs(adapted), strict=True):
+        np.testing.assert_allclose(c.logprobs, expected, atol=atol)
+    for c, other in zip(
+        results, logprobs(load_model(path, ONE, dtype, quantize)), strict=True
+    ):
+        assert np.abs(c.logprobs - other).max() > 10 * atol

@@ -130,6 +130,7 @@ def test_other_settings_and_another_base_are_refused(workplace, run_dir, tmp_pat
         train.train(settings(workplace, "--model", str(run_dir)), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_base_may_be_int8(workplace, tmp_path):
     """The run is then sampled from beside int8 too, without being asked. Its second update
     of a step is compared with log-probabilities that are computed before the first."""
