@@ -23,6 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from e1jax.checkpoint.adapter import (
+    check_saved_adapter,
+    merged,
+    read_adapter,
+    write_peft,
+)
 from e1jax.checkpoint.huggingface import (
     StoredTensor,
     hf_shapes,
@@ -31,7 +37,13 @@ from e1jax.checkpoint.huggingface import (
     write_json,
 )
 from e1jax.checkpoint.int8 import as_int8
-from e1jax.checkpoint.load import FORMAT_VERSION, HUGGING_FACE, find_model
+from e1jax.checkpoint.load import (
+    FORMAT_VERSION,
+    HUGGING_FACE,
+    RUN,
+    find_model,
+    find_with_adapter,
+)
 from e1jax.checkpoint.params import (
     PARAMS,
     as_tree,
@@ -112,19 +124,22 @@ def from_hf(
         write_json(new / "manifest.json", manifest)
 
 
-def to_hf(source: str, dst: Path) -> None:
-    """Writes a Hugging Face directory of an e1jax checkpoint or a run at `dst`.
+def to_hf(source: str, dst: Path, adapter: str | None = None) -> None:
+    """Writes a Hugging Face directory of an e1jax checkpoint or a run at `dst`; with an
+    adapter, or of a run that trained one, of the model with the adapter merged.
 
     Raises UserError if a tensor is not the one of the manifest, bit for bit.
     """
     with _new_directory(dst) as (new, _):
-        files = find_model(source)
-        if files.kind == HUGGING_FACE:
+        files, added = find_with_adapter(source, adapter)
+        if files.kind == HUGGING_FACE and not added:
             raise UserError(
                 f"{files.path} is not an e1jax checkpoint or a run directory; "
                 "a Hugging Face directory needs no conversion"
             )
-        config, tokenizer = files.config, files.tokenizer
+        # A run has its own tokenizer files, with the instruction that it trained with.
+        texts = added if added and added.kind == RUN else files
+        config, tokenizer = files.config, texts.tokenizer
         arrays = files.lazy_arrays()
         if quantized(arrays):
             raise UserError(
@@ -135,6 +150,12 @@ def to_hf(source: str, dst: Path) -> None:
         tensors = files.manifest.get("tensors", {})
         # The manifest has the hash of the source, so cast tensors cannot be compared.
         kept = {name: t for name, t in tensors.items() if t["dtype"] == str(dtype)}
+        if added and added.adapter:
+            settings, kept = added.adapter.settings, {}
+            check_saved_adapter(added.weights, config, settings)
+            with added.reading():
+                low_rank = read_adapter(added.weights, config, settings)
+            arrays = merged(arrays, low_rank, settings.scale)
 
         sizes = {
             name: math.prod(shape) * dtype.itemsize
@@ -152,8 +173,24 @@ def to_hf(source: str, dst: Path) -> None:
 
             with files.reading():
                 write_hf_weights(new, config, dtype, arrays, written)
-        _copy_files(files.directory, new, str(dtype), config)
+        _copy_files(texts.directory, new, str(dtype), config)
         _name_eos_ids(new / GENERATION, tokenizer)
+
+
+def to_peft(source: str, dst: Path) -> None:
+    """Writes the adapter that a run trained at `dst`, in the format of peft."""
+    with _new_directory(dst) as (new, _):
+        files = find_model(source)
+        if files.kind != RUN or not files.adapter:
+            raise UserError(
+                f"{files.path} is no run that trained an adapter, and --peft writes no other; "
+                "leave it out"
+            )
+        _ = files.tensors  # which are checked
+        with files.reading():
+            settings = files.adapter.settings
+            arrays = read_adapter(files.weights, files.config, settings)
+        write_peft(new, files.config, files.adapter, arrays)
 
 
 def _name_eos_ids(file: Path, tokenizer: Tokenizer) -> None:
@@ -288,13 +325,17 @@ def inspect(model: str) -> str:
     for name, tensor in tensors.items():
         name = re.sub(r"\.\d+\.", ".*.", name)
         rows[name] = (rows[name][0] + 1 if name in rows else 1, tensor)
-    parameters = sum(map(math.prod, named_shapes(config).values()))  # not scales
+    shapes = named_shapes(config).values()  # not of scales
+    if files.adapter:
+        shapes = [tensor.shape for tensor in tensors.values()]
+    parameters = sum(map(math.prod, shapes))
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in tensors.values())
     facts = {
         "path": files.weights,
         "kind": files.kind,
         "source": origin.get("source"),
         "revision": origin.get("revision"),
+        "adapter to": files.adapter and files.adapter.base,
         "parameters": f"{parameters:,}",
         "dtype": ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()})),
         "weights": f"{size / 1e9:.3f} GB",
@@ -355,6 +396,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=parse_path,
         help="new directory to write, local or gs://",
     )
+    command.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="adapter to merge into SRC: run directory or peft directory (default: the one "
+        "that SRC trained, if it is such a run)",
+    )
+    command.add_argument(
+        "--peft",
+        action="store_true",
+        help="write the adapter that the run SRC trained alone, as the library peft reads it",
+    )
     command = commands.add_parser("inspect", help="show what a model directory holds")
     command.add_argument("src", metavar="DIR", help="model directory of any kind")
     args = parser.parse_args(argv)
@@ -365,8 +417,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.command == "from-hf":
         from_hf(args.src, args.dst, args.dtype, args.quantize)
+    elif not args.peft:
+        to_hf(args.src, args.dst, args.adapter)
+    elif args.adapter:
+        raise UserError("--peft writes the adapter of SRC; leave --adapter out")
     else:
-        to_hf(args.src, args.dst)
+        to_peft(args.src, args.dst)
     print(f"{args.dst} is written; python -m e1jax.sample --model {args.dst}")
 
 

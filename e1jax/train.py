@@ -47,6 +47,7 @@ from e1jax.data.prompts import (
 from e1jax.grpo.learner import Learner, default_mesh
 from e1jax.grpo.rollouts import (
     Rollouts,
+    computed_in,
     longest_lengths,
     make_engine,
     num_unequal,
@@ -260,7 +261,8 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
 
     Raises UserError for weights of int8, and for parameters of bfloat16: nothing carries
     the part of an update that rounding to 8 bits loses. Measured at a learning rate of
-    1e-6, 2 % of the parameters moved at all in 100 updates.
+    1e-6, 2 % of the parameters moved at all in 100 updates. Beside an adapter, the weights
+    are in the dtype of the computation, or int8.
     """
     if config.update.param_dtype == "bfloat16":
         raise UserError(
@@ -269,11 +271,18 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
             "computation is bfloat16 by --dtype)"
         )
     mesh = config.mesh or default_mesh(jax.device_count())
-    loaded = load_model(config.model, mesh, config.update.param_dtype)
-    if loaded.quantize:
+    adapter = config.adapter
+    dtype = computed_in(config).name if adapter.rank else config.update.param_dtype
+    loaded = load_model(config.model, mesh, dtype, adapter.quantize)
+    if loaded.adapter:
         raise UserError(
-            f"{config.model} has its weights as int8, which cannot be trained; train the "
-            "model that it was made from"
+            f"{config.model} is an adapter, which training cannot begin with; merge it first: "
+            f"python -m e1jax.convert to-hf {config.model} DST"
+        )
+    if loaded.quantize and not adapter.rank:
+        raise UserError(
+            f"{config.model} has its weights as int8, which cannot be trained; train an "
+            "adapter (adapter.rank), or the model that it was made from"
         )
     text = config.data.budget_text or loaded.tokenizer.budget_text or BUDGET_TEXT
     text = text if config.rollout.state_budgets else None

@@ -21,7 +21,7 @@ from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig, SFTConfig
 from e1jax.grpo.learner import default_mesh
-from e1jax.nn.model import abstract_params
+from e1jax.nn.model import abstract_adapter, abstract_params
 from e1jax.sample import SampleFlags
 from e1jax.sharding.mesh import check_divides, make_mesh
 from e1jax.training import make_optimizer
@@ -83,8 +83,8 @@ def test_fine_tuning_makes_the_bundled_model():
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
 def test_the_state_of_a_training(path):
-    """What is trained has the size of its model, and every chip of the hardware holds an
-    equal part of the parameters and of both moments."""
+    """What is trained has the size of its model or adapter, and every chip of the hardware
+    holds an equal part of the parameters and of both moments."""
     config = load(path)
     model, count = MODELS[config.model]
     chips = chips_of(path)
@@ -93,9 +93,13 @@ def test_the_state_of_a_training(path):
     assert config.update.microbatch % mesh.shape["data"] == 0
     params = abstract_params(model, mesh, config.update.param_dtype)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    state = abstract_state(optimizer, params, mesh)
     leaves = jax.tree.leaves(params)
     assert sum(leaf.size for leaf in leaves) == count
+    if config.adapter.rank:
+        params = abstract_adapter(model, config.adapter, mesh, np.float32)
+        count = adapter_size(model, config.adapter.rank)
+        leaves += jax.tree.leaves(params)
+    state = abstract_state(optimizer, params, mesh)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape]
     assert sum(leaf.size for leaf in moments) == 2 * count
     for leaf in [*leaves, *moments]:
@@ -103,6 +107,14 @@ def test_the_state_of_a_training(path):
         # Norms and biases, under a thousandth of the parameters, are whole everywhere.
         if leaf.size > 2**24:
             assert np.prod(part) * chips == leaf.size
+
+
+def adapter_size(model: ModelConfig, rank: int) -> int:
+    """Of A and B in all linear layers."""
+    d, f, c = model.hidden_size, model.intermediate_size, model.head_dim
+    heads, kv_heads = model.num_heads * c, model.num_kv_heads * c
+    sides = [(d, heads), (d, kv_heads), (d, kv_heads), (heads, d), *[(d, f)] * 3]
+    return model.num_layers * rank * sum(map(sum, sides))
 
 
 @pytest.mark.parametrize("path", GRPO, ids=lambda path: path.stem)
@@ -135,7 +147,7 @@ def test_the_recipe_of_the_paper(path):
     assert rollout.state_budgets == path.stem.endswith("_elastic")
     assert (rollout.temperature, config.data.max_prompt_len) == (0.6, 1024)
     assert (update.minibatch_prompts, update.epochs) == (64, 1)
-    assert config.optimizer.learning_rate == 1e-6
+    assert config.optimizer.learning_rate == (1e-5 if config.adapter.rank else 1e-6)
     assert (config.loss.kl_coef, config.loss.entropy_coef) == (0.001, 0.001)
 
 

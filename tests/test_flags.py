@@ -24,6 +24,7 @@ ENGINE = [
     "quantize",
     "kv-dtype",
     "no-state-budgets",
+    "adapter",
 ]
 FLAGS = {
     SampleFlags: "thinking-budget end-of-thinking-text on-thinking-budget stop prompts output json logprobs raw",

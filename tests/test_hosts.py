@@ -93,8 +93,8 @@ def alone(place):
     return place / "alone"
 
 
-def settings() -> GRPOConfig:
-    return load_config(GRPOConfig, ["--config", "hosts.yaml"], "train")[0]
+def settings(*flags: str) -> GRPOConfig:
+    return load_config(GRPOConfig, ["--config", "hosts.yaml", *flags], "train")[0]
 
 
 def start(run_dir: Path, scripts: list[list[str]], *flags: str):
@@ -179,6 +179,15 @@ def test_lost_processes_and_the_run_of_one(place, alone):
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
     assert_same(run_dir, alone, 4)
     assert [r["data"] for r in records(run_dir)] == [r["data"] for r in records(alone)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_adapter(place):
+    flags = ["--adapter.rank", "3", "--steps", "2"]
+    train.train(settings(*flags), place / "adapter_of_one")
+    codes, outputs = start(place / "adapter_of_two", [COMMAND, COMMAND], *flags)
+    assert codes == [0, 0], outputs
+    assert_same(place / "adapter_of_two", place / "adapter_of_one", 2)
 
 
 def test_processes_that_differ_or_whose_directory_is_taken_are_all_refused(place):

@@ -371,6 +371,19 @@ def test_useful_flops_of_an_update(microbatch, tokens, config):
     assert update_flops(learner) == 6 * (tokens * 3 * layer + 4 * 60 * 264 * 64)
 
 
+def test_useful_flops_beside_frozen_parameters(config):
+    """A frozen weight has no gradient: two products a token, and three of A and B."""
+    argv = ["--adapter.rank", "5", "--adapter.targets", "[q, down]"]
+    loaded, _ = load_config(GRPOConfig, ["--config", str(config), *argv], "plan")
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    learner, _ = abstract_learner(loaded, SIZES, mesh)
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96
+    adapter = 5 * (64 + 64 + 96 + 64)
+    tokens, responses = 2 * 40 + 4 * 60, 4 * 60
+    products = tokens * 3 * (4 * layer + 6 * adapter) + 4 * responses * 264 * 64
+    assert update_flops(learner) == products
+
+
 def test_flops_of_attention_with_shared_prompts(config):
     """Of 4 heads of 16: a product over half a square of each prompt, and over the
     responses' part of the square of both; a pass has a call for each."""
@@ -504,6 +517,32 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
     unprinted = [text for text in train["warnings"] if "memory only" in text]
     assert "print update, logprobs for" in unprinted[0]
     assert "print copy, decode, prefill, admit for" in unprinted[1]
+
+
+@pytest.mark.parametrize("form", [None, "int8"])
+def test_an_adapter_is_all_that_is_trained(form, fake, config, monkeypatch, capsys):
+    fake(10**8)
+    argv = ["--config", config, "--topology", "v5e:1x1", "--json"]
+    argv += ["--adapter.rank", "5", "--adapter.targets", "[q, v]"]
+    argv += ["--adapter.quantize", form] if form else []
+    code, (sample, train) = run(monkeypatch, capsys, *argv)
+    assert code == 0
+    count = 3 * 5 * (64 + 64 + 64 + 32)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    own = device_bytes(abstract_params(SIZES, mesh, jnp.bfloat16, form))
+    assert own == 2 * PARAMETERS or form
+    assert sample["memory"]["weights"] == own + 2 * count
+    held = train["memory"]
+    assert held["frozen"] == own and held["parameters"] == 4 * count
+    assert 8 * count <= held["optimizer"] <= 8 * count + 16
+    assert held["reference"] == 0
+    # The engine samples from the frozen parameters themselves, and a copy of A and B.
+    phases = train["settings"]["phases"]
+    assert "copy" not in phases
+    rollouts = own + (4 + 8 + 2) * count + 6 * ROW + ROW // 2
+    assert rollouts < phases["rollouts"] < rollouts + 10**4
+    update = own + (4 + 8) * count
+    assert update < phases["update"] < update + 10**4
 
 
 @pytest.mark.parametrize("slots", [1, 3, 50])

@@ -402,7 +402,7 @@ def test_two_devices_compute_what_one_does(workplace, unbroken):
 def test_devices_are_on_data_unless_a_mesh_is_given(
     flags, mesh, workplace, monkeypatch
 ):
-    def load(model, mesh_text, dtype):
+    def load(model, mesh_text, *form):
         raise UserError(mesh_text)
 
     monkeypatch.setattr(jax, "device_count", lambda: 6)

@@ -152,27 +152,37 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        header, start = _header(file)
-        for name in sorted(header):
+        for name, tensor in read_tensors(file).items():
             if name in tensors:
                 raise UserError(
                     f"{file} and {tensors[name].file.name} both hold {name}; "
                     "download the model again"
                 )
-            shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-            if dtype not in _DTYPES:
-                raise UserError(
-                    f"{file}: {name} is stored as {dtype}; e1jax reads "
-                    f"{', '.join(_DTYPES)}"
-                )
-            offset = start + header[name]["data_offsets"][0]
-            tensors[name] = StoredTensor(file, name, shape, _DTYPES[dtype], offset)
+            tensors[name] = tensor
     for name, file in index.items():
         if name not in tensors or tensors[name].file.name != str(file):
             raise UserError(
                 f"{path / INDEX_FILE} says that {name} is in {file}, where it is not; "
                 "download both again"
             )
+    return tensors
+
+
+def read_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file by name, in the order of the names.
+
+    Raises UserError for a file that is missing or cut off, and for another dtype.
+    """
+    header, start = _header(file)
+    tensors = {}
+    for name in sorted(header):
+        shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+        if dtype not in _DTYPES:
+            raise UserError(
+                f"{file}: {name} is stored as {dtype}; e1jax reads {', '.join(_DTYPES)}"
+            )
+        offset = start + header[name]["data_offsets"][0]
+        tensors[name] = StoredTensor(file, name, shape, _DTYPES[dtype], offset)
     return tensors
 
 

@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from e1jax.checkpoint.adapter import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    AdapterOrigin,
+    as_adapter,
+    check_saved_adapter,
+    of_peft,
+    of_run,
+    read_adapter,
+)
 from e1jax.checkpoint.digests import check_checksums, files_digest
 from e1jax.checkpoint.huggingface import (
     INDEX_FILE,
@@ -26,7 +36,7 @@ from e1jax.checkpoint.huggingface import (
 )
 from e1jax.checkpoint.int8 import as_int8
 from e1jax.checkpoint.params import check_saved, open_params, place, quantized
-from e1jax.checkpoint.runs import find_params, is_step, saved_checksums
+from e1jax.checkpoint.runs import ORIGIN, find_params, is_step, saved_checksums
 from e1jax.cli.files import OBJECT, TEXT, check_fields, looking_for, read_json
 from e1jax.cli.flags import EngineFlags
 from e1jax.cli.outputs import digest
@@ -39,7 +49,8 @@ from e1jax.config.buckets import (
 )
 from e1jax.config.checks import UserError, check_choice, shown
 from e1jax.config.model import QUANTIZED, ModelConfig
-from e1jax.nn.model import abstract_params
+from e1jax.nn.lora import add_adapter, scaled
+from e1jax.nn.model import abstract_adapter, abstract_params
 from e1jax.nn.quantize import Params
 from e1jax.sharding.mesh import make_mesh, note_undivided
 from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files
@@ -55,7 +66,7 @@ _TENSOR = {"dtype": TEXT, "sha256": TEXT}
 _NOTED_BYTES = 10**8  # of a model that is copied from a bucket
 
 HUGGING_FACE, CHECKPOINT = "Hugging Face directory", "e1jax checkpoint"
-RUN = "run directory"
+RUN, PEFT = "run directory", "peft directory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +80,7 @@ class ModelFiles:
 
     name: str  # as the user gave it
     path: Path  # the directory of that name, downloaded if need be
-    kind: str  # HUGGING_FACE, CHECKPOINT or RUN
+    kind: str  # HUGGING_FACE, CHECKPOINT, RUN or PEFT
     weights: Path  # directory of safetensors, or of parameters written by Orbax
     directory: Path  # of config.json, tokenizer and manifest: local, also of a bucket
     manifest: Mapping[str, Any]  # see `read_manifest`
@@ -80,6 +91,25 @@ class ModelFiles:
         if self.kind == HUGGING_FACE:
             return self._hugging_face[0]
         return read_config(self.directory)
+
+    @functools.cached_property
+    def adapter(self) -> AdapterOrigin | None:
+        """If the weights are an adapter, A and B alone, its settings and its base."""
+        if self.kind == PEFT:
+            return of_peft(self.weights)
+        return of_run(self._run_dir) if self.kind == RUN else None
+
+    @property
+    def base_digest(self) -> str | None:
+        """Of an adapter: the digest of the weights that it was trained beside, if a run
+        recorded it."""
+        file = self._run_dir / ORIGIN
+        recorded = self.kind == RUN and file.is_file()
+        return read_json(file).get("model") if recorded else None
+
+    @property
+    def _run_dir(self) -> Path:
+        return self.weights.parent.parent.parent
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -93,6 +123,9 @@ class ModelFiles:
         if self.kind == HUGGING_FACE:
             return self._hugging_face[1]
         with self.reading():
+            if self.adapter:
+                settings = self.adapter.settings
+                return check_saved_adapter(self.weights, self.config, settings)
             return check_saved(self.weights, self.config)
 
     @functools.cached_property
@@ -120,6 +153,9 @@ class ModelFiles:
             return digest(sums)
         if self.kind == HUGGING_FACE:
             return files_digest(sorted({t.file for t in self.tensors.values()}))
+        if self.kind == PEFT:
+            names = PEFT_CONFIG, PEFT_WEIGHTS
+            return files_digest(self.weights / name for name in names)
         if in_bucket(self.weights):
             return digest(
                 [(n, f["md5Hash"]) for n, f in files_below(self.weights).items()]
@@ -158,6 +194,7 @@ class LoadedModel:
     mesh: Mesh
     dtype: Any  # of the parameters and of the computation
     quantize: str | None = None  # form of kernels and embedding, see quantize
+    adapter: ModelFiles | None = None  # beside the weights of `files`
 
     _params: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False)
 
@@ -190,18 +227,42 @@ class LoadedModel:
             if sums is not None:
                 path, way_out = str(self.files.weights), "take another step of the run"
                 check_checksums(params, sums, path, way_out)
-        return params
+        return params if self.adapter is None else self._adapted(params, self.adapter)
+
+    def _adapted(self, params: Params, files: ModelFiles) -> Params:
+        """The parameters with the adapter beside them."""
+        assert files.adapter is not None
+        settings = files.adapter.settings
+        shapes = abstract_adapter(self.config, settings, self.mesh, self.dtype)
+        with files.reading():
+            arrays = read_adapter(files.weights, self.config, settings)
+        adapter = as_adapter(arrays, shapes)
+        sums = saved_checksums(files.weights) if files.kind == RUN else None
+        if sums is not None:
+            way_out = "take another step of the run"
+            check_checksums(adapter, sums, str(files.weights), way_out)
+        adapter = scaled(adapter, settings.scale)
+        return add_adapter(
+            params, jax.tree.map(lambda x: x.astype(self.dtype), adapter)
+        )
 
     def record(self) -> dict[str, Any]:
         """What decides which model this is, as JSON, for the record of a file made by it."""
-        local = Path(self.files.name).exists()
         return {
-            "model": str(self.files.path.resolve()) if local else self.files.name,
-            "step": self.files.step,
-            "weights": self.files.digest,
+            **_identity(self.files),
             "dtype": str(self.dtype),
             "quantize": self.quantize,
+            "adapter": self.adapter and _identity(self.adapter),
         }
+
+
+def _identity(files: ModelFiles) -> dict[str, Any]:
+    local = Path(files.name).exists()
+    return {
+        "model": str(files.path.resolve()) if local else files.name,
+        "step": files.step,
+        "weights": files.digest,
+    }
 
 
 def load_model(
@@ -210,11 +271,14 @@ def load_model(
     dtype: str | None = None,
     quantize: str | None = None,
     state_budgets: bool = True,
+    adapter: str | None = None,
 ) -> LoadedModel:
     """A model ready to run.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
     `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
+    `adapter` names an adapter to it; a run that trained one, or a peft directory, may be
+    named as the model, and is its base with the adapter. A run's tokenizer is taken with it.
     Without `state_budgets`, its tokenizer has no text that states them, whatever the
     checkpoint records. Raises UserError for whatever is missing, broken, or of another model.
     """
@@ -222,18 +286,24 @@ def load_model(
         check_choice("dtype", dtype, ("float32", "bfloat16"))
     if quantize is not None:
         check_choice("quantize", quantize, QUANTIZED)
-    files = find_model(model)
-    tokenizer, config = files.tokenizer, files.config
+    files, added = find_with_adapter(model, adapter)
+    config = files.config
+    tokenizer = (added if added and added.kind == RUN else files).tokenizer
     if not state_budgets:
         tokenizer = dataclasses.replace(tokenizer, budget_text=None)
     mesh = make_mesh(mesh_text, config)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     tensors = files.tensors  # checked now; the weights themselves can wait
+    if added and added.adapter:
+        check_saved_adapter(added.weights, config, added.adapter.settings)
+        quantize = quantize or added.adapter.settings.quantize
     if files.kind != HUGGING_FACE:
         quantize = quantized(tensors) or quantize
     note_undivided(config, abstract_params(config, mesh, jnp.dtype(dtype), quantize))
-    return LoadedModel(files, config, tokenizer, mesh, jnp.dtype(dtype), quantize)
+    return LoadedModel(
+        files, config, tokenizer, mesh, jnp.dtype(dtype), quantize, added
+    )
 
 
 def load_flagged(flags: EngineFlags) -> LoadedModel:
@@ -244,18 +314,66 @@ def load_flagged(flags: EngineFlags) -> LoadedModel:
         flags.dtype,
         flags.quantize,
         state_budgets=not flags.no_state_budgets,
+        adapter=flags.adapter,
     )
 
 
-def find_model(model: str) -> ModelFiles:
-    """The files of a model: bundled, local, in a bucket, or downloaded from the hub.
+def find_with_adapter(
+    model: str, adapter: str | None = None
+) -> tuple[ModelFiles, ModelFiles | None]:
+    """The files of a model, and of an adapter if it has one: `adapter`, or `model` itself if
+    that is an adapter, whose base is then found by the name that it recorded.
+
+    Raises UserError if either is missing or is not what it should be.
+    """
+    files = find_model(model)
+    if adapter is not None:
+        if files.adapter:
+            raise UserError(
+                f"the model {model} is an adapter itself; give one, beside a model"
+            )
+        added = find_model(adapter, "adapter")
+        if not added.adapter:
+            raise UserError(
+                f"the adapter {adapter} is a model; give it as that, or name an adapter"
+            )
+        return files, added
+    if not files.adapter:
+        return files, None
+    base = files.adapter.base
+    way_out = f"give it, by --model BASE --adapter {model}"
+    if not base:
+        raise UserError(f"{model} is an adapter, and names no model; {way_out}")
+    try:
+        found = find_model(base)
+    except UserError as error:
+        raise UserError(
+            f"{model} is an adapter to {base}: {error}; {way_out}"
+        ) from None
+    if found.adapter:
+        raise UserError(f"{model} is an adapter to {base}, which is one too; {way_out}")
+    if files.base_digest not in (None, found.digest):
+        raise UserError(
+            f"{model} is an adapter to {base}, whose weights were others when it was "
+            f"trained; {way_out}"
+        )
+    return found, files
+
+
+def find_model(model: str, kind: str = "model") -> ModelFiles:
+    """The files of a model: bundled, local, in a bucket, or downloaded from the hub; or of an
+    adapter, which messages then call it (`kind`).
 
     Of a checkpoint or run in a bucket, small files are copied here, and arrays are read
     from there when they are needed; a Hugging Face directory is copied in full. Raises
     UserError if there is no such directory or the hub does not give it.
     """
-    path = resolve(model)
-    with looking_for("model", model):
+    path = resolve(model, kind)
+    with looking_for(kind, model):
+        whole = any(path.glob("model*.safetensors"))
+        if (path / PEFT_CONFIG).is_file() and not whole:
+            local = _copied(path, (PEFT_CONFIG, PEFT_WEIGHTS))
+            return ModelFiles(model, path, PEFT, local, local, {})
         saved = find_params(path)
         if saved is None:
             local = _download(path) if in_bucket(path) else path
@@ -263,14 +381,22 @@ def find_model(model: str) -> ModelFiles:
         weights, directory = saved
         kind = CHECKPOINT if weights.parent == directory else RUN
         if in_bucket(directory):
-            local = temporary_directory(directory)
-            for name in ("config.json", "manifest.json"):
-                if (directory / name).is_file():
-                    copy_file(directory / name, local / name)
+            local = _copied(directory, ("config.json", "manifest.json"))
             copy_files(directory, local)
             directory = local
     manifest = read_manifest(directory)
     return ModelFiles(model, path, kind, weights, directory, manifest)
+
+
+def _copied(directory: Path, names: Sequence[str]) -> Path:
+    """A local directory with the files of these names; a local one itself."""
+    if not in_bucket(directory):
+        return directory
+    local = temporary_directory(directory)
+    for name in names:
+        if (directory / name).is_file():
+            copy_file(directory / name, local / name)
+    return local
 
 
 def _download(path: Path) -> Path:
@@ -293,8 +419,9 @@ def _download(path: Path) -> Path:
     return local
 
 
-def resolve(model: str) -> Path:
-    """The directory of a model: bundled, local, in a bucket, or downloaded from the hub.
+def resolve(model: str, kind: str = "model") -> Path:
+    """The directory of a model: bundled, local, in a bucket, or downloaded from the hub;
+    `kind` is what messages call it.
 
     Raises UserError if there is no such directory or the hub does not give it.
     """
@@ -304,31 +431,38 @@ def resolve(model: str) -> Path:
                 f"the model {shown(model)} is not in this installation of e1jax"
             )
         return _BUNDLED / model
-    with looking_for("model", model):
+    with looking_for(kind, model):
         path = open_path(model).expanduser()
         if path.is_dir() or (is_step(path.name) and find_params(path)):
             return path
     if in_bucket(path):
         raise UserError(
-            f"the model {shown(model)} is not in the bucket, or there is no such bucket; "
+            f"the {kind} {shown(model)} is not in the bucket, or there is no such bucket; "
             "check its address, as by gcloud storage ls"
         )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise UserError(
-            f"the model {shown(model)} is neither a directory nor a hub id (owner/name); "
-            "check the path, or use nano, which is bundled"
+            f"the {kind} {shown(model)} is neither a directory nor a hub id (owner/name); "
+            "check the path"
+            + (", or use nano, which is bundled" if kind == "model" else "")
         )
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 model,
-                allow_patterns=["config.json", *FILES, "*.safetensors", INDEX_FILE],
+                allow_patterns=[
+                    "config.json",
+                    *FILES,
+                    "*.safetensors",
+                    INDEX_FILE,
+                    PEFT_CONFIG,
+                ],
             )
         )
     except Exception as error:  # many kinds: no network, no such repository, no right
         reason = str(error).strip().split("\n")[0].strip(" .:")
         raise UserError(
-            f"the model {shown(model)} is not a directory here and cannot be had from the "
+            f"the {kind} {shown(model)} is not a directory here and cannot be had from the "
             f"hub ({reason}); check the name and the network, or give a local directory"
         ) from None
 

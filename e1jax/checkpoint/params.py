@@ -66,6 +66,12 @@ def open_params(path: Path, config: ModelConfig) -> dict[str, LazyArray]:
     reading a missing array.
     """
     item = abstract_on_one(config, quantized(check_saved(path, config)))
+    return restore_lazily(path, item)
+
+
+def restore_lazily(path: Path, item: Params) -> dict[str, LazyArray]:
+    """The arrays saved at `path`, of which `item` is the abstract tree, by name, yet to be
+    read."""
     lazy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=LazyArray), item)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry())
     with (
@@ -141,6 +147,15 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
 
     Raises UserError if it cannot be read, or is of a model of other sizes.
     """
+    saved = read_metadata(path)
+    shapes = {name: array.shape for name, array in saved.items()}
+    check_same(shapes, named_shapes(config, quantized(saved)), str(path))
+    return saved
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Shape and dtype of every array saved at `path`, by name; UserError if it cannot be
+    read."""
     handler = ocp.PyTreeCheckpointHandler()
     with (
         explain_orbax(broken_checkpoint(path)),
@@ -149,10 +164,7 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
         metadata = checkpointer.metadata(str(path.absolute())).item_metadata
         if metadata is None:
             raise UserError(f"{broken_checkpoint(path)}: its metadata is missing")
-        saved = named_leaves(metadata.tree)
-        shapes = {name: array.shape for name, array in saved.items()}
-    check_same(shapes, named_shapes(config, quantized(saved)), str(path))
-    return saved
+        return named_leaves(metadata.tree)
 
 
 def quantized(saved: Mapping[str, Any]) -> str | None:
@@ -162,8 +174,12 @@ def quantized(saved: Mapping[str, Any]) -> str | None:
 
 def abstract_on_one(config: ModelConfig, form: str | None = None) -> Params:
     """Shapes of a model's parameters, for who needs no mesh."""
-    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
-    return abstract_params(config, mesh, np.float32, form)
+    return abstract_params(config, on_one_device(config), np.float32, form)
+
+
+def on_one_device(config: ModelConfig) -> Mesh:
+    """A mesh of one device."""
+    return make_mesh("data=1,tensor=1", config, jax.devices()[:1])
 
 
 def named_shapes(

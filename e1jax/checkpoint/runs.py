@@ -30,6 +30,10 @@ from e1jax.sharding.mesh import replicated
 CHECKPOINTS, RECORD, BEST = "checkpoints", "record/metadata", "best.json"
 
 
+# Of a run: digests of what it was begun with, besides its settings.
+ORIGIN = "origin.json"
+
+
 # Orbax's mark of a complete step in a bucket.
 COMMIT_SUCCESS_FILE = "commit_success.txt"
 

@@ -71,6 +71,9 @@ class EngineFlags(QuantizeFlags):
     max_position_embeddings if smaller)."""
     no_state_budgets: bool = False
     """Leave budgets out of prompts, also where the model was trained with stated ones."""
+    adapter: str | None = flag("DIR", None)
+    """Adapter (LoRA) to use beside the model: a run directory of train with an adapter, or a
+    peft directory (default: none; a run that trained one may also be the --model alone)."""
 
 
 def read_flags(cls: type[FlagsT], argv: Sequence[str], prog: str) -> FlagsT:

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Literal, get_args
 
+from e1jax.config.adapter import NO_ADAPTER, AdapterConfig
 from e1jax.config.checks import (
     UNLIMITED,
     UserError,
@@ -522,6 +523,7 @@ class GRPOConfig:
     loss: LossConfig = LossConfig()
     optimizer: AdamWConfig = AdamWConfig()
     update: UpdateConfig = UpdateConfig()
+    adapter: AdapterConfig = NO_ADAPTER
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     dtype: Literal["float32", "bfloat16"] | None = None

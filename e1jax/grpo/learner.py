@@ -1,5 +1,6 @@
 """The policy in training: optimizer, jitted updates, log-probabilities of the reference."""
 
+import functools
 import time
 from typing import Any
 
@@ -24,23 +25,25 @@ from e1jax.grpo.rollouts import (
     mean_over_processes,
     pair_metrics,
 )
-from e1jax.nn.model import GatherParams, abstract_params
+from e1jax.nn.model import GatherParams, abstract_params, init_adapter
 from e1jax.nn.quantize import Params
 from e1jax.sharding.fsdp import (
     data_specs,
-    make_gather_params,
     map_over_data,
     sum_over_data,
 )
 from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 from e1jax.training import (
+    ALL_TRAINED,
+    Frozen,
     apply_gradients,
     entropy_coefs,
     jit_update,
     learning_rates,
     make_optimizer,
     restore_or_init,
+    trained_shapes,
 )
 
 
@@ -54,7 +57,8 @@ class Learner:
     """The policy in training: its parameters, the optimizer's state, the reference.
 
     The engine samples from `sampling_params()`, which are the parameters themselves
-    where they have the dtype of the computation and the sharding of sampling.
+    where they have the dtype of the computation and the sharding of sampling. With an
+    adapter, which then is beside the frozen parameters, these are the reference too.
     """
 
     def __init__(
@@ -71,9 +75,11 @@ class Learner:
         )
         self.schedule = learning_rates(config.optimizer, config.steps)
         self.entropy_coefs = entropy_coefs(config.loss, config.steps)
-        self.shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+        self.frozen, self.shapes = trained_shapes(config.adapter, loaded)
         local = local_mesh(loaded.config, loaded.mesh)
-        sampled = abstract_params(loaded.config, local, self.dtype)
+        sampled = abstract_params(
+            loaded.config, local, self.dtype, loaded.quantize, config.adapter
+        )
         self.to_local = make_local_copy(loaded.mesh, sampled)
         self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
         shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
@@ -84,36 +90,49 @@ class Learner:
             self.dtype,
             shardings,
             longest_response=longest[1],
+            frozen=self.frozen,
         )
+        rows = config.rollout.samples, solutions_of(config.rollout)
         self.logprobs = make_logprobs(
-            loaded.config,
-            self.dtype,
-            shardings[0],
-            config.rollout.samples,
-            solutions_of(config.rollout),
+            loaded.config, self.dtype, shardings[0], *rows, frozen=self.frozen
         )
-        self.params: Params = {}
+        self.reference_logprobs = self.logprobs
+        if self.frozen.shapes is not None:  # without the adapter
+            self.reference_logprobs = make_logprobs(
+                loaded.config, self.frozen.dtypes, self.frozen.shardings, *rows
+            )
+        self.join = self.frozen.make_join(shardings[0], self.dtype)
+        self.params: Params = {}  # the trained ones
+        self.base: Params | None = None  # the frozen ones
         self.state: Any = None
         self.reference: Params | None = None
 
     def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
         """Goes on from the latest checkpoint, or begins with the model; the step."""
+        init = self.loaded.read_params
+        if self.config.adapter.rank:
+            self.base = self.loaded.read_params()
+            init = functools.partial(init_adapter, self.shapes, self.config.seed)
         step, self.params, self.state = restore_or_init(
             checkpoints,
             self.optimizer,
             (self.shapes, self.state_shapes),
-            self.loaded.read_params,
+            init,
             batches,
         )
         if self.config.loss.kl_coef:
-            initial = self.loaded.read_params() if step else self.params
-            # Copied, because the update donates its input.
-            self.reference = _cast(initial, self.dtype, copy=initial is self.params)
+            self.reference = self.base or self._initial(step)
         return step
+
+    def _initial(self, step: int) -> Params:
+        """The parameters that the run began with, in the dtype of the computation."""
+        initial = self.loaded.read_params() if step else self.params
+        # Copied, because the update donates its input.
+        return _cast(initial, self.dtype, copy=initial is self.params)
 
     def sampling_params(self) -> Params:
         """The policy where the engine samples: on this process's own devices."""
-        return self.to_local(self.params)
+        return self.to_local(self.join(self.base, self.params))
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
         """Updates the policy by the responses that were sampled after `step` steps; the
@@ -129,7 +148,13 @@ class Learner:
             # The first update is of the parameters that sampled.
             on_policy = config.loss.old_logprobs == "recomputed" and not measured
             self.params, self.state, metrics = self.update(
-                self.params, self.state, batch, on_policy, temperature, entropy_coef
+                self.params,
+                self.state,
+                batch,
+                on_policy,
+                temperature,
+                entropy_coef,
+                self.base,
             )
             measured.append(metrics)
         means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
@@ -152,10 +177,6 @@ class Learner:
         num_micro = len(whole.tokens) * epochs // self.config.updates_per_step
         rows = NamedSharding(self.loaded.mesh, PartitionSpec(None, "data"))
 
-        def logprobs(params: Params, batch: Batch) -> jax.Array:
-            # Some batches have a reference's by then: it would be compiled twice.
-            return self.logprobs(params, batch._replace(ref_logprobs=None), temperature)
-
         def minibatch(first: int) -> Batch:
             def put(x: np.ndarray) -> jax.Array:
                 x = x[first : first + num_micro]
@@ -164,10 +185,14 @@ class Learner:
             batch = jax.tree.map(put, whole)
             if self.reference is None:
                 return batch
-            return batch._replace(ref_logprobs=logprobs(self.reference, batch))
+            logprobs = self.reference_logprobs(self.reference, batch, temperature)
+            return batch._replace(ref_logprobs=logprobs)
 
         def recomputed(batch: Batch) -> Batch:
-            return batch._replace(old_logprobs=logprobs(self.params, batch))
+            # Some batches have a reference's by then: it would be compiled twice.
+            plain = batch._replace(ref_logprobs=None)
+            logprobs = self.logprobs(self.params, plain, temperature, self.base)
+            return batch._replace(old_logprobs=logprobs)
 
         batches = [minibatch(at) for at in range(0, len(whole.tokens), num_micro)]
         first, *others = batches
@@ -194,36 +219,41 @@ def make_update(
     shardings: tuple[Any, Any],
     *,
     longest_response: int,
+    frozen: Frozen = ALL_TRAINED,
 ):
     """One jitted update by a mini-batch, whose micro-batches are gone through in turn.
 
-    (params, state, batch, on_policy, temperature, entropy_coef=None) -> (params, state,
-    metrics). `entropy_coef` is in place of the one of the settings. With
-    `on_policy` (bool), the batch was sampled from these parameters: the old
-    log-probabilities are then the update's own, and the batch's are only compared with
-    them, for `sampler_gap`. The first two arguments are donated, and sharded as
-    `shardings` says. Each place on the mesh axis `data` goes through its own rows
-    with the parameters gathered layer by layer, in `dtype`; gradients are summed up in
-    float32. `longest_response` is in tokens: see `loss_scale`.
+    (params, state, batch, on_policy, temperature, entropy_coef=None, base=None) ->
+    (params, state, metrics). `entropy_coef` is in place of the one of the settings, and
+    `base` are the frozen parameters, if there are any. With `on_policy` (bool), the batch
+    was sampled from these parameters: the old log-probabilities are then the update's own,
+    and the batch's are only compared with them, for `sampler_gap`. The first two arguments
+    are donated, and sharded as `shardings` says. Each place on the mesh axis `data` goes
+    through its own rows with the parameters gathered layer by layer, in `dtype`; gradients
+    are summed up in float32. `longest_response` is in tokens: see `loss_scale`.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
-    gather_params = make_gather_params(shardings[0], dtype)
+    gather_params = frozen.make_gather_params(shardings[0], dtype)
 
-    def of_shard(params, batch, weights, on_policy, temperature, entropy_coef):
-        def add(grads, inputs):
-            microbatch, weight = inputs
-            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
+    def of_shard(params, base, batch, weights, on_policy, temperature, entropy_coef):
+        def loss(params, microbatch, weight):
+            return grpo_loss(
                 config,
                 model,
-                params,
+                frozen.join(base, params),
                 microbatch,
-                weight[0],
+                weight,
                 on_policy,
                 temperature,
                 entropy_coef,
                 mesh=mesh,
                 gather_params=gather_params,
             )
+
+        def add(grads, inputs):
+            microbatch, weight = inputs
+            grad = jax.grad(loss, has_aux=True)
+            new, metrics = grad(params, microbatch, weight[0])
             return jax.tree.map(jnp.add, grads, new), metrics
 
         # So that gradients are of float32, whatever the parameters are.
@@ -237,19 +267,22 @@ def make_update(
         return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
     specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
+    of_base = data_specs(frozen.shardings)
     of_shards = map_over_data(
         of_shard,
         mesh,
-        in_specs=(specs, rows, rows, *[PartitionSpec()] * 3),
+        in_specs=(specs, of_base, rows, rows, *[PartitionSpec()] * 3),
         out_specs=(specs, PartitionSpec()),
     )
 
-    def update(params, state, batch, on_policy, temperature, entropy_coef=None):
+    def update(
+        params, state, batch, on_policy, temperature, entropy_coef=None, base=None
+    ):
         weights = _share_weights(
             batch.loss_mask, config.loss.aggregate, mesh.shape["data"]
         )
         scalars = on_policy, temperature, entropy_coef
-        grads, metrics = of_shards(params, batch, weights, *scalars)
+        grads, metrics = of_shards(params, base, batch, weights, *scalars)
         if config.loss.aggregate == "constant":
             scale = loss_scale(batch.loss_mask, "constant", longest_response)
             grads = jax.tree.map(lambda grad: grad * scale, grads)
@@ -335,16 +368,20 @@ def make_logprobs(
     shardings: Any,
     samples: int = 1,
     solutions: Solutions | None = None,
+    frozen: Frozen = ALL_TRAINED,
 ):
     """Log-probabilities of responses, a micro-batch at a time; `samples` rows in turn
     have the same prompt, and `solutions` the same thought: see `response_logprobs`.
 
-    (params, batch, temperature) -> [M, B, R] float32; see make_update.
+    (params, batch, temperature, base=None) -> [M, B, R] float32; see make_update. `dtype`
+    may be a tree of one for each parameter.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
-    gather_params = make_gather_params(shardings, dtype)
+    gather_params = frozen.make_gather_params(shardings, dtype)
 
-    def of_shard(params, batch, temperature):
+    def of_shard(params, batch, temperature, base):
+        params = frozen.join(base, params)
+
         def of_one(microbatch):
             logprobs, _ = response_logprobs(
                 model,
@@ -365,6 +402,11 @@ def make_logprobs(
         return jax.lax.map(of_one, batch)
 
     rows = PartitionSpec(None, "data")
-    in_specs = (data_specs(shardings), rows, PartitionSpec())
+    of_base = data_specs(frozen.shardings)
+    in_specs = (data_specs(shardings), rows, PartitionSpec(), of_base)
     of_shards = map_over_data(of_shard, mesh, in_specs, rows)
-    return jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)
+
+    def logprobs(params, batch, temperature, base=None):
+        return of_shards(params, batch, temperature, base)
+
+    return jax.jit(logprobs, compiler_options=COMPILER_OPTIONS)

@@ -8,12 +8,15 @@ from jaxtyping import Array, Float, Int
 from e1jax.config.model import ModelConfig
 from e1jax.nn.cache import KVCache
 from e1jax.nn.heads import Vectors
+from e1jax.nn.lora import adapted_product
 from e1jax.nn.paths import Operations, Path
 from e1jax.nn.scores import keep
 
 
 class Linear(nnx.Module):
-    """x @ kernel, and perhaps a bias; `axes` are the logical axes of the kernel [in, out]."""
+    """x @ kernel, and perhaps a bias; `axes` are the logical axes of the kernel [in, out].
+
+    The kernel may have an adapter; see nn.lora."""
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class Linear(nnx.Module):
         # A product of two matrices: into one of three dimensions, XLA on a CPU does not fold
         # the transposes of the backward pass, and copies the activations column by column.
         rows = x.reshape(-1, x.shape[-1])
-        y = operations.product(rows, self.kernel.get_value())
+        y = adapted_product(operations.product, rows, self.kernel.get_value())
         y = jax.lax.optimization_barrier(y) if apart else y
         return y.reshape(*x.shape[:-1], -1)
 

@@ -19,11 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from e1jax.config.adapter import NO_ADAPTER, AdapterConfig
 from e1jax.config.model import ModelConfig
 from e1jax.nn.attention import SharedPrompts
 from e1jax.nn.cache import KVCache
 from e1jax.nn.cpu import matmul_precision
 from e1jax.nn.layers import Block, Linear, RMSNorm
+from e1jax.nn.lora import PARTS, add_adapter, attach_adapters
 from e1jax.nn.paths import choose_operations, choose_path
 from e1jax.nn.quantize import (
     Params,
@@ -110,12 +112,14 @@ def forward(
         return _module(config, "layers", weights)(x, cache, layer, path)
 
     stacked = isinstance(params["layers"], dict)
-    layers, packed = split(params["layers"]) if stacked else ({}, {})
+    layers, packed = params["layers"], {}
+    if stacked and cache is not None:  # else a layer's kernels are gathered with it
+        layers, packed = split(layers)
 
     def layer_step(carry, weights):
         x, cache, layer = carry
         weights = path.operations.take_layer(gather_params(weights, "layers"))
-        weights = join(weights, packed, layer, in_slabs)
+        weights = attach_adapters(join(weights, packed, layer, in_slabs))
         return (*apply(x, cache, layer, weights), layer + 1), None
 
     names = () if remat else (KEPT,)
@@ -135,7 +139,7 @@ def forward(
             (x, cache, _), _ = jax.lax.scan(step, start, layers)
         else:
             for layer, weights in enumerate(params["layers"]):
-                weights = join(*split(weights), None, in_slabs)
+                weights = attach_adapters(join(weights, {}, None, in_slabs))
                 x, cache = apply(x, cache, jnp.int32(layer), weights)
     norm = _module(config, "norm", gather_params(params["norm"], "norm"))
     return norm(x, path.operations), cache
@@ -154,7 +158,7 @@ def unembed(
     hidden: Float[Array, "... D"],
     mesh: Mesh | None = None,
 ) -> Float[Array, "... V"]:
-    """Logits, float32; of packed parameters, for hidden states [B, D] only."""
+    """Logits, float32; of packed parameters with a `mesh`, for hidden states [B, D] only."""
     in_slabs = choose_operations(mesh).in_slabs
     with matmul_precision(hidden.dtype):
         if config.tie_word_embeddings:
@@ -170,17 +174,18 @@ def compute_dtype(params: Params) -> Any:
 
 
 def abstract_params(
-    config: ModelConfig, mesh: Mesh, dtype: Any, quantized: str | None = None
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: Any,
+    quantized: str | None = None,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> Params:
     """Shape, dtype and sharding of every parameter; no memory is used. `quantized` is
-    "int8" for kernels and embedding in that form."""
+    "int8" for kernels and embedding in that form; `adapter` may be beside them."""
 
     def leaf(variable: nnx.Variable):
-        axes = variable.get_metadata()["axes"]
-        axes = ("layers", *axes) if variable.ndim > len(axes) else axes
-        return jax.ShapeDtypeStruct(
-            variable.shape, dtype, sharding=sharding(mesh, axes, variable.shape)
-        )
+        place = sharding(mesh, _axes(variable), variable.shape)
+        return jax.ShapeDtypeStruct(variable.shape, dtype, sharding=place)
 
     def as_int8(array: jax.ShapeDtypeStruct, axis: int):
         sizes, place = list(array.shape), [*array.sharding.spec]
@@ -197,7 +202,61 @@ def abstract_params(
     params = nnx.to_pure_dict(
         jax.tree.map(leaf, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     )
-    return map_kernels(as_int8, params) if quantized else params
+    params = map_kernels(as_int8, params) if quantized else params
+    if not adapter.rank:
+        return params
+    return add_adapter(params, abstract_adapter(config, adapter, mesh, dtype))
+
+
+def abstract_adapter(
+    config: ModelConfig, adapter: AdapterConfig, mesh: Mesh, dtype: Any
+) -> Params:
+    """Shape, dtype and sharding of an adapter's arrays, see nn.lora; no memory is used.
+
+    A is sharded as its kernel over the inputs, and B over the outputs; the rank is not. So
+    products with both are local, and devices sum nothing wider than the rank.
+    """
+    state = nnx.to_pure_dict(_structure(config)[1], extract_fn=lambda v: v)
+    rank, abstract = adapter.rank, {}
+    for name in adapter.targets:
+        kernel = state["layers"][PARTS[name]][name]["kernel"]
+        (layers, inputs, outputs), (stack, *axes) = kernel.shape, _axes(kernel)
+        pair = {
+            "a": ((layers, inputs, rank), (stack, axes[0], None)),
+            "b": ((layers, rank, outputs), (stack, None, axes[1])),
+        }
+        abstract.setdefault(PARTS[name], {})[name] = {
+            key: jax.ShapeDtypeStruct(
+                shape, dtype, sharding=sharding(mesh, axes, shape)
+            )
+            for key, (shape, axes) in pair.items()
+        }
+    return abstract
+
+
+def init_adapter(abstract: Params, seed: int) -> Params:
+    """An adapter, each array made in its sharding: A is uniform within 1 / sqrt(I), which
+    is peft's Kaiming initialisation, and B is 0.
+
+    A layer's values depend on the seed and its name alone, not on the other targets.
+    """
+
+    def build():
+        keys = jax.random.split(jax.random.key(seed), len(PARTS))
+        by_name = dict(zip(PARTS, keys, strict=True))
+
+        def pair(name: str, like: Params) -> Params:
+            a, b = like["a"], like["b"]
+            bound = a.shape[1] ** -0.5
+            uniform = jax.random.uniform(by_name[name], a.shape, a.dtype, -bound, bound)
+            return {"a": uniform, "b": jnp.zeros(b.shape, b.dtype)}
+
+        return {
+            part: {name: pair(name, like) for name, like in linears.items()}
+            for part, linears in abstract.items()
+        }
+
+    return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
 def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Params:
@@ -209,6 +268,12 @@ def init_params(config: ModelConfig, mesh: Mesh, dtype: Any, seed: int) -> Param
         return jax.tree.map(lambda p: p.astype(dtype), params)
 
     return jax.jit(build, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical axes of a parameter, which of a layer's has the dim of layers first."""
+    axes = variable.get_metadata()["axes"]
+    return ("layers", *axes) if variable.ndim > len(axes) else axes
 
 
 def _module(config: ModelConfig, name: str, params: Params) -> Any:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from e1jax.nn.norm import over_last
+
 # Nested dicts of arrays. Under "layers", arrays are stacked on a leading dim L, or there
 # is a list with a dict per layer, as nn.cpu.unstack gives it.
 Params = dict[str, Any]
@@ -86,15 +88,16 @@ def join(
     layer: Int[Array, ""] | None,
     in_slabs: bool,
 ) -> dict[str, Any]:
-    """Arrays of one layer, with the kernels of that layer in their places; `layer` is
-    None where these are not stacked."""
-    joined = dict(arrays)
-    for name, part in packed.items():
-        if is_packed(part):
-            joined[name] = pack(part, in_slabs, layer)
+    """Arrays of one layer, with the kernels of that layer in their places. Packed kernels
+    among `arrays` are of one layer too."""
+    joined = {}
+    for name, part in arrays.items():
+        if isinstance(part, dict) and not is_packed(part):
+            joined[name] = join(part, packed.get(name, {}), layer, in_slabs)
         else:
-            joined[name] = join(arrays[name], part, layer, in_slabs)
-    return joined
+            joined[name] = pack(part, in_slabs)
+    stacked = {name: part for name, part in packed.items() if is_packed(part)}
+    return joined | {n: pack(part, in_slabs, layer) for n, part in stacked.items()}
 
 
 def pack(
@@ -120,7 +123,7 @@ def matmul(
         product = jnp.matmul(x, values, preferred_element_type=jnp.float32)
     if kernel.scale is not None:
         scale = kernel.scale if kernel.layer is None else _one(kernel.scale, layer)
-        product *= scale[None]
+        product *= over_last(scale, product)
     return product.astype(dtype or x.dtype)
 
 
@@ -152,7 +155,7 @@ def matmul_transposed(
         wide = dequantize(values, x.dtype)
         logits = jnp.matmul(x, wide.T, preferred_element_type=jnp.float32)
     if embedding.scale is not None:
-        logits *= embedding.scale[None]
+        logits *= over_last(embedding.scale, logits)
     return logits.astype(dtype)
 
 

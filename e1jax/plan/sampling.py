@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from e1jax.config.adapter import NO_ADAPTER, AdapterConfig
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
 from e1jax.grpo.rollouts import least_room
@@ -68,12 +69,13 @@ class Sampler(NamedTuple):
     prompt_len: int  # of the longest prompt
     quantize: str | None = None
     kv_dtype: str | None = None
+    adapter: AdapterConfig = NO_ADAPTER
 
     @property
     def params(self) -> Any:
         """Abstract parameters, laid out as sampling has them."""
-        sizes, mesh = self.sizes, self.mesh
-        return abstract_params(sizes, mesh, self.dtype, self.quantize)
+        form = self.quantize, self.adapter
+        return abstract_params(self.sizes, self.mesh, self.dtype, *form)
 
     @property
     def _cache_dtype(self) -> Any:
@@ -177,12 +179,13 @@ def plan_sampling(
     """The engine's programs, at the slots and lengths of the rollouts or the flags."""
     mesh = slice_mesh(slice_, args.mesh, sizes)
     sampler = rollout_sampler(config, sizes, mesh)
-    sampler = sampler._replace(quantize=args.quantize, kv_dtype=args.kv_dtype)
+    quantize = args.quantize or sampler.quantize
+    sampler = sampler._replace(quantize=quantize, kv_dtype=args.kv_dtype)
     slots, cache_len = sampler.slots, sampler.cache_len
     live = min(args.live or DEFAULT_LIVE, cache_len)
     report = new_report("sample", slice_, mesh)
     report.settings = {"slots": slots, "cache_len": cache_len, "live": live}
-    forms = {"quantize": args.quantize, "kv_dtype": args.kv_dtype}
+    forms = {"quantize": quantize, "kv_dtype": args.kv_dtype}
     report.settings |= {name: form for name, form in forms.items() if form}
     if slice_.hosts > 1:
         report.warnings.append(
@@ -219,7 +222,16 @@ def rollout_sampler(config: GRPOConfig, sizes: ModelConfig, mesh: Mesh) -> Sampl
     needed = config.data.max_prompt_len + least_room(config)
     cache_len = config.rollout.cache_len or needed
     prompt_len = min(config.data.max_prompt_len, cache_len)
-    return Sampler(sizes, mesh, computed_dtype(config), slots, cache_len, prompt_len)
+    return Sampler(
+        sizes,
+        mesh,
+        computed_dtype(config),
+        slots,
+        cache_len,
+        prompt_len,
+        quantize=config.adapter.quantize,
+        adapter=config.adapter,
+    )
 
 
 def sampling_programs(

@@ -19,12 +19,14 @@ from e1jax.grpo.learner import Learner, default_mesh
 from e1jax.grpo.logprobs import shares_prompts
 from e1jax.grpo.rollouts import (
     Batch,
+    computed_in,
     least_room,
     longest_lengths,
     padded_lengths,
     rollout_cache_len,
 )
 from e1jax.nn.model import abstract_params
+from e1jax.nn.quantize import Params
 from e1jax.plan.account import Account, account
 from e1jax.plan.interconnect import torus_of, traffic
 from e1jax.plan.programs import (
@@ -70,7 +72,7 @@ def plan_training(
     rows = config.update.microbatch // mesh.shape["data"]
     report.settings = {"tokens": batch.tokens.shape[-1], "rows": rows}
     report.settings["samples_in_pass"] = samples_in_pass(learner)
-    warn_if_undivided(report, sizes, learner.shapes)
+    warn_if_undivided(report, sizes, learner.frozen.shapes or learner.shapes)
     if config.update.param_dtype == "bfloat16":
         report.warnings.append("train refuses update.param_dtype=bfloat16")
     held = report.memory = resident(learner)
@@ -121,10 +123,12 @@ def abstract_learner(
     cache_len = rollout_cache_len(config, longest_prompt)
     longest = longest_lengths(config, cache_len, 1, longest_prompt)
     tokenizer: Any = None  # no text is made
-    dtype = jnp.dtype(update.param_dtype)
+    adapter, dtype = config.adapter, jnp.dtype(update.param_dtype)
+    if adapter.rank:
+        dtype = computed_in(config)
     nowhere = Path()  # the weights are never read
     files = ModelFiles(config.model, nowhere, CHECKPOINT, nowhere, nowhere, {})
-    loaded = LoadedModel(files, sizes, tokenizer, mesh, dtype)
+    loaded = LoadedModel(files, sizes, tokenizer, mesh, dtype, adapter.quantize)
     learner = Learner(config, loaded, longest)
     length, response_len = padded_lengths(longest, longest)
     place = NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -147,24 +151,32 @@ def abstract_learner(
 
 
 def resident(learner: Learner) -> dict[str, int]:
-    """Bytes on a device that are there all the time."""
+    """Bytes on a device that are there all the time. Beside an adapter, which `parameters`
+    then are, the frozen ones are the reference."""
     sizes, mesh = learner.loaded.config, learner.loaded.mesh
-    computed = abstract_params(sizes, mesh, learner.dtype)
-    return {
+    held = {
         "parameters": device_bytes(learner.shapes),
         "optimizer": device_bytes(learner.state_shapes),
-        "reference": device_bytes(computed) if learner.config.loss.kl_coef else 0,
+        "reference": 0,
     }
+    if learner.frozen.shapes is not None:
+        held["frozen"] = device_bytes(learner.frozen.shapes)
+    elif learner.config.loss.kl_coef:
+        computed = abstract_params(sizes, mesh, learner.dtype)
+        held["reference"] = device_bytes(computed)
+    return held
 
 
 def training_programs(learner: Learner, batch: Batch) -> dict[str, Program]:
     """The update, which needs most, and if it fits the passes that may go before it."""
     temperature = on_mesh(learner.loaded.mesh, np.float32(1))
     given = (learner.shapes, learner.state_shapes, batch, False, temperature)
-    programs = {"update": compile_for_tpu(learner.update.trace(*given))}
+    frozen = learner.frozen.shapes
+    update = learner.update.trace(*given, None, frozen)
+    programs = {"update": compile_for_tpu(update)}
     if programs["update"].fits and logprob_passes(learner.config):
         batch = batch._replace(ref_logprobs=None)  # as training calls it
-        traced = learner.logprobs.trace(learner.shapes, batch, temperature)
+        traced = learner.logprobs.trace(learner.shapes, batch, temperature, frozen)
         programs["logprobs"] = compile_for_tpu(traced)
     return programs
 
@@ -205,16 +217,20 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
         report.settings["rollouts_on"] = host_slice(slice_).topology
     sampler, loaded = host_sampler(learner, slice_), learner.loaded
     copied, phases = {}, {}
-    beside = resident(learner)
+    beside, own, shared = resident(learner), learner.shapes, "parameters"
+    if learner.frozen.shapes is not None:
+        form = loaded.quantize, learner.config.adapter
+        own = abstract_params(loaded.config, loaded.mesh, learner.dtype, *form)
+        shared = "frozen"
     if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
-        del beside["parameters"]  # the engine's are these
+        del beside[shared]  # the engine's are these
     else:
-        given = jax.tree.map(_by_process, learner.shapes)
+        given = jax.tree.map(_by_process, own)
         traced = make_copy_to_all(loaded.mesh, sampler.params).trace(given)
         copied["copy"] = compile_for_tpu(traced)
-        waiting = beside["optimizer"] + beside["reference"]
-        if given != learner.shapes:  # the copy is made of a copy in that order
-            waiting += beside["parameters"]
+        waiting = sum(beside.values()) - beside[shared]
+        if given != own:  # the copy is made of a copy in that order
+            waiting += beside[shared]
         phases["copy"] = copied["copy"].total + waiting
         warn_if_undivided(report, sampler.sizes, sampler.params)
     programs = sampling_programs(sampler)
@@ -254,7 +270,7 @@ def _cost_of_training(
     warn_of_copies(report, counted, 16 * LARGE_COPY, calls=times)
     if name == "update":
         held = device_bytes((learner.shapes, learner.state_shapes))
-        report.floor_bytes = 2 * held * times
+        report.floor_bytes = (2 * held + device_bytes(learner.frozen.shapes)) * times
         useful = update_flops(learner) / learner.loaded.mesh.size
         report.flops = {
             "useful_per_update": useful,
@@ -285,13 +301,17 @@ _KERNEL_SHARE = 0.5  # of the peak, assumed: the compiler has no estimate of ker
 
 
 def update_flops(learner: Learner) -> float:
-    """6 flops per weight of a matrix product and token, of one update; the output
-    matrix sees responses only. Tokens of a prompt that several responses share count
-    once. Attention's products are not in it."""
+    """6 flops per weight of a matrix product and token, of one update, and 4 where it is
+    frozen, as it gets no gradient; the output matrix sees responses only. Tokens of a
+    prompt that several responses share count once. Attention's products are not in it."""
     config, sizes = learner.config, learner.loaded.config
-    matrices = jax.tree.leaves(learner.shapes["layers"])
-    per_token = sum(math.prod(leaf.shape) for leaf in matrices if len(leaf.shape) == 3)
-    head = sizes.hidden_size * sizes.vocab_size
+    frozen, head = learner.frozen.shapes, sizes.hidden_size * sizes.vocab_size
+    if frozen is None:
+        per_token, head = 6.0 * _matrix_weights(learner.shapes["layers"]), 6.0 * head
+    else:
+        per_token = 4.0 * _matrix_weights(frozen["layers"])
+        per_token += 6.0 * _matrix_weights(learner.shapes)
+        head = 4.0 * head
     parts = parts_in_pass(learner)
     tokens = sum(rows * length for rows, _, length in parts)
     _, response_len = learner.longest
@@ -300,7 +320,13 @@ def update_flops(learner: Learner) -> float:
         sampled = sum(rows * length for rows, _, length in parts[1:])
     rows = config.update.minibatch_prompts * config.rollout.responses
     passes = rows / rows_on_device(learner)
-    return 6.0 * passes * (tokens * per_token + sampled * head)
+    return passes * (tokens * per_token + sampled * head)
+
+
+def _matrix_weights(layers: Params) -> int:
+    """Weights in the stacked matrices of a tree."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(layers)]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 3)
 
 
 def rows_on_device(learner: Learner) -> int:
@@ -373,7 +399,8 @@ def _fitting_learner(report: Report, learner: Learner, slice_: Slice) -> str:
     state, phases = sum(held.values()), dict(report.settings["phases"])
     rollouts, copied = phases.pop("rollouts"), phases.pop("copy", 0)
     most = max(phases.values())
-    gradients = held["parameters"] * 4 // learner.loaded.dtype.itemsize  # of float32
+    itemsize = jax.tree.leaves(learner.shapes)[0].dtype.itemsize
+    gradients = held["parameters"] * 4 // itemsize  # of float32
     if max(rollouts, copied, state + gradients) <= limit:
         if microbatch := smaller_microbatch(report, learner):
             return f"--update.microbatch {microbatch} fits"

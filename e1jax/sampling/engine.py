@@ -160,17 +160,19 @@ class Engine:
         quantize: str | None = None,
         kv_dtype: str | None = None,
         state_budgets: bool = True,
+        adapter: str | None = None,
     ) -> "Engine":
         """Loads a hub id, a Hugging Face or e1jax directory, or the bundled "nano".
 
         `mesh` is text like "data=1,tensor=4" (None: all devices), `dtype` "float32" or
         "bfloat16" (None: float32 on a CPU, bfloat16 elsewhere), `quantize` "int8" for
-        weights of half the size of bfloat16, `kv_dtype` as in the constructor. A model
+        weights of half the size of bfloat16, `kv_dtype` as in the constructor. `adapter` is
+        the run directory of an adapter (LoRA) to the model, or peft's directory. A model
         trained with stated budgets gets those of each request stated, unless
         `state_budgets` is false. Raises UserError, a ValueError, for anything wrong with
         them.
         """
-        loaded = load_model(name, mesh, dtype, quantize, state_budgets)
+        loaded = load_model(name, mesh, dtype, quantize, state_budgets, adapter)
         return cls(
             loaded.config,
             loaded.read_params(),

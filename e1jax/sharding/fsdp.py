@@ -70,7 +70,8 @@ def data_specs(shardings: Any) -> Any:
 def make_gather_params(
     shardings: dict[str, Any], dtype: Any
 ) -> Callable[[Any, str], Any]:
-    """(part, name) -> part, its arrays gathered and cast to `dtype`, within `map_over_data`.
+    """(part, name) -> part, its arrays gathered and cast to `dtype` (one, or one for each of
+    `shardings`), within `map_over_data`.
 
     `part` are the shards of the parameters under `name`, stacked layers or one of them.
     Their gradients are summed over `data` in float32, and only the own shard's sum is
@@ -82,14 +83,17 @@ def make_gather_params(
         places = [_on_data(p) for p in sharding.spec]
         return places.index(True) - len(places) if any(places) else 0
 
-    dims = jax.tree.map(from_end, shardings)
+    dims, dtypes = (
+        jax.tree.map(from_end, shardings),
+        jax.tree.broadcast(dtype, shardings),
+    )
     columns = grid_columns(jax.tree.leaves(shardings)[0].mesh)
 
     def gather_params(part: Any, name: str) -> Any:
-        def gather(x: jax.Array, dim: int) -> jax.Array:
+        def gather(x: jax.Array, dim: int, dtype: Any) -> jax.Array:
             return _gather(x, dim, dtype, columns)
 
-        return jax.tree.map(gather, part, dims[name])
+        return jax.tree.map(gather, part, dims[name], dtypes[name])
 
     return gather_params
 

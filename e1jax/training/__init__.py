@@ -1,5 +1,6 @@
 """Parts that `sft` and `train` share: the optimizer and its schedule, and the run."""
 
+from e1jax.training.frozen import ALL_TRAINED, Frozen, trained_shapes
 from e1jax.training.optimizer import (
     apply_gradients,
     clip_by_norm,
@@ -19,6 +20,8 @@ from e1jax.training.run import (
 )
 
 __all__ = [
+    "ALL_TRAINED",
+    "Frozen",
     "Run",
     "apply_gradients",
     "check_processes",
@@ -31,5 +34,6 @@ __all__ = [
     "record_origin",
     "restore_or_init",
     "running",
+    "trained_shapes",
     "write_model_files",
 ]

@@ -14,7 +14,7 @@ import jax
 import optax
 
 from e1jax.checkpoint.metrics import MetricsLog, NoLog
-from e1jax.checkpoint.runs import RunCheckpoints
+from e1jax.checkpoint.runs import ORIGIN, RunCheckpoints
 from e1jax.cli.command import stop_signals
 from e1jax.cli.files import read_json
 from e1jax.cli.locks import owning
@@ -56,12 +56,12 @@ def owning_run(run_dir: Path) -> Iterator[None]:
 
 
 def record_origin(origin: Mapping[str, Any], run_dir: Path) -> None:
-    """Writes `origin.json`, what a run was begun with besides its settings: digests, by
+    """Writes ORIGIN, what a run was begun with besides its settings: digests, by
     the names of the settings. In a run that was begun earlier, refuses any change.
 
     A run that lacks one, as those begun by e1jax 0.1 do, gets it now.
     """
-    path = run_dir / "origin.json"
+    path = run_dir / ORIGIN
     then = read_json(path) if path.exists() else {}
     changes = [
         f"{name} ({then[name]!r} there, {value!r} now)"
