@@ -13,19 +13,19 @@ import e1jax
 PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
-    "config": "checks buckets texts architectures model sampling training load",
+    "config": "checks buckets texts architectures model sampling training finetuning load",
     "cli": "command flags files leases locks mirror outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "quantize scores rope norm cpu cache heads kernels.splash kernels.gpu_flash kernels.decode_heads "
-    "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model",
+    "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths layers model chunks",
     "processes": "",
     "chat_template": "",
     "tokenizer": "",
     "checkpoint": "lazy params digests runs int8 huggingface load metrics",
     "sampling": "draw budget request completion decode scheduler engine record",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
-    "data": "nano problems prompts",
-    "training": "optimizer run",
+    "data": "nano problems prompts examples packing",
+    "training": "optimizer run finetuning",
     "grpo": "loss logprobs cuts rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo loops account interconnect sizes report sampling training",

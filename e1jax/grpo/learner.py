@@ -19,35 +19,25 @@ from e1jax.grpo.loss import configured_loss, loss_scale, token_weights
 from e1jax.grpo.rollouts import (
     Batch,
     Rollouts,
-    computed_in,
     make_batch,
     mean_over_processes,
     pair_metrics,
 )
 from e1jax.nn.model import GatherParams, abstract_params
 from e1jax.nn.quantize import Params
-from e1jax.sharding.fsdp import (
-    data_specs,
-    make_gather_params,
-    map_over_data,
-    sum_over_data,
-)
+from e1jax.sharding.fsdp import data_specs, make_gather_params, map_over_data
 from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 from e1jax.training import (
     apply_gradients,
+    computed_in,
     entropy_coefs,
     jit_update,
     learning_rates,
     make_optimizer,
     restore_or_init,
+    sum_gradients,
 )
-
-
-def default_mesh(devices: int) -> str:
-    """All on `data`: an update gathers the weights layer by layer, and each device takes
-    complete sequences."""
-    return f"data={devices},tensor=1"
 
 
 class Learner:
@@ -210,9 +200,9 @@ def make_update(
     gather_params = make_gather_params(shardings[0], dtype)
 
     def of_shard(params, batch, weights, on_policy, temperature, entropy_coef):
-        def add(grads, inputs):
+        def loss(params, inputs):
             microbatch, weight = inputs
-            new, metrics = jax.grad(grpo_loss, argnums=2, has_aux=True)(
+            return grpo_loss(
                 config,
                 model,
                 params,
@@ -224,17 +214,8 @@ def make_update(
                 mesh=mesh,
                 gather_params=gather_params,
             )
-            return jax.tree.map(jnp.add, grads, new), metrics
 
-        # So that gradients are of float32, whatever the parameters are.
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        if len(weights) == 1:  # XLA goes through a loop of one step twice (0.10.2)
-            only = jax.tree.map(lambda x: x[0], (batch, weights))
-            grads, metrics = add(zeros, only)
-            return grads, sum_over_data(metrics)
-        grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
-        return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
+        return sum_gradients(loss, params, (batch, weights))
 
     specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
     of_shards = map_over_data(
@@ -360,7 +341,7 @@ def make_logprobs(
             )
             return logprobs
 
-        if len(batch.tokens) == 1:  # see make_update
+        if len(batch.tokens) == 1:  # see sum_gradients
             return of_one(jax.tree.map(lambda x: x[0], batch))[None]
         return jax.lax.map(of_one, batch)
 
