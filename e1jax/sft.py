@@ -1,23 +1,30 @@
-"""Command: supervised fine-tuning of a new model on the nano task.
+"""Command: supervised fine-tuning, of a model on examples or of a new one on the nano task.
 
+    python -m e1jax.sft --config configs/nano_traces_sft.yaml
     python -m e1jax.sft --config configs/nano_sft.yaml
 
 In order:
-1. the configuration, checked, and the run directory, which holds it as `config.yaml`
-   beside `config.json` and the tokenizer files: the run directory is a model;
+1. the configuration, the model and the examples, checked, and the run directory, which
+   holds it as `config.yaml` beside `config.json` and the tokenizer files: the run directory
+   is a model;
 2. parameters and optimizer state, new or from the latest checkpoint, on the mesh;
 3. each step: a batch from the host (Grain), split by rows over the mesh axis `data`, one
    jitted update with donated state, and a line of `metrics.jsonl`, which is read from the
    device once the next step is on its way;
-4. every few steps: how accurate each style of thinking is on held-out problems, and a
-   checkpoint with the position in the data, from which the run goes on bit for bit.
+4. every few steps: the loss on held-out examples, or how accurate each style of thinking
+   on nano problems is, and a checkpoint with the position in the data, from which the run
+   goes on bit for bit.
+
+Settings whose `model` is a name fine-tune that model (`FineTuningConfig`); settings whose
+`model` has sizes make a nano model (`SFTConfig`).
 """
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +32,21 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from e1jax.checkpoint.load import LoadedModel
+from e1jax.checkpoint.metrics import import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints, abstract_state
 from e1jax.cli.command import run_command
 from e1jax.config.checks import UserError
-from e1jax.config.load import load_config, record_config
+from e1jax.config.finetuning import FineTuningConfig
+from e1jax.config.load import (
+    given_settings,
+    load_config,
+    load_config_and_flags,
+    record_config,
+)
 from e1jax.config.model import ModelConfig
-from e1jax.config.training import SFTConfig
+from e1jax.config.training import HostsConfig, SFTConfig
+from e1jax.data.examples import Example, examples_digest, read_examples
 from e1jax.data.nano import (
     NUM_IDS,
     WORDS,
@@ -41,8 +57,11 @@ from e1jax.data.nano import (
     pad_rows,
     sft_batches,
 )
+from e1jax.data.packing import Packed, packed_batches
+from e1jax.data.prompts import default_instruction
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
 from e1jax.nn.quantize import Params
+from e1jax.sharding.hosts import is_first, joined
 from e1jax.sharding.mesh import make_mesh, note_undivided, sharding
 from e1jax.sharding.runtime import (
     COMPILER_OPTIONS,
@@ -51,23 +70,226 @@ from e1jax.sharding.runtime import (
 )
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
 from e1jax.training import (
+    Run,
     apply_gradients,
+    check_processes,
+    computed_in,
+    finetuning,
     jit_update,
     learning_rates,
+    load_trainable,
     make_optimizer,
     owning_run,
+    prepare_run,
     restore_or_init,
     running,
     write_model_files,
 )
 
+if TYPE_CHECKING:
+    import grain
+
 EVALUATED = 256  # held-out problems on which the styles of thinking are measured
-ADVICE = "lower first.batch_size and second.batch_size, or use more devices"
+
+
+NANO_ADVICE = "lower first.batch_size and second.batch_size, or use more devices"
+
+
+ADVICE = "lower update.microbatch or data.max_len, set update.remat or use more devices"
+
+
+PROG = "python -m e1jax.sft"
 
 
 def main() -> None:
     """`python -m e1jax.sft`."""
-    train(*load_config(SFTConfig, sys.argv[1:], "python -m e1jax.sft"))
+    argv = sys.argv[1:]
+    if not names_model(argv):
+        train(*load_config(SFTConfig, argv, PROG))
+        return
+    config, run_dir, hosts = load_config_and_flags(
+        FineTuningConfig, HostsConfig, argv, PROG
+    )
+    with joined(hosts):
+        fine_tune(config, run_dir)
+
+
+def names_model(argv: Sequence[str]) -> bool:
+    """Whether a command line is for FineTuningConfig, which names a model and data, and
+    not for SFTConfig; so is one without a file."""
+    given = given_settings(argv)
+    flags = {word.partition("=")[0] for word in argv}
+    is_name = isinstance(given.get("model"), str) or "--model" in flags
+    return is_name or not given or "data" in given
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a run learns."""
+
+    batches: "grain.DatasetIterator"
+    # (params, state, batch) -> (params, state, metrics, tokens to be logged per second)
+    update: Callable[..., tuple[Params, Any, dict[str, Any], int | None]]
+    schedule: optax.Schedule
+    measure: Callable[[Params], dict[str, float]] | None
+    every: int  # steps from one measurement, which is saved, to the next
+    advice: str  # where memory does not suffice
+
+
+def take_steps(run: Run, task: Task, params: Params, state: Any) -> None:
+    """Learns, measures and saves, until the run ends."""
+    while run.goes_on():
+        with enough_memory("an update", task.advice):
+            batch = next(task.batches)
+            params, state, metrics, tokens = task.update(params, state, batch)
+            rate = task.schedule(run.step)
+            run.add({**metrics, "learning_rate": rate}, tokens)
+        measured = {}
+        if task.measure and run.is_due(task.every):
+            measured = task.measure(params)
+        if measured or run.is_due(run.config.checkpoint.every):
+            run.save(params, state, task.batches.get_state(), measured)
+    if run.step > run.saved:
+        run.save(params, state, task.batches.get_state(), {})
+
+
+# Any model, on examples.
+
+
+def fine_tune(config: FineTuningConfig, run_dir: Path) -> None:
+    """Trains to the last step, from where the run directory left off.
+
+    Of several processes, each packs the same rows and learns its share of them; the first
+    one writes everything but checkpoints, and prints.
+
+    Raises UserError if examples are wrong, if the directory was begun with other settings,
+    another model or other examples, if another run writes there, if the processes differ in
+    any of these, or once a metric is not a finite number; KeyboardInterrupt, after saving,
+    if Ctrl-C came.
+    """
+    if config.wandb:
+        import_wandb(config.wandb)  # or says, now, that it is missing
+    loaded = load_trainable(config.model, config.mesh, config.update.param_dtype)
+    data = loaded.mesh.shape["data"]
+    if config.update.microbatch % data:
+        raise UserError(
+            f"update.microbatch={config.update.microbatch} is not a multiple of the "
+            f"mesh's data={data}; change one of them"
+        )
+    # The examples state no budgets, and so will no prompt of the model.
+    tokenizer = dataclasses.replace(loaded.tokenizer, budget_text=None)
+    loaded = dataclasses.replace(loaded, tokenizer=tokenizer)
+    instruction = config.data.instruction
+    if instruction is None:
+        instruction = default_instruction(tokenizer)
+    examples = kept_examples(config, config.data.examples, tokenizer, instruction)
+    held_out = []
+    if name := config.validation.examples:
+        held_out = kept_examples(config, name, tokenizer, instruction)
+    origin = {
+        "model": loaded.files.digest,
+        "data.examples": examples_digest(examples),
+        "validation.examples": examples_digest(held_out),
+    }
+    check_processes(config, run_dir, origin)
+    with owning_run(run_dir):
+        prepare_run(config, loaded, instruction, run_dir, origin)
+        use_compilation_cache()
+        _fine_tune(config, loaded, examples, held_out, run_dir)
+
+
+def _fine_tune(
+    config: FineTuningConfig,
+    loaded: LoadedModel,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    run_dir: Path,
+) -> None:
+    def batches_of_run():
+        return pack(config, examples, config.update.batch_size, config.epochs)
+
+    batches, steps = batches_of_run(), config.steps
+    if steps is None:
+        steps = sum(1 for _ in batches_of_run())
+    optimizer = make_optimizer(config.optimizer, steps)
+    shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+    shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
+    shardings = jax.tree.map(lambda s: s.sharding, shapes)
+    dtype, microbatch = computed_in(config), config.update.microbatch
+    update = finetuning.make_update(
+        loaded.config, optimizer, dtype, shardings, remat=config.update.remat
+    )
+
+    def learn(params, state, packed: Packed):
+        rows = finetuning.place_rows(packed.rows, microbatch, loaded.mesh)
+        params, state, metrics = update(params, state, rows)
+        metrics["epoch"] = packed.passed / len(examples)
+        return params, state, metrics, packed.tokens
+
+    measure = None
+    if held_out:
+        rows = [packed.rows for packed in pack(config, held_out, microbatch, epochs=1)]
+        measure = finetuning.make_validation(loaded.config, dtype, shardings[0], rows)
+    task = Task(
+        batches,
+        learn,
+        learning_rates(config.optimizer, steps),
+        measure,
+        config.validation.every,
+        ADVICE,
+    )
+    best = "validation_loss" if held_out else None
+    checkpoints = RunCheckpoints(run_dir, config.checkpoint, best, lower_is_better=True)
+    step, params, state = restore_or_init(
+        checkpoints, optimizer, shapes, loaded.read_params, batches
+    )
+    with running(
+        run_dir,
+        config,
+        checkpoints,
+        step,
+        steps,
+        headline=["loss", "token_accuracy", "epoch"],
+        next_command="python -m e1jax.sample",
+        wandb=config.wandb,
+    ) as run:
+        take_steps(run, task, params, state)
+
+
+def kept_examples(
+    config: FineTuningConfig, name: str, tokenizer: Tokenizer, instruction: str
+) -> list[Example]:
+    """The examples of a file; a note on stderr counts the longer ones, which are left out."""
+    longest = config.data.max_len
+    examples, dropped = read_examples(
+        name, tokenizer, instruction, longest, raw=config.data.raw
+    )
+    if dropped and is_first():
+        print(
+            f"note: {dropped} of {len(examples) + dropped} examples of {name} have more "
+            f"than {longest} tokens and are left out",
+            file=sys.stderr,
+        )
+    return examples
+
+
+def pack(
+    config: FineTuningConfig,
+    examples: Sequence[Example],
+    batch_size: int,
+    epochs: int | None,
+) -> "grain.DatasetIterator[Packed]":
+    """Batches of the examples, see `packed_batches`."""
+    return packed_batches(
+        examples,
+        batch_size=batch_size,
+        max_len=config.data.max_len,
+        seed=config.seed,
+        epochs=epochs,
+    )
+
+
+# A new model, on the nano task.
 
 
 def train(config: SFTConfig, run_dir: Path) -> None:
@@ -95,12 +317,19 @@ def _train(config: SFTConfig, run_dir: Path, mesh: Mesh) -> None:
     batches = sft_batches(config, tokenizer)
 
     optimizer = make_optimizer(config.optimizer, config.steps)
-    schedule = learning_rates(config.optimizer, config.steps)
     shapes = abstract_params(config.model, mesh, jnp.float32)
     note_undivided(config.model, shapes)
     shapes = (shapes, abstract_state(optimizer, shapes, mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     update = make_update(config.model, optimizer, shardings)
+    task = Task(
+        batches,
+        lambda params, state, batch: (*update(params, state, place(batch, mesh)), None),
+        learning_rates(config.optimizer, config.steps),
+        functools.partial(style_accuracy, config.model, styles=styles),
+        config.checkpoint.every,
+        NANO_ADVICE,
+    )
     checkpoints = RunCheckpoints(run_dir, config.checkpoint)
     step, params, state = restore_or_init(
         checkpoints,
@@ -114,19 +343,11 @@ def _train(config: SFTConfig, run_dir: Path, mesh: Mesh) -> None:
         config,
         checkpoints,
         step,
+        config.steps,
         headline=["loss", "token_accuracy"],
         next_command="python -m e1jax.sample",
     ) as run:
-        while run.goes_on():
-            with enough_memory("an update", ADVICE):
-                batch = place(next(batches), mesh)
-                params, state, metrics = update(params, state, batch)
-                run.add({**metrics, "learning_rate": schedule(run.step)})
-            if run.is_due(config.checkpoint.every):
-                measured = style_accuracy(config.model, params, styles)
-                run.save(params, state, batches.get_state(), measured)
-        if run.step > run.saved:
-            run.save(params, state, batches.get_state(), {})
+        take_steps(run, task, params, state)
 
 
 def check_rows(config: SFTConfig, mesh: Mesh) -> None:

@@ -18,23 +18,21 @@ checkpoint holds no generator.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from e1jax.checkpoint.huggingface import read_config
-from e1jax.checkpoint.load import LoadedModel, load_model
+from e1jax.checkpoint.load import LoadedModel
 from e1jax.checkpoint.metrics import check_finite, import_wandb
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.command import run_command
-from e1jax.cli.files import read_json
 from e1jax.cli.outputs import digest
 from e1jax.config.checks import UserError
-from e1jax.config.load import load_config_and_flags, record_config
+from e1jax.config.load import load_config_and_flags
 from e1jax.config.sampling import BUDGET_TEXT, SamplingParams
 from e1jax.config.training import GRPOConfig, HostsConfig, ValidationConfig, budget_name
 from e1jax.data.problems import Problem, load_problems
@@ -44,10 +42,9 @@ from e1jax.data.prompts import (
     prompt_text,
     request_seed,
 )
-from e1jax.grpo.learner import Learner, default_mesh
+from e1jax.grpo.learner import Learner
 from e1jax.grpo.rollouts import (
     Rollouts,
-    computed_in,
     longest_lengths,
     make_engine,
     num_unequal,
@@ -64,21 +61,16 @@ from e1jax.rewards import (
     source_digest,
 )
 from e1jax.sampling.engine import Engine
-from e1jax.sharding.hosts import (
-    any_process,
-    call_in_first,
-    joined,
-    process_allgather,
-)
+from e1jax.sharding.hosts import any_process, joined, process_allgather
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
-from e1jax.tokenizer import copy_files
 from e1jax.training import (
     Run,
     check_processes,
+    computed_in,
+    load_trainable,
     owning_run,
-    record_origin,
+    prepare_run,
     running,
-    write_model_files,
 )
 
 if TYPE_CHECKING:
@@ -149,7 +141,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
         origin["reward.function"] = source_digest(name)
     check_processes(config, run_dir, origin)
     with owning_run(run_dir):
-        prepare(config, loaded, instruction, run_dir, origin)
+        prepare_run(config, loaded, instruction, run_dir, origin)
         use_compilation_cache()
         best = config.validation.best if validate else None
         checkpoints = RunCheckpoints(run_dir, config.checkpoint, best)
@@ -164,6 +156,7 @@ def train(config: GRPOConfig, run_dir: Path) -> None:
                 config,
                 checkpoints,
                 step,
+                config.steps,
                 headline=["reward", "thinking_tokens", "forced_share", "kl"],
                 next_command="python -m e1jax.evaluate",
                 wandb=config.wandb,
@@ -259,10 +252,10 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
     """The model that training begins with, on the mesh of the updates; its tokenizer
     states budgets as training does, and not as the model's own training did.
 
-    Raises UserError for weights of int8, and for parameters of bfloat16: nothing carries
-    the part of an update that rounding to 8 bits loses. Measured at a learning rate of
-    1e-6, 2 % of the parameters moved at all in 100 updates. Beside an adapter, the weights
-    are in the dtype of the computation, or int8.
+    Raises UserError for parameters of bfloat16: nothing carries the part of an update that
+    rounding to 8 bits loses. Measured at a learning rate of 1e-6, 2 % of the parameters
+    moved at all in 100 updates. Beside an adapter, the weights are in the dtype of the
+    computation, or int8.
     """
     if config.update.param_dtype == "bfloat16":
         raise UserError(
@@ -270,72 +263,14 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
             "half a step of bfloat16 and round to nothing; leave it float32 (the "
             "computation is bfloat16 by --dtype)"
         )
-    mesh = config.mesh or default_mesh(jax.device_count())
-    adapter = config.adapter
-    dtype = computed_in(config).name if adapter.rank else config.update.param_dtype
-    loaded = load_model(config.model, mesh, dtype, adapter.quantize)
-    if loaded.adapter:
-        raise UserError(
-            f"{config.model} is an adapter, which training cannot begin with; merge it first: "
-            f"python -m e1jax.convert to-hf {config.model} DST"
-        )
-    if loaded.quantize and not adapter.rank:
-        raise UserError(
-            f"{config.model} has its weights as int8, which cannot be trained; train an "
-            "adapter (adapter.rank), or the model that it was made from"
-        )
+    dtype = config.update.param_dtype
+    if config.adapter.rank:
+        dtype = computed_in(config).name
+    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter)
     text = config.data.budget_text or loaded.tokenizer.budget_text or BUDGET_TEXT
     text = text if config.rollout.state_budgets else None
     tokenizer = dataclasses.replace(loaded.tokenizer, budget_text=text)
     return dataclasses.replace(loaded, tokenizer=tokenizer)
-
-
-def prepare(
-    config: GRPOConfig,
-    loaded: LoadedModel,
-    instruction: str,
-    run_dir: Path,
-    origin: Mapping[str, Any],
-) -> None:
-    """Makes the run directory a model: settings, sizes and tokenizer.
-
-    The first process writes, and the others wait for it. Raises UserError, in all of
-    them, for a run that was begun otherwise, and in a process that does not see the first
-    one's files.
-    """
-    call_in_first(lambda: write_run(config, loaded, instruction, run_dir, origin))
-    if not (run_dir / "config.yaml").exists():
-        raise UserError(
-            f"{run_dir} was made by the first process, and this one does not see it; "
-            "take a --run-dir on a file system that all hosts share"
-        )
-
-
-def write_run(
-    config: GRPOConfig,
-    loaded: LoadedModel,
-    instruction: str,
-    run_dir: Path,
-    origin: Mapping[str, Any],
-) -> None:
-    """Writes the files of `prepare`; refuses a run that was begun otherwise."""
-    record_config(config, run_dir)
-    if (run_dir / "config.json").exists() and read_config(run_dir) != loaded.config:
-        raise UserError(
-            f"{run_dir} was begun with a model of other sizes than {config.model} has "
-            "now; bring that model back, or take another --run-dir"
-        )
-    record_origin(origin, run_dir)
-    source = loaded.files.directory
-    ids = ("bos_token_id", "eos_token_id")
-    named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
-    write_model_files(
-        run_dir,
-        loaded.config.to_hf(config.update.param_dtype) | named,
-        instruction,
-        loaded.tokenizer.budget_text,
-        write_tokenizer=lambda directory: copy_files(source, directory),
-    )
 
 
 def make_validation(

@@ -107,7 +107,8 @@ def flash(*args, implementation="xla", **options):
 def test_queries_that_follow_a_prompt(before, length, attend):
     """What lies between a row's prompt and its response is not seen, whatever it is."""
     total, prompt_len = before + length, [before, before // 2]
-    visible = jnp.arange(before)[None] < jnp.array(prompt_len)[:, None]
+    is_hidden = jnp.arange(total)[None] >= jnp.array(prompt_len)[:, None]
+    segments = (is_hidden & (jnp.arange(total) < before)[None]).astype(jnp.int32)
     is_kernel = attend in (splash, flash)
     dtype, size = (jnp.bfloat16, 128) if is_kernel else (jnp.float32, 20)
     tolerance = 4e-2 if is_kernel else 1e-5  # scaled queries are rounded to 8 bits
@@ -115,7 +116,7 @@ def test_queries_that_follow_a_prompt(before, length, attend):
     given = [x.at[1, :, before // 2 : before].set(1e4) for x in given]
     q, k, v, grad = given
     ours, backward = jax.vjp(
-        lambda *x: attend(*x, visible=visible),
+        lambda *x: attend(*x, segments=segments),
         *(q[:, :, before:], k, v),
     )
     found = (ours, *backward(grad[:, :, before:]))
@@ -131,6 +132,37 @@ def test_queries_that_follow_a_prompt(before, length, attend):
             error = np.abs(np.asarray(x, np.float64) - y)
             assert error.max() <= tolerance * scale, name
     assert not any(x[1, :, before // 2 : before].any() for x in found[2:])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "attend"),
+    [
+        *((n, causal_attention) for n in ([3, 1, 200], [150, 130, 1, 76])),
+        *((n, splash) for n in ([3, 1, 200], [515, 1, 130])),
+        ([3, 1, 200], flash),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_sequences_of_one_row_do_not_see_each_other(lengths, attend):
+    """Each is as it were alone, in the second row with another order of lengths."""
+    is_kernel = attend in (splash, flash)
+    dtype, size = (jnp.bfloat16, 128) if is_kernel else (jnp.float32, 20)
+    tolerance = 4e-2 if is_kernel else 1e-5  # scaled queries are rounded to 8 bits
+    given, exact = arrays(2, 6, 2, sum(lengths), size, dtype)
+    rows = lengths, lengths[::-1]
+    numbers = np.stack([np.repeat(np.arange(len(n)), n) for n in rows])
+    segments = jnp.asarray(numbers, jnp.int32)
+    *heads, grad = given
+    ours, backward = jax.vjp(lambda *x: attend(*x, segments=segments), *heads)
+    found = (ours, *backward(grad))
+    for row, number in ((r, n) for r in (0, 1) for n in range(len(lengths))):
+        own = numbers[row] == number
+        alone = [x[row : row + 1, :, own] for x in exact]
+        expected = [plain(*alone[:3])[1], *plain_gradients(*alone)]
+        scale = max(np.abs(x).max() for x in (*alone, *expected))
+        for name, x, y in zip(("out", "q", "k", "v"), found, expected, strict=True):
+            error = np.abs(np.asarray(x[row][:, own], np.float64) - y[0])
+            assert error.max() <= tolerance * scale, name
 
 
 @pytest.mark.cpu
@@ -154,13 +186,14 @@ def on_two_tensor_places():
     grid = np.array(jax.devices()).reshape(2, 2)
     mesh = Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     (q, k, v, _), _ = arrays(2, 4, 2, 384, 128, jnp.bfloat16)
-    visible = jnp.arange(256)[None] < jnp.array([[256], [100]])
+    is_hidden = jnp.arange(256)[None] >= jnp.array([[256], [100]])
+    segments = jnp.pad(is_hidden.astype(jnp.int32), ((0, 0), (0, 128)))
     for attend in (
         functools.partial(splash_attention, interpret=True),
         functools.partial(gpu_flash_attention, implementation="xla"),
     ):
         ours, expected = (
-            jax.jit(functools.partial(attend, mesh=m))(q[:, :, 256:], k, v, visible)
+            jax.jit(functools.partial(attend, mesh=m))(q[:, :, 256:], k, v, segments)
             for m in (mesh, one_device())
         )
         ours, expected = (np.asarray(x, np.float32) for x in (ours, expected))

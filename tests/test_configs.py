@@ -20,9 +20,9 @@ from e1jax.cli.flags import read_flags
 from e1jax.config.load import load_config
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig, SFTConfig
-from e1jax.grpo.learner import default_mesh
 from e1jax.nn.model import abstract_adapter, abstract_params
 from e1jax.sample import SampleFlags
+from e1jax.sharding.fsdp import default_mesh
 from e1jax.sharding.mesh import check_divides, make_mesh
 from e1jax.training import make_optimizer
 

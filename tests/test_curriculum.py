@@ -66,7 +66,7 @@ def test_a_curriculum_from_yaml(workplace, tmp_path):
         config = load_config(GRPOConfig, ["--config", str(path)], "train")[0]
         assert config.at_step(0).rollout.thinking_budgets == (4,)
         assert config.at_step(3).rollout.thinking_budgets == (5, 7)
-        train.prepare(config, train.load_policy(config), "", tmp_path / "run", {})
+        train.prepare_run(config, train.load_policy(config), "", tmp_path / "run", {})
 
 
 @pytest.mark.parametrize(

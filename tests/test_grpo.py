@@ -34,10 +34,11 @@ from e1jax.config.training import (
 )
 from e1jax.grpo import rollouts as grpo_rollouts
 from e1jax.grpo.learner import grpo_loss, make_logprobs, make_update
-from e1jax.grpo.logprobs import CHUNK_TOKENS, chunked_logprobs, response_logprobs
+from e1jax.grpo.logprobs import chunked_logprobs, response_logprobs
 from e1jax.grpo.loss import SURROGATES, group_advantages, policy_loss
 from e1jax.grpo.rollouts import Batch, Rollouts, make_batch, padded_lengths
 from e1jax.nn import paths
+from e1jax.nn.chunks import CHUNK_TOKENS
 from e1jax.nn.kernels.splash import splash_attention
 from e1jax.nn.model import abstract_params, forward, init_params, unembed
 from e1jax.sampling.completion import Completion

@@ -295,7 +295,7 @@ def test_a_port_that_is_taken_is_named(place):
 LAYOUTS = """
 import jax, jax.numpy as jnp, numpy as np
 from e1jax.config.model import ModelConfig
-from e1jax.grpo.learner import default_mesh
+from e1jax.sharding.fsdp import default_mesh
 from e1jax.nn import model
 from e1jax.sharding import hosts
 from e1jax.sharding.mesh import make_mesh

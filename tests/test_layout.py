@@ -13,19 +13,19 @@ import e1jax
 PACKAGE = Path(e1jax.__file__).parent
 # Floors from leaf to root, and the modules of each in the same order.
 FLOORS = {
-    "config": "checks buckets texts architectures model adapter sampling training load",
+    "config": "checks buckets texts architectures model adapter sampling training finetuning load",
     "cli": "command flags files leases locks mirror outputs",
     "sharding": "mesh fsdp runtime hosts",
     "nn": "norm quantize scores rope cpu cache heads kernels.splash kernels.gpu_flash kernels.decode_heads "
-    "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths lora layers model",
+    "kernels.decode_attention kernels.gpu_decode kernels.top_p attention paths lora layers model chunks",
     "processes": "",
     "chat_template": "",
     "tokenizer": "",
     "checkpoint": "lazy params digests runs int8 huggingface adapter load metrics",
     "sampling": "draw budget request completion decode scheduler prefill engine record",
     "rewards": "tex spelling units marks agreement equivalence grader worker function",
-    "data": "nano problems prompts",
-    "training": "frozen optimizer run",
+    "data": "nano problems prompts examples packing",
+    "training": "frozen optimizer run finetuning",
     "grpo": "loss logprobs cuts rollouts learner",
     "evaluation": "results grading figure",
     "plan": "slices programs hlo loops account interconnect sizes report sampling training",

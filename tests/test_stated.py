@@ -426,7 +426,7 @@ def test_a_run_that_states_budgets(workplace, tmp_path, monkeypatch):
         assert load_model(str(model)).tokenizer.budget_text == SHORT
     # Trained on without stating them, they are not stated any more.
     plain = settings(workplace, "--model", str(run_dir))
-    train.prepare(plain, train.load_policy(plain), "", tmp_path / "plain", {})
+    train.prepare_run(plain, train.load_policy(plain), "", tmp_path / "plain", {})
     assert "e1jax_budget_text" not in read_json(
         tmp_path / "plain" / "tokenizer_config.json"
     )

@@ -357,12 +357,12 @@ def test_a_run_ends_responses_where_its_model_does(workplace, tmp_path):
     config = settings(workplace, "--model", str(source), "--data.instruction", "")
     loaded = load_model(config.model)
     run_dir = tmp_path / "run"
-    train.prepare(config, loaded, "", run_dir, {})
+    train.prepare_run(config, loaded, "", run_dir, {})
     assert read_tokenizer(run_dir).eos_ids == (256, 97, 98)
     # A run that was begun before these ids were noted goes on.
     edit_json(run_dir / "config.json", eos_token_id=None, bos_token_id=None)
     (run_dir / "generation_config.json").unlink()
-    train.prepare(config, loaded, "", run_dir, {})
+    train.prepare_run(config, loaded, "", run_dir, {})
     assert read_tokenizer(run_dir).eos_ids == (256, 97, 98)
 
 
@@ -371,7 +371,7 @@ def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
     flags = ["--model", str(tmp_path / "model"), "--data.instruction", ""]
     config = settings(workplace, *flags)
     loaded = load_model(config.model)
-    train.prepare(config, loaded, "", tmp_path / "run", {})
+    train.prepare_run(config, loaded, "", tmp_path / "run", {})
     shutil.rmtree(tmp_path / "model")
     shutil.copytree(tiny_hf(), tmp_path / "model")
     with pytest.raises(UserError, match=r"begun with a model of other sizes than"):
@@ -472,7 +472,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(workplace, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"run cannot be written: File too large"):
-            train.prepare(config, loaded, "", tmp_path / "run", {})
+            train.prepare_run(config, loaded, "", tmp_path / "run", {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -552,7 +552,7 @@ def test_dtype_and_instruction_go_with_the_model(workplace, tmp_path):
     flags = ["--update.param_dtype", "bfloat16", "--data.instruction", "Answer."]
     config = settings(workplace, *flags)
     loaded = load_model(config.model)
-    train.prepare(config, loaded, "Answer.", tmp_path / "run", {})
+    train.prepare_run(config, loaded, "Answer.", tmp_path / "run", {})
     assert read_json(tmp_path / "run" / "config.json")["torch_dtype"] == "bfloat16"
     recorded = read_json(tmp_path / "run" / "tokenizer_config.json")
     original = read_json(NANO / "tokenizer_config.json")

@@ -63,12 +63,17 @@ class MetricsLog:
         self.clock = time.perf_counter()
         self.bar = tqdm(initial=step, total=steps, disable=not sys.stderr.isatty())
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Notes a step's metrics, which may still be on the device."""
+    def add(
+        self, step: int, metrics: Mapping[str, Any], tokens: int | None = None
+    ) -> None:
+        """Notes a step's metrics, which may still be on the device. With its number of
+        `tokens`, they have `tokens_per_second` too."""
         self.flush()
         now = time.perf_counter()
-        self.waiting = {"step": step, **metrics, "seconds": round(now - self.clock, 4)}
-        self.clock = now
+        seconds, self.clock = now - self.clock, now
+        self.waiting = {"step": step, **metrics, "seconds": round(seconds, 4)}
+        if tokens is not None:
+            self.waiting["tokens_per_second"] = tokens / seconds
 
     def flush(self, more: Mapping[str, float] | None = None) -> None:
         """Writes the step that was added last, with more metrics of it.
@@ -156,7 +161,9 @@ class _TensorBoard:
 class NoLog:
     """In place of a MetricsLog, for a process that leaves it to another."""
 
-    def add(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def add(
+        self, step: int, metrics: Mapping[str, Any], tokens: int | None = None
+    ) -> None: ...
     def flush(self, more: Mapping[str, float] | None = None) -> None: ...
     def push(self) -> None: ...
     def close(self) -> None: ...

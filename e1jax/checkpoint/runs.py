@@ -111,15 +111,25 @@ class RunCheckpoints:
 
     Writing goes on in the background while training does. A step exists once it is complete:
     a step that a kill interrupted is ignored, and removed.
-    With `best`, the name of a metric, the step with its highest value is kept besides the
-    latest ones, and named in `best.json`.
+    With `best`, the name of a metric, the step with its highest value (its lowest, if
+    `lower_is_better`) is kept besides the latest ones, and named in `best.json`.
     """
 
     def __init__(
-        self, run_dir: Path, config: CheckpointConfig, best: str | None = None
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        best: str | None = None,
+        *,
+        lower_is_better: bool = False,
     ):
         policy: Any = ocp.checkpoint_managers.LatestN(config.keep)
-        value = (lambda metrics: metrics.get(best, -math.inf)) if best else None
+        self.sign = sign = -1 if lower_is_better else 1
+        value = (
+            (lambda metrics: sign * metrics.get(best, -sign * math.inf))
+            if best
+            else None
+        )
         if value:
             highest = ocp.checkpoint_managers.BestN(get_metric_fn=value, n=1)
             policy = ocp.checkpoint_managers.AnyPreservationPolicy([policy, highest])
@@ -207,14 +217,14 @@ class RunCheckpoints:
         )
         with explain_orbax(damaged):
             measured = [
-                (float(metrics[metric]), step)
+                (self.sign * float(metrics[metric]), step)
                 for step in self.manager.all_steps()
                 if metric in (metrics := self.manager.metrics(step) or {})
             ]
         if measured:
             value, step = max(measured)
             with writing(self.directory / BEST):
-                best = json.dumps({"step": step, metric: value}) + "\n"
+                best = json.dumps({"step": step, metric: self.sign * value}) + "\n"
                 write_whole(self.directory / BEST, best)
 
 

@@ -12,7 +12,9 @@ from e1jax.config.checks import (
     check_number,
     writing,
 )
+from e1jax.config.finetuning import FineTuningConfig
 from e1jax.config.load import (
+    given_settings,
     load_config,
     load_config_and_flags,
     read_yaml,
@@ -39,6 +41,7 @@ __all__ = [
     "UNLIMITED",
     "AdamWConfig",
     "CheckpointConfig",
+    "FineTuningConfig",
     "GRPOConfig",
     "HostsConfig",
     "ModelConfig",
@@ -54,6 +57,7 @@ __all__ = [
     "check_integer",
     "check_known",
     "check_number",
+    "given_settings",
     "load_config",
     "load_config_and_flags",
     "parse_json",

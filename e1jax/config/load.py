@@ -80,6 +80,16 @@ def load_config_and_flags(
     return config, run_dir, others
 
 
+def given_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """The settings in the file that --config names; none without one. Raises UserError if
+    it cannot be read."""
+    try:
+        path = _config_path(argv)
+    except argparse.ArgumentError:  # of which `load_config` tells
+        return {}
+    return {} if path is None else read_yaml(open_path(path))
+
+
 def record_config(config: Any, run_dir: Path) -> None:
     """Writes `config.yaml` to a new run directory; in an old one, refuses any change.
 

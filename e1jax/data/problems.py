@@ -52,6 +52,9 @@ _QUESTIONS = ("problem", "question", "prompt")  # fields of a problem
 _ANSWERS = ("answer", "final_answer")
 
 
+_PROBLEM = "a problem is an object with the fields problem and answer"
+
+
 _FORM = "a file holds a list of objects, or one object a line"
 
 
@@ -86,9 +89,9 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
         which = which[:limit]
         made = nano_problems(which.stop, held_out=held_out)[which.start :]
         return [Problem(i, nano.text, (nano.answer,)) for i, nano in enumerate(made)]
-    files = _dataset_files(HUB.get(name, name))
+    files = dataset_files(HUB.get(name, name))
     published = files != [open_path(name).expanduser()]
-    rows = enumerate(row for file in files for row in _rows(file))
+    rows = enumerate(row for file in files for row in read_rows(file, _PROBLEM))
     if name == "deepscaler":  # six of the published problems have no answer
         rows = (row for row in rows if not _is_empty(row[1][1].get("answer")))
     problems: dict[str | int, Problem] = {}
@@ -118,7 +121,7 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     return list(problems.values())
 
 
-def _dataset_files(name: str) -> list[Path]:
+def dataset_files(name: str) -> list[Path]:
     """A local file, or the downloaded files of a hub dataset."""
     with looking_for("dataset", name):
         path = open_path(name).expanduser()
@@ -184,8 +187,9 @@ def _hub_files(name: str, repository: str, files: str | None) -> list[Path]:
     return next(iter(sets.values()))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of a data file, after its place in words."""
+def read_rows(path: Path, rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each object of a data file, after its place in words; `rule` says, in the message
+    about anything else, what an object is."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -193,10 +197,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     read = _parquet_rows if content.startswith(b"PAR1") else _json_rows
     for where, row in read(path, content):
         if not isinstance(row, dict):
-            raise UserError(
-                f"{where}: a problem is an object with the fields problem and answer, "
-                f"not {reprlib.repr(row)}"
-            )
+            raise UserError(f"{where}: {rule}, not {reprlib.repr(row)}")
         yield where, row
 
 

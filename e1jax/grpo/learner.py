@@ -20,37 +20,28 @@ from e1jax.grpo.loss import configured_loss, loss_scale, token_weights
 from e1jax.grpo.rollouts import (
     Batch,
     Rollouts,
-    computed_in,
     make_batch,
     mean_over_processes,
     pair_metrics,
 )
 from e1jax.nn.model import GatherParams, abstract_params, init_adapter
 from e1jax.nn.quantize import Params
-from e1jax.sharding.fsdp import (
-    data_specs,
-    map_over_data,
-    sum_over_data,
-)
+from e1jax.sharding.fsdp import data_specs, map_over_data
 from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 from e1jax.training import (
     ALL_TRAINED,
     Frozen,
     apply_gradients,
+    computed_in,
     entropy_coefs,
     jit_update,
     learning_rates,
     make_optimizer,
     restore_or_init,
+    sum_gradients,
     trained_shapes,
 )
-
-
-def default_mesh(devices: int) -> str:
-    """All on `data`: an update gathers the weights layer by layer, and each device takes
-    complete sequences."""
-    return f"data={devices},tensor=1"
 
 
 class Learner:
@@ -236,13 +227,14 @@ def make_update(
     gather_params = frozen.make_gather_params(shardings[0], dtype)
 
     def of_shard(params, base, batch, weights, on_policy, temperature, entropy_coef):
-        def loss(params, microbatch, weight):
+        def loss(params, inputs):
+            microbatch, weight = inputs
             return grpo_loss(
                 config,
                 model,
                 frozen.join(base, params),
                 microbatch,
-                weight,
+                weight[0],
                 on_policy,
                 temperature,
                 entropy_coef,
@@ -250,21 +242,7 @@ def make_update(
                 gather_params=gather_params,
             )
 
-        def add(grads, inputs):
-            microbatch, weight = inputs
-            grad = jax.grad(loss, has_aux=True)
-            new, metrics = grad(params, microbatch, weight[0])
-            return jax.tree.map(jnp.add, grads, new), metrics
-
-        # So that gradients are of float32, whatever the parameters are.
-        params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        if len(weights) == 1:  # XLA goes through a loop of one step twice (0.10.2)
-            only = jax.tree.map(lambda x: x[0], (batch, weights))
-            grads, metrics = add(zeros, only)
-            return grads, sum_over_data(metrics)
-        grads, metrics = jax.lax.scan(add, zeros, (batch, weights))
-        return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
+        return sum_gradients(loss, params, (batch, weights))
 
     specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
     of_base = data_specs(frozen.shardings)
@@ -397,7 +375,7 @@ def make_logprobs(
             )
             return logprobs
 
-        if len(batch.tokens) == 1:  # see make_update
+        if len(batch.tokens) == 1:  # see sum_gradients
             return of_one(jax.tree.map(lambda x: x[0], batch))[None]
         return jax.lax.map(of_one, batch)
 

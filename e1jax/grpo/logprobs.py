@@ -11,13 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from e1jax.config.model import ModelConfig
 from e1jax.nn.attention import SharedPrompts
-from e1jax.nn.model import GatherParams, forward, unembed
+from e1jax.nn.chunks import map_logits, target_logprobs
+from e1jax.nn.model import GatherParams, forward
 from e1jax.nn.quantize import Params
-
-# Tokens whose logits exist at a time: 152,064 of float32 for each of 512 are 311 MB. With
-# fewer, a TPU spends its time on the gradient of the output matrix, which it reads and
-# writes once per chunk.
-CHUNK_TOKENS = 512
 
 
 class Solutions(NamedTuple):
@@ -211,39 +207,21 @@ def chunked_logprobs(
 ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
     """Log-softmax of the logits / temperature at the targets, and the entropy there.
 
-    The logits of `chunk_len` positions of each row (None: of about CHUNK_TOKENS tokens)
-    exist at a time, forward and backward (they are computed again), never [B, R, V]. Rows
-    are not mixed, so they may be split over devices. The entropy has a gradient, which
-    costs time, only with `entropy_grad`.
+    The logits of `chunk_len` positions of each row exist at a time: see
+    `nn.chunks.map_logits`. The entropy has a gradient, which costs time, only with
+    `entropy_grad`.
     """
-    batch, length = targets.shape
-    if chunk_len is None:  # chunks of one size, so that none is mostly padding
-        chunk_len = -(-length // max(1, round(batch * length / CHUNK_TOKENS)))
-    chunk_len = min(chunk_len, length)
-    num_chunks = -(-length // chunk_len)
-    padding = num_chunks * chunk_len - length
 
-    def split(x):  # [B, R, ...] to [chunks, B, chunk_len, ...]
-        x = jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(batch, num_chunks, chunk_len, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x):
-        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
-
-    @jax.checkpoint
-    def step(carry, chunk):
-        hidden, targets = chunk
-        logits = unembed(config, params, hidden) / temperature
-        # Not a gather: it would send the logits of a vocabulary that is sharded over
-        # several devices around.
-        is_target = jnp.arange(logits.shape[-1])[None, None] == targets[..., None]
-        chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-        log_mass = jax.nn.logsumexp(logits, axis=-1)
+    def of_chunk(logits, targets):
+        logits = logits / temperature
+        logprobs = target_logprobs(logits, targets)
         entropy = _entropy(logits if entropy_grad else jax.lax.stop_gradient(logits))
-        return carry, (chosen - log_mass, entropy)
+        return logprobs, entropy
 
-    _, (logprobs, entropy) = jax.lax.scan(step, None, (split(hidden), split(targets)))
-    return join(logprobs), join(entropy)
+    logprobs, entropy = map_logits(
+        of_chunk, config, params, hidden, targets, chunk_len=chunk_len
+    )
+    return logprobs, entropy
 
 
 def _entropy(logits: Float[Array, "B R V"]) -> Float[Array, "B R"]:

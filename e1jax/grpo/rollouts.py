@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from e1jax.checkpoint.load import LoadedModel
@@ -25,6 +24,7 @@ from e1jax.sampling.request import Following
 from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
 from e1jax.sharding.mesh import note_undivided
 from e1jax.tokenizer import Tokenizer
+from e1jax.training import computed_in
 
 # The prompts of a step are padded to one of this many lengths, and its responses too: each
 # pair is a compilation.
@@ -414,9 +414,3 @@ def padded_lengths(longest: Sequence[int], of_step: Sequence[int]) -> tuple[int,
     if seen > 4 * TILE:
         seen = -(-seen // TILE) * TILE
     return seen + 1, response_len
-
-
-def computed_in(config: GRPOConfig) -> Any:
-    """The dtype of the computation, and of the parameters that the engine samples from."""
-    on_cpu = jax.default_backend() == "cpu"
-    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num, Shaped
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from e1jax.nn.cache import merge_shards
 from e1jax.nn.quantize import LANES, dequantize
@@ -79,35 +79,41 @@ def shared_prompt_attention(
     def with_own(part, before):
         return (jnp.concatenate([before(x), x[part]], axis=2) for x in (k, v))
 
-    of_prompt = _first(shared.prompt_len, shared.longest_prompt)
+    def segments(part, *before):
+        # Keys that are not seen are a segment of their own.
+        own = jnp.zeros((len(q[part]), q[part].shape[2]), jnp.int32)
+        return jnp.concatenate([*before, own], axis=1)
+
+    of_prompt = _beyond(shared.prompt_len, shared.longest_prompt)
     of_prompt = jnp.repeat(of_prompt, shared.samples, axis=0)
     results = [causal(q[0], k[0], v[0])]
-    results.append(causal(q[1], *with_own(1, before_responses), visible=of_prompt))
+    keys, values = with_own(1, before_responses)
+    results.append(causal(q[1], keys, values, segments(1, of_prompt)))
     if shared.seen is not None:
         of_prompt = jnp.repeat(of_prompt, len(shared.seen) // len(of_prompt), axis=0)
-        of_thought = _first(shared.seen, q[1].shape[2])
-        visible = jnp.concatenate([of_prompt, of_thought], axis=1)
+        of_thought = _beyond(shared.seen, q[1].shape[2])
         keys, values = with_own(2, before_solutions)
-        results.append(causal(q[2], keys, values, visible=visible))
+        results.append(causal(q[2], keys, values, segments(2, of_prompt, of_thought)))
     return tuple(results)
 
 
-def _first(count: Int[Array, " B"], length: int) -> Bool[Array, "B S"]:
-    """Which of `length` tokens are the first `count` of a row."""
-    return jnp.arange(length)[None] < count[:, None]
+def _beyond(count: Int[Array, " B"], length: int) -> Int[Array, "B S"]:
+    """0 for the first `count` of `length` tokens of a row, 1 for the tokens after them."""
+    return (jnp.arange(length)[None] >= count[:, None]).astype(jnp.int32)
 
 
 def causal_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    visible: Bool[Array, "B _P"] | None = None,
+    segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B H T C"]:
     """Every query sees the keys at its own index and before; for training.
 
     Rows are left-aligned, so padding at their end is never seen by a real token and
-    needs no mask. The T queries belong to the last T keys; of the P = S - T keys
-    before them, row b attends only to the ones where `visible` is true (None: all). Up to
+    needs no mask. The T queries belong to the last T keys. With `segments`, numbers of the
+    keys, a query sees only the keys with the number of its own key: one row then holds
+    several sequences, or keys before the queries that they must not see. Up to
     MAX_PARTS parts of the queries are gone through in turn, each against the keys up to its end: that spares up to 7/16
     of the products, and no more than the scores of one part have to exist at a time, in
     the backward pass too.
@@ -116,25 +122,23 @@ def causal_attention(
         # XLA on a CPU aborts in the backward pass of a single query (jax 0.10.2): another
         # one follows it, and is dropped.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in (q, k, v))
-        return causal_attention(q, k, v, visible)[:, :, :1]
-    key_mask = None
-    if visible is not None:
-        own = jnp.ones((len(visible), q.shape[2]), bool)
-        key_mask = jnp.concatenate([visible, own], axis=1)
-    return _by_parts(q, k, v, key_mask)
+        if segments is not None:
+            segments = jnp.pad(segments, ((0, 0), (0, 1)))
+        return causal_attention(q, k, v, segments)[:, :, :1]
+    return _by_parts(q, k, v, segments)
 
 
 @jax.custom_vjp
 def _by_parts(
-    q: jax.Array, k: jax.Array, v: jax.Array, key_mask: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> jax.Array:
-    """Causal attention of the last queries over all keys, or over the keys where
-    `key_mask` ([B, S] bool) is true: it leaves out padding between prompt and response.
+    """Causal attention of the last queries over all keys, or over the keys of their own
+    segment ([B, S] int32).
 
     The backward pass follows FlashAttention-2 (arXiv 2307.08691, section 3.1): the
     result and the logarithm of each query's mass give the weights back in one pass.
     """
-    return _by_parts_forward(q, k, v, key_mask)[0]
+    return _by_parts_forward(q, k, v, segments)[0]
 
 
 def _parts(q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
@@ -148,11 +152,11 @@ def _parts(q: jax.Array, k: jax.Array) -> list[tuple[slice, slice]]:
     return parts
 
 
-def _by_parts_forward(q, k, v, key_mask):
+def _by_parts_forward(q, k, v, segments):
     results, masses = [], []
     for queries, keys in _parts(q, k):
         own, own_k, own_v = q[:, :, queries], k[:, :, keys], v[:, :, keys]
-        scores = _visible_scores(own, own_k, key_mask)
+        scores = _visible_scores(own, own_k, segments)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - peak)
         mass = weights.sum(axis=-1, keepdims=True)
@@ -160,11 +164,11 @@ def _by_parts_forward(q, k, v, key_mask):
         results.append(out.astype(q.dtype).reshape(own.shape))
         masses.append((peak + jnp.log(mass)).reshape(*own.shape[:3], 1))
     out, log_mass = (keep(jnp.concatenate(x, axis=2)) for x in (results, masses))
-    return out, (q, k, v, key_mask, out, log_mass)
+    return out, (q, k, v, segments, out, log_mass)
 
 
 def _by_parts_backward(residuals, grad):
-    q, k, v, key_mask, out, log_mass = residuals
+    q, k, v, segments, out, log_mass = residuals
     kv_heads = k.shape[1]
     # An array of its own: sums of products, fused, take XLA on a CPU ten times as long.
     product = jax.lax.optimization_barrier(grad * out)
@@ -175,7 +179,7 @@ def _by_parts_backward(residuals, grad):
         own_grad, own_mean, own_log_mass = (
             fold(x[:, :, queries], kv_heads) for x in (grad, mean, log_mass)
         )
-        weights = jnp.exp(_visible_scores(own, own_k, key_mask) - own_log_mass)
+        weights = jnp.exp(_visible_scores(own, own_k, segments) - own_log_mass)
         of_values.append(_of_keys(own_grad, weights.astype(v.dtype)))
         grad_weights = wide_einsum("bkqc,bksc->bkqs", own_grad, own_v)
         grad_scores = (weights * (grad_weights - own_mean)).astype(k.dtype)
@@ -205,16 +209,17 @@ def _of_keys(of_queries: jax.Array, scores: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
-def _visible_scores(q: jax.Array, k: jax.Array, key_mask) -> jax.Array:
-    """Scores of the last queries, folded; MASKED where the key comes later, or where
-    `key_mask` is false."""
-    length, num_keys = q.shape[2], k.shape[2]
+def _visible_scores(q: jax.Array, k: jax.Array, segments) -> jax.Array:
+    """Scores of the last queries, folded; MASKED where the key comes later, or is of
+    another segment."""
+    length, num_keys, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     index = jnp.arange(num_keys)
     visible = index[num_keys - length :, None] >= index[None, :]
-    visible = jnp.tile(visible, (q.shape[1] // k.shape[1], 1))
-    visible = visible[None, None]
-    if key_mask is not None:
-        visible &= key_mask[:, None, None, :num_keys]
+    visible = jnp.tile(visible, (groups, 1))[None, None]
+    if segments is not None:
+        of_keys = segments[:, :num_keys]
+        of_queries = jnp.tile(of_keys[:, num_keys - length :], (1, groups))
+        visible &= of_queries[:, None, :, None] == of_keys[:, None, None]
     scores = wide_einsum("bkqc,bksc->bkqs", fold(scaled(q), k.shape[1]), k)
     return jnp.where(visible, scores, MASKED)
 

@@ -77,6 +77,7 @@ def forward(
     remat: bool = False,
     gather_params: GatherParams = lambda part, name: part,
     shared: SharedPrompts | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Final hidden states, and the cache with the keys and values written.
 
@@ -86,9 +87,10 @@ def forward(
     begin at 0) asks for with a cache too. `mesh` holds the arrays: on TPUs,
     attention then takes their kernels. `gather_params` all-gathers sharded parameters
     just before their use; see sharding.fsdp.make_gather_params. With `shared`, B
-    is 1 and `tokens` holds several prompts and their responses (no cache). A caller that
-    needs no hidden states says so by `cache_only`, and drops them: of the last layer, XLA
-    then computes the keys and values alone.
+    is 1 and `tokens` holds several prompts and their responses (no cache). With
+    `segments`, a token sees only tokens of its row with the same number (no cache). A
+    caller that needs no hidden states says so by `cache_only`, and drops them: of the last
+    layer, XLA then computes the keys and values alone.
 
     For the backward pass a layer keeps expensive results (the heads, attention's,
     both products of the mlp), and computes norms, scores and the activation
@@ -105,6 +107,7 @@ def forward(
         mesh=mesh,
         from_start=from_start,
         shared=shared,
+        segments=segments,
     )
     in_slabs = path.operations.in_slabs
 

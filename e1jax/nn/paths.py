@@ -101,6 +101,7 @@ def choose_path(
     mesh: Mesh | None = None,
     from_start: bool = False,
     shared: SharedPrompts | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Path:
     """The path of a pass with hidden states of `dtype`; see model.forward."""
     operations = choose_operations(mesh)
@@ -115,6 +116,7 @@ def choose_path(
         prepare, attend = _with_shared_prompts(heads, rope, shared, causal)
         return Path(operations, _as_it_is, prepare, attend)
     if cache is None:
+        causal = functools.partial(causal, segments=segments)
         prepare = _prepare(heads, rope, lambda cache, layer, k, v: cache)
         return Path(operations, _as_it_is, prepare, _attend_to_sequence(causal))
 

@@ -28,7 +28,8 @@ from e1jax.cli.command import check_command, run_command
 from e1jax.cli.flags import QuantizeFlags, flag, flags_parser
 from e1jax.config.buckets import check_local
 from e1jax.config.checks import UserError
-from e1jax.config.load import check_one_config, load_config
+from e1jax.config.finetuning import is_for_sft
+from e1jax.config.load import check_one_config, given_settings, load_config
 from e1jax.config.training import GRPOConfig
 from e1jax.plan.report import dump, dumping, parse_size, report_json, report_table
 from e1jax.plan.sampling import DEFAULT_LIVE, plan_sampling
@@ -85,6 +86,11 @@ def main() -> None:
     check_local(args.dump_hlo, "--dump-hlo")
     # Settings of the configuration can be changed as for train: --section.key value.
     argv = ["--config", args.config, *rest]
+    if is_for_sft(given_settings(argv)):
+        raise UserError(
+            f"{args.config} is for sft, of which nothing is planned; give a configuration "
+            "of train"
+        )
     config, _ = load_config(GRPOConfig, argv, _PROG)
     if args.part == "train" and (args.quantize or args.kv_dtype):
         raise UserError(

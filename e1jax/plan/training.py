@@ -15,11 +15,10 @@ from e1jax.checkpoint.load import CHECKPOINT, LoadedModel, ModelFiles
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import GRPOConfig
-from e1jax.grpo.learner import Learner, default_mesh
+from e1jax.grpo.learner import Learner
 from e1jax.grpo.logprobs import shares_prompts
 from e1jax.grpo.rollouts import (
     Batch,
-    computed_in,
     least_room,
     longest_lengths,
     padded_lengths,
@@ -57,7 +56,9 @@ from e1jax.plan.sampling import (
     sampling_programs,
 )
 from e1jax.plan.slices import GIB, Slice, host_slice, larger_slices, slice_mesh
+from e1jax.sharding.fsdp import default_mesh
 from e1jax.sharding.hosts import by_process, make_copy_to_all
+from e1jax.training import computed_in
 
 
 def plan_training(

@@ -19,6 +19,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from e1jax.sharding.mesh import sharding
 
 
+def default_mesh(devices: int) -> str:
+    """All on `data`: an update gathers the weights layer by layer, and each device takes
+    complete sequences."""
+    return f"data={devices},tensor=1"
+
+
 def map_over_data(function: Callable, mesh: Mesh, in_specs: Any, out_specs: Any):
     """`jax.shard_map` over `data` alone: the function sees the shards of one place on
     that axis, and is divided over `tensor` by the compiler."""
@@ -36,7 +42,7 @@ def map_over_rows_and_heads(
     function: Callable, mesh: Mesh, *args: jax.Array | None
 ) -> Any:
     """`function(*args)` with each device's own rows and heads of every argument
-    [B, H, ...], or rows [B, ...] of a boolean mask; of None, None. The result is sharded as
+    [B, H, ...], or rows [B, S] of numbers; of None, None. The result is sharded as
     the first argument. Where the caller is in a `shard_map` over `data`, the rows are its
     own already."""
     inside = set(jax.sharding.get_abstract_mesh().manual_axes)

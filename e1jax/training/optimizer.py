@@ -1,4 +1,4 @@
-"""Optimizers, their learning rates, and the step that they take."""
+"""Gradients of a batch, optimizers, their learning rates, and the step that they take."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from e1jax.config.training import AdamWConfig, LossConfig, MuonConfig
+from e1jax.sharding.fsdp import sum_over_data
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 
 
@@ -109,6 +110,33 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
 
     return optax.stateless(clip)
+
+
+def sum_gradients(
+    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]],
+    params: optax.Params,
+    microbatches: Any,
+) -> tuple[optax.Params, dict[str, jax.Array]]:
+    """Sums, over micro-batches, of the gradients and metrics of `loss(params, microbatch)`.
+
+    For use in `map_over_data`, with micro-batches stacked on the leading dim of arrays
+    [M, ...]. Gradients are float32 and of this place's shards; metrics are summed over
+    `data` too. A mean is a loss whose weights sum to 1 over all of them.
+    """
+
+    def add(grads, microbatch):
+        new, metrics = jax.grad(loss, has_aux=True)(params, microbatch)
+        return jax.tree.map(jnp.add, grads, new), metrics
+
+    # So that gradients are of float32, whatever the parameters are.
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    if len(jax.tree.leaves(microbatches)[0]) == 1:
+        # XLA goes through a loop of one step twice (0.10.2).
+        grads, metrics = add(zeros, jax.tree.map(lambda x: x[0], microbatches))
+        return grads, sum_over_data(metrics)
+    grads, metrics = jax.lax.scan(add, zeros, microbatches)
+    return grads, sum_over_data(jax.tree.map(jnp.sum, metrics))
 
 
 def apply_gradients(

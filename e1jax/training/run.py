@@ -11,19 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from e1jax.checkpoint.huggingface import read_config
+from e1jax.checkpoint.load import LoadedModel, load_model
 from e1jax.checkpoint.metrics import MetricsLog, NoLog
 from e1jax.checkpoint.runs import ORIGIN, RunCheckpoints
 from e1jax.cli.command import stop_signals
 from e1jax.cli.files import read_json
 from e1jax.cli.locks import owning
 from e1jax.cli.outputs import digest
+from e1jax.config.adapter import AdapterConfig
 from e1jax.config.buckets import in_bucket, temporary_directory, write_whole
 from e1jax.config.checks import UserError, writing
-from e1jax.config.load import flatten
+from e1jax.config.finetuning import FineTuningConfig
+from e1jax.config.load import flatten, record_config
 from e1jax.config.training import GRPOConfig, SFTConfig
 from e1jax.nn.quantize import Params
+from e1jax.sharding.fsdp import default_mesh
 from e1jax.sharding.hosts import (
     any_process,
     call_in_first,
@@ -31,10 +37,45 @@ from e1jax.sharding.hosts import (
     is_first,
 )
 from e1jax.sharding.runtime import COMPILER_OPTIONS
-from e1jax.tokenizer import BUDGET_TEXT_KEY, INSTRUCTION_KEY, upload_model
+from e1jax.tokenizer import (
+    BUDGET_TEXT_KEY,
+    INSTRUCTION_KEY,
+    copy_files,
+    upload_model,
+)
 
 if TYPE_CHECKING:
     import grain
+
+
+def load_trainable(
+    model: str,
+    mesh: str | None,
+    param_dtype: str,
+    adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (frozen)
+) -> LoadedModel:
+    """The model that training begins with, on the mesh of the updates, by default all
+    devices on `data`. Raises UserError for an adapter to another model, and for weights of
+    int8 unless an `adapter` is trained beside them."""
+    mesh = mesh or default_mesh(jax.device_count())
+    loaded = load_model(model, mesh, param_dtype, adapter.quantize)
+    if loaded.adapter:
+        raise UserError(
+            f"{model} is an adapter, which training cannot begin with; merge it first: "
+            f"python -m e1jax.convert to-hf {model} DST"
+        )
+    if loaded.quantize and not adapter.rank:
+        raise UserError(
+            f"{model} has its weights as int8, which cannot be trained; train an adapter "
+            "with python -m e1jax.train (adapter.rank), or the model that it was made from"
+        )
+    return loaded
+
+
+def computed_in(config: FineTuningConfig | GRPOConfig) -> Any:
+    """The dtype of the computation, and of the parameters that an engine samples from."""
+    on_cpu = jax.default_backend() == "cpu"
+    return jnp.dtype(config.dtype or ("float32" if on_cpu else "bfloat16"))
 
 
 @contextlib.contextmanager
@@ -79,7 +120,9 @@ def record_origin(origin: Mapping[str, Any], run_dir: Path) -> None:
 
 
 def check_processes(
-    config: SFTConfig | GRPOConfig, run_dir: Path, origin: Mapping[str, Any]
+    config: SFTConfig | FineTuningConfig | GRPOConfig,
+    run_dir: Path,
+    origin: Mapping[str, Any],
 ) -> None:
     """Refuses, in all processes of a run, ones with other settings, content or code."""
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
@@ -128,6 +171,54 @@ def write_model_files(
     return local
 
 
+def prepare_run(
+    config: FineTuningConfig | GRPOConfig,
+    loaded: LoadedModel,
+    instruction: str,
+    run_dir: Path,
+    origin: Mapping[str, Any],
+) -> None:
+    """Makes the run directory a model: settings, sizes and tokenizer.
+
+    The first process writes, and the others wait for it. Raises UserError, in all of
+    them, for a run that was begun otherwise, and in a process that does not see the first
+    one's files.
+    """
+    call_in_first(lambda: _write_run(config, loaded, instruction, run_dir, origin))
+    if not (run_dir / "config.yaml").exists():
+        raise UserError(
+            f"{run_dir} was made by the first process, and this one does not see it; "
+            "take a --run-dir on a file system that all hosts share"
+        )
+
+
+def _write_run(
+    config: FineTuningConfig | GRPOConfig,
+    loaded: LoadedModel,
+    instruction: str,
+    run_dir: Path,
+    origin: Mapping[str, Any],
+) -> None:
+    """Writes the files of `prepare_run`; refuses a run that was begun otherwise."""
+    record_config(config, run_dir)
+    if (run_dir / "config.json").exists() and read_config(run_dir) != loaded.config:
+        raise UserError(
+            f"{run_dir} was begun with a model of other sizes than {config.model} has "
+            "now; bring that model back, or take another --run-dir"
+        )
+    record_origin(origin, run_dir)
+    source = loaded.files.directory
+    ids = ("bos_token_id", "eos_token_id")
+    named = {k: v for k, v in read_json(source / "config.json").items() if k in ids}
+    write_model_files(
+        run_dir,
+        loaded.config.to_hf(config.update.param_dtype) | named,
+        instruction,
+        loaded.tokenizer.budget_text,
+        write_tokenizer=lambda directory: copy_files(source, directory),
+    )
+
+
 def restore_or_init(
     checkpoints: RunCheckpoints,
     optimizer: optax.GradientTransformation,
@@ -174,10 +265,11 @@ def _alike(value: Any, other: Any) -> bool:
 class Run:
     """A run between two of its steps; see `running`."""
 
-    config: SFTConfig | GRPOConfig
+    config: SFTConfig | FineTuningConfig | GRPOConfig
     checkpoints: RunCheckpoints
     log: MetricsLog | NoLog
     signals: list[int]  # each of them asks the run to stop
+    steps: int  # of the complete run
     step: int  # the last one that is done
     saved: int  # the last one with a checkpoint
     stopped: bool = False
@@ -185,16 +277,17 @@ class Run:
     def goes_on(self) -> bool:
         """Whether to take another step: some are left, and no process got a signal."""
         self.stopped = any_process(self.signals)
-        return not self.stopped and self.step < self.config.steps
+        return not self.stopped and self.step < self.steps
 
     def is_due(self, every: int) -> bool:
         """Whether work that is done every so many steps, and at the end, is due."""
-        return self.step % every == 0 or self.step == self.config.steps
+        return self.step % every == 0 or self.step == self.steps
 
-    def add(self, metrics: Mapping[str, Any]) -> None:
-        """Another step is done. Its metrics may still be on the device."""
+    def add(self, metrics: Mapping[str, Any], tokens: int | None = None) -> None:
+        """Another step is done, of so many `tokens`, if they are to be logged per second.
+        Its metrics may still be on the device."""
         self.step += 1
-        self.log.add(self.step, metrics)
+        self.log.add(self.step, metrics, tokens)
 
     def save(
         self, params: Params, state: Any, data: Any, metrics: Mapping[str, float]
@@ -213,15 +306,16 @@ class Run:
 @contextlib.contextmanager
 def running(
     run_dir: Path,
-    config: SFTConfig | GRPOConfig,
+    config: SFTConfig | FineTuningConfig | GRPOConfig,
     checkpoints: RunCheckpoints,
     step: int,
+    steps: int,
     *,
     headline: Sequence[str],
     next_command: str,
     wandb: str | None = None,
 ) -> Iterator[Run]:
-    """The run from `step` on, for a loop over `goes_on` and `add`.
+    """The run of `steps` steps from `step` on, for a loop over `goes_on` and `add`.
 
     The first process logs; see MetricsLog for `headline` and `wandb`. Afterwards all
     checkpoints are on disk, and the first process prints how the run has ended, with the
@@ -229,9 +323,9 @@ def running(
     """
     log: MetricsLog | NoLog = NoLog()
     if is_first():
-        log = MetricsLog(run_dir, step, config.steps, headline, wandb)
+        log = MetricsLog(run_dir, step, steps, headline, wandb)
     with closing(checkpoints), closing(log), stop_signals() as signals:
-        run = Run(config, checkpoints, log, signals, step, saved=step)
+        run = Run(config, checkpoints, log, signals, steps, step, saved=step)
         yield run
     done = f"after step {run.step}, saved"
     if run.step == 0:

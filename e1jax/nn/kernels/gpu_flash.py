@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from e1jax.nn.scores import keep
 from e1jax.sharding.fsdp import map_over_rows_and_heads
@@ -22,7 +22,7 @@ def gpu_flash_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    visible: Bool[Array, "B _P"] | None = None,
+    segments: Int[Array, "B S"] | None = None,
     *,
     mesh: Mesh,
     implementation: Literal["xla", "cudnn"] = "cudnn",
@@ -33,17 +33,17 @@ def gpu_flash_attention(
     `data`, the rows are its own already. The `implementation` "xla" runs without a GPU.
     """
     local = functools.partial(_flash_local, implementation=implementation)
-    return keep(map_over_rows_and_heads(local, mesh, q, k, v, visible))
+    return keep(map_over_rows_and_heads(local, mesh, q, k, v, segments))
 
 
-def _flash_local(q, k, v, visible=None, *, implementation) -> jax.Array:
+def _flash_local(q, k, v, segments=None, *, implementation) -> jax.Array:
     mask = None
-    if visible is not None:
+    if segments is not None:
         # Queries belong to the last keys: a mask, as cuDNN counts from the first.
-        length, own = q.shape[2], jnp.ones((len(visible), q.shape[2]), bool)
-        is_seen = jnp.concatenate([visible, own], axis=1)
-        is_earlier = jnp.tri(length, k.shape[2], k.shape[2] - length, dtype=bool)
-        mask = (is_seen[:, None] & is_earlier[None])[:, None]
+        length, before = q.shape[2], k.shape[2] - q.shape[2]
+        is_own = segments[:, before:, None] == segments[:, None]
+        is_earlier = jnp.tri(length, k.shape[2], before, dtype=bool)
+        mask = (is_own & is_earlier[None])[:, None]
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     out = jax.nn.dot_product_attention(
         *(q, k, v),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from e1jax.nn.scores import BLOCK_LEN, KEPT, scaled
 from e1jax.sharding.fsdp import map_over_rows_and_heads
@@ -26,7 +26,7 @@ def splash_attention(
     q: Float[Array, "B H T C"],
     k: Float[Array, "B K S C"],
     v: Float[Array, "B K S C"],
-    visible: Bool[Array, "B _P"] | None = None,
+    segments: Int[Array, "B S"] | None = None,
     *,
     mesh: Mesh,
     interpret: bool = False,
@@ -36,13 +36,11 @@ def splash_attention(
     Each device takes its own rows and heads. Where the caller is in a `shard_map` over
     `data`, the rows are its own already. `interpret` runs it without a TPU.
     """
-    if visible is None:
-        visible = jnp.ones((len(q), k.shape[2] - q.shape[2]), bool)
     local = functools.partial(_splash_local, interpret=interpret)
-    return map_over_rows_and_heads(local, mesh, q, k, v, visible)
+    return map_over_rows_and_heads(local, mesh, q, k, v, segments)
 
 
-def _splash_local(q, k, v, visible, *, interpret: bool) -> jax.Array:
+def _splash_local(q, k, v, segments=None, *, interpret: bool) -> jax.Array:
     length, before = q.shape[2], k.shape[2] - q.shape[2]
     (q, block_q), (k, block_kv), (v, _) = map(_whole_blocks, (scaled(q), k, v))
     mask = splash.CausalMask((q.shape[2], k.shape[2]), offset=before)
@@ -58,18 +56,16 @@ def _splash_local(q, k, v, visible, *, interpret: bool) -> jax.Array:
         residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
-    if before == 0:
+    if segments is None:
         out: Any = jax.vmap(kernel)(q, k, v)
         return out[:, :, :length]
 
-    def of_row(q, k, v, is_hidden):
-        # Queries see the keys of their own segment alone; hidden keys are another one.
-        of_queries = jnp.zeros(q.shape[1], jnp.int32)
-        segments = splash.SegmentIds(of_queries, is_hidden.astype(jnp.int32))
-        return kernel(q, k, v, segments)
+    def of_row(q, k, v, segments):
+        own = jnp.pad(segments[before:], (0, q.shape[1] - length))
+        keys = jnp.pad(segments, (0, k.shape[1] - len(segments)))
+        return kernel(q, k, v, splash.SegmentIds(own, keys))
 
-    is_hidden = jnp.pad(~visible, ((0, 0), (0, k.shape[2] - before)))
-    out = jax.vmap(of_row)(q, k, v, is_hidden)
+    out = jax.vmap(of_row)(q, k, v, segments)
     return out[:, :, :length]
 
 
