@@ -74,7 +74,7 @@ def attach_adapters(weights: Params) -> Params:
 def adapted_product(
     product: Callable[..., jax.Array], x: jax.Array, kernel: Any
 ) -> jax.Array:
-    """`product(x, kernel)`, to which that of an adapter is added if the kernel has one."""
+    """`product(x, kernel)`, and the adapter's product added if the kernel has one."""
     if not isinstance(kernel, Adapted):
         return product(x, kernel)
     return product(x, kernel.kernel) + product(product(x, kernel.a), kernel.b)

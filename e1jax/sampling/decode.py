@@ -168,7 +168,7 @@ def prefill(
 ) -> KVCache:
     """Keys and values of the first `length` of `tokens` [N, P], one prompt a row, in a
     cache of N rows of P positions and of `kv_dtype`, as `prepare` gives it (None: as it is
-    computed). `length` is the longest prompt's; what is behind a shorter one is padding.
+    computed). `length` is the longest prompt's; shorter ones are padded to it.
 
     The prompts go through the model in pieces, as many as the longest fills, or at once
     where a kernel spares the memory for its scores; no logits are made.
