@@ -329,10 +329,10 @@ def mean_accuracy(rows: list[dict], solution: int | None, thinking: tuple) -> fl
 
 
 def most_below(rows: list[dict], paper: list[dict]) -> float:
-    """The most that our accuracy falls below the paper's at as many mean tokens, at any
-    of the paper's budgets; 0 where it never does. Between two of our budgets, a mixture of
-    both counts: so many tokens and so much accuracy are had by asking for one or the other.
-    """
+    """The largest gap of a method's accuracy below the paper's at equal mean tokens, over
+    all budgets of the paper's way; 0 if there is none. Between two budgets of the method,
+    accuracy is interpolated: using one for some problems and the other for the rest gives
+    it."""
     tokens, accuracy = frontier(rows)
     gaps = [
         row["accuracy"] - np.interp(row["mean_tokens"], tokens, accuracy)
@@ -342,8 +342,8 @@ def most_below(rows: list[dict], paper: list[dict]) -> float:
 
 
 def frontier(rows: list[dict]) -> tuple[list[float], list[float]]:
-    """Mean tokens and accuracy of the budgets that no other beats with fewer tokens, by
-    tokens; before them no answer, of no token."""
+    """Mean tokens and accuracy of the Pareto-optimal budgets, in order of tokens, after the
+    point (0, 0): no response."""
     points = [(0.0, 0.0)]
     for row in sorted(rows, key=lambda r: (r["mean_tokens"], -r["accuracy"])):
         if row["accuracy"] > points[-1][1]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from e1jax.cli.files import NUMBER, WHOLE, check_fields, read_text
+from e1jax.cli.files import INTEGER, NUMBER, check_fields, read_text
 from e1jax.cli.mirror import Mirror
 from e1jax.config.buckets import (
     in_bucket,
@@ -24,7 +24,7 @@ from e1jax.config.buckets import (
 from e1jax.config.checks import UserError, writing
 from e1jax.config.texts import parse_json
 
-_STEP = {"step": WHOLE}  # a line of metrics.jsonl, whose other fields are numbers
+_STEP = {"step": INTEGER}  # a line of metrics.jsonl, whose other fields are numbers
 
 FLUSH_SECONDS = 120  # of TensorBoard
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from e1jax.checkpoint.digests import check_checksums, checksums
 from e1jax.checkpoint.params import PARAMS, explain_orbax, restore_args
-from e1jax.cli.files import OBJECT, WHOLE, check_fields, read_json
+from e1jax.cli.files import INTEGER, OBJECT, check_fields, read_json
 from e1jax.config.buckets import in_bucket, write_whole
 from e1jax.config.checks import UserError, writing
 from e1jax.config.training import CheckpointConfig
@@ -102,7 +102,7 @@ def _best_step(run_dir: Path) -> int:
     if not steps:
         raise UserError(f"{run_dir} has no finished checkpoint yet; let the run go on")
     record = run_dir / CHECKPOINTS / BEST
-    best = read_json(record, {"step": WHOLE})["step"] if record.exists() else None
+    best = read_json(record, {"step": INTEGER})["step"] if record.exists() else None
     return best if best in steps else steps[-1]
 
 
@@ -139,7 +139,9 @@ class RunCheckpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         # After such an error, Python warns of writes that were not begun.
-        warnings.filterwarnings("ignore", r"coroutine .* was never awaited")
+        warnings.filterwarnings(
+            "ignore", r"coroutine .* was never awaited", RuntimeWarning
+        )
         with explain_orbax(f"{self.directory} cannot be read"):
             self.manager = ocp.CheckpointManager(
                 str(self.directory),

@@ -9,13 +9,12 @@ from typing import Any
 from e1jax.config.checks import UserError
 from e1jax.config.texts import parse_json
 
-Schema = Mapping[
-    str, tuple[tuple[type, ...], str]
-]  # types of fields, and these in words
+# For each field of a JSON object, the Python types that its value may have, and a name of
+# them for messages.
+Schema = Mapping[str, tuple[tuple[type, ...], str]]
 
-# Of a field of JSON, the types it may have and the words for them in messages.
 NUMBER = ((int, float), "a number")
-WHOLE = ((int,), "a whole number")
+INTEGER = ((int,), "a whole number")
 TEXT = ((str,), "a text")
 OBJECT = ((dict,), "an object")
 

@@ -71,8 +71,8 @@ def load_problems(name: str, limit: int | None = None) -> list[Problem]:
     """The problems of a dataset, the first `limit` of them if that is given.
 
     `name` is a key of `NANO` or `HUB`, a file (gs:// too), or a hub dataset: owner/name,
-    followed by /FILES if it holds several sets of files, like owner/name/data/train. A file is a JSON
-    list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
+    followed by /FILES if it holds several sets of files, like owner/name/data/train. A
+    file is a JSON list, JSONL or parquet. A problem has the field `problem`, `question` or `prompt`; the
     field `answer` or `final_answer`, a text, a number or a list of accepted
     ones; and may have `id` or `unique_id`. Of a worked solution, the last `\\boxed{}`
     or the text behind the last `####` is the answer.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from e1jax import rewards
-from e1jax.cli.files import NUMBER, TEXT, WHOLE, check_fields
+from e1jax.cli.files import INTEGER, NUMBER, TEXT, check_fields
 from e1jax.config.checks import UserError, check_integer, shown
 from e1jax.config.texts import check_backslashes, parse_json
 from e1jax.data.problems import Problem
@@ -17,11 +17,11 @@ from e1jax.evaluation.results import Budgets, Outcome
 # The fields of a record that `grade` reads: their types, and the same in words.
 _FIELDS = {
     "id": ((str, int), "a text or a whole number"),
-    "sample": WHOLE,
+    "sample": INTEGER,
     "solution": TEXT,
     "token_ids": ((list,), "a list"),
-    "thinking_tokens": WHOLE,
-    "solution_tokens": WHOLE,
+    "thinking_tokens": INTEGER,
+    "solution_tokens": INTEGER,
     "thinking_end": ((str, type(None)), "a text or null"),
     "thinking_budget": ((int, type(None)), "a whole number or null"),
     "solution_budget": ((int, type(None)), "a whole number or null"),
