@@ -30,7 +30,7 @@ from e1jax.checkpoint.params import (
     read_metadata,
     restore_lazily,
 )
-from e1jax.cli.files import NUMBER, TEXT, WHOLE, read_json
+from e1jax.cli.files import INTEGER, NUMBER, TEXT, read_json
 from e1jax.config.adapter import TARGETS, AdapterConfig, Target
 from e1jax.config.checks import UserError, check_known, shown
 from e1jax.config.load import read_yaml
@@ -85,7 +85,7 @@ def of_peft(directory: Path) -> AdapterOrigin:
     """Of an adapter in the format of peft. Raises UserError for anything but LoRA of the
     linear layers that `AdapterConfig.targets` names, alike in all of them."""
     file = directory / PEFT_CONFIG
-    schema = {"peft_type": TEXT, "r": WHOLE, "lora_alpha": NUMBER}
+    schema = {"peft_type": TEXT, "r": INTEGER, "lora_alpha": NUMBER}
     saved = read_json(file, schema)
     for key, values in _ONLY_VALUES.items():
         if key in saved and saved[key] not in values:
