@@ -241,7 +241,7 @@ def _fine_tune(
     best = "validation_loss" if held_out else None
     checkpoints = RunCheckpoints(run_dir, config.checkpoint, best, lower_is_better=True)
     step, params, state = restore_or_init(
-        checkpoints, optimizer, shapes, loaded.read_params, batches
+        checkpoints, optimizer.init, shapes, loaded.read_params, batches
     )
     with running(
         run_dir,
@@ -333,7 +333,7 @@ def _train(config: SFTConfig, run_dir: Path, mesh: Mesh) -> None:
     checkpoints = RunCheckpoints(run_dir, config.checkpoint)
     step, params, state = restore_or_init(
         checkpoints,
-        optimizer,
+        optimizer.init,
         shapes,
         lambda: init_params(config.model, mesh, jnp.float32, config.seed),
         batches,

@@ -18,10 +18,12 @@ checkpoint holds no generator.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -61,7 +63,12 @@ from e1jax.rewards import (
     source_digest,
 )
 from e1jax.sampling.engine import Engine
-from e1jax.sharding.hosts import any_process, joined, process_allgather
+from e1jax.sharding.hosts import (
+    any_process,
+    divided_devices,
+    joined,
+    process_allgather,
+)
 from e1jax.sharding.runtime import enough_memory, use_compilation_cache
 from e1jax.training import (
     Run,
@@ -182,33 +189,99 @@ def take_steps(
     The next step goes on from `position` in the data, also where a signal came after its
     prompts were read.
     """
+
+    def sample(step: int) -> Rollouts | None:
+        return sample_unless_stopped(
+            config.at_step(step), engine, batches, grader, run.signals, function
+        )
+
+    take = side_by_side if config.rollout.ahead else one_after_the_other
+    steps = take(run, learner, engine, batches, sample)
     position = batches.get_state()
+    for metrics, position in steps:
+        metrics["learning_rate"] = np.asarray(learner.schedule(run.step)).item()
+        entropy_coef = learner.entropy_coefs(run.step)
+        metrics["entropy_coef"] = np.asarray(entropy_coef, np.float32).item()
+        check_finite(run.step + 1, metrics)
+        run.add(metrics)
+        measured = {}
+        if validate and run.is_due(config.validation.every):
+            engine.params = learner.sampling_params()
+            measured = validate(grader)
+        if measured or run.is_due(config.checkpoint.every):
+            run.save(learner.params, learner.saved_state, position, measured)
+    if run.step > run.saved:
+        run.save(learner.params, learner.saved_state, position, {})
+
+
+Steps = Iterator[tuple[dict[str, float], Any]]
+
+
+def one_after_the_other(
+    run: Run,
+    learner: Learner,
+    engine: Engine,
+    batches: "grain.DatasetIterator[list[Prompt]]",
+    sample: Callable[[int], Rollouts | None],
+) -> Steps:
+    """The metrics of each step, and the position in the data of the next one: responses are
+    sampled from the latest parameters, and then learned."""
     while run.goes_on():
         if engine.params is None:  # else the validation has set them
             engine.params = learner.sampling_params()
-        rollouts = sample_unless_stopped(
-            config.at_step(run.step), engine, batches, grader, run.signals, function
-        )
+        rollouts = sample(run.step)
         if rollouts is None:
             continue  # to where it ends
         engine.params = None  # the update may reuse their memory
         engine.release_cache()
         with enough_memory("an update", ADVICE):
             metrics = learner.learn(rollouts, run.step)
-        metrics["learning_rate"] = np.asarray(learner.schedule(run.step)).item()
-        entropy_coef = learner.entropy_coefs(run.step)
-        metrics["entropy_coef"] = np.asarray(entropy_coef, np.float32).item()
-        check_finite(run.step + 1, metrics)
-        run.add(metrics)
-        position = batches.get_state()
-        measured = {}
-        if validate and run.is_due(config.validation.every):
-            engine.params = learner.sampling_params()
-            measured = validate(grader)
-        if measured or run.is_due(config.checkpoint.every):
-            run.save(learner.params, learner.state, position, measured)
-    if run.step > run.saved:
-        run.save(learner.params, learner.state, position, {})
+        yield metrics, batches.get_state()
+
+
+def side_by_side(
+    run: Run,
+    learner: Learner,
+    engine: Engine,
+    batches: "grain.DatasetIterator[list[Prompt]]",
+    sample: Callable[[int], Rollouts | None],
+) -> Steps:
+    """As `one_after_the_other`, but the responses of a step are sampled while the ones of
+    the step before are learned: from the parameters before that.
+
+    A thread waits for the update; this one gives the devices all of their work, so that
+    programs come to each of them in the same order.
+    """
+    rollouts = None
+    with ThreadPoolExecutor(1) as pool:
+        while run.goes_on():
+            start = time.perf_counter()
+            step, sampling = run.step, 0.0
+            if rollouts is None:  # of a run that begins, or goes on
+                engine.params = learner.params_ahead(latest=False)
+                rollouts = sample(step)
+                if rollouts is None:
+                    continue
+                sampling = rollouts.seconds
+            engine.params = learner.params_ahead(latest=True)
+            position = batches.get_state()
+            with enough_memory("an update", ADVICE):
+                wait = learner.start_learning(rollouts, step)
+                learned = pool.submit(timed, wait)
+                rollouts = sample(step + 1) if step + 1 < run.steps else None
+                metrics, learning = learned.result()
+            sampling += rollouts.seconds if rollouts else 0
+            seconds = time.perf_counter() - start
+            metrics["staleness"] = float(min(step, 1))  # in steps
+            metrics["sampler_idle"] = 1 - sampling / seconds
+            metrics["learner_idle"] = 1 - learning / seconds
+            yield metrics, position
+
+
+def timed(wait: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
+    """The result, and the seconds that it took."""
+    start = time.perf_counter()
+    return wait(), time.perf_counter() - start
 
 
 def sample_unless_stopped(
@@ -266,7 +339,8 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
     dtype = config.update.param_dtype
     if config.adapter.rank:
         dtype = computed_in(config).name
-    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter)
+    devices, _ = divided_devices(config.rollout_mesh)
+    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter, devices)
     text = config.data.budget_text or loaded.tokenizer.budget_text or BUDGET_TEXT
     text = text if config.rollout.state_budgets else None
     tokenizer = dataclasses.replace(loaded.tokenizer, budget_text=text)

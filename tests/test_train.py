@@ -102,6 +102,7 @@ TINY = {
 }
 # Of a step; they depend on how fast the machine is.
 TIMED = {"seconds", "rollout_tokens_per_second", "update_tokens_per_second"}
+IDLE = {"sampler_idle", "learner_idle"}  # of rollout.ahead; shares of that time
 METRICS = TIMED | {
     *("step", "reward", "accuracy", "loss", "kl", "clip_fraction", "entropy"),
     *("grad_norm", "thinking_tokens", "solution_tokens", "response_tokens"),
@@ -153,7 +154,7 @@ def start(workplace: Path, script: list[str], *flags: str, devices: int = 1):
 def metrics(run_dir: Path) -> list[dict]:
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
-    return [{k: v for k, v in step.items() if k not in TIMED} for step in steps]
+    return [{k: v for k, v in step.items() if k not in TIMED | IDLE} for step in steps]
 
 
 def saved(run_dir: Path) -> dict[str, dict]:

@@ -272,8 +272,9 @@ def load_model(
     quantize: str | None = None,
     state_budgets: bool = True,
     adapter: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> LoadedModel:
-    """A model ready to run.
+    """A model ready to run, on the mesh that `mesh_text` names, of all devices or `devices`.
 
     `dtype` is "float32" or "bfloat16"; None is float32 on a CPU and bfloat16 elsewhere.
     `quantize` "int8" is for sampling; a checkpoint that is stored so needs no asking.
@@ -291,7 +292,7 @@ def load_model(
     tokenizer = (added if added and added.kind == RUN else files).tokenizer
     if not state_budgets:
         tokenizer = dataclasses.replace(tokenizer, budget_text=None)
-    mesh = make_mesh(mesh_text, config)
+    mesh = make_mesh(mesh_text, config, devices)
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     tensors = files.tensors  # checked now; the weights themselves can wait

@@ -201,8 +201,12 @@ class RolloutConfig:
     """Responses that are sampled at a time, by each host of several."""
     cache_len: int | None = None
     """Positions of a slot, prompt included; null: the longest that budgets allow."""
+    ahead: int = 0
+    """1: responses are sampled while the step before is learned, from the parameters before
+    that; with 0, from the latest ones. loss.old_logprobs: sampler weighs the difference."""
 
     def __post_init__(self):
+        check_integer("ahead", self.ahead, 0, 1)
         check_integer("prompts", self.prompts, 1)
         check_integer("samples", self.samples, 2)
         for name in ("thinking_budget", "solution_budget"):
@@ -531,6 +535,9 @@ class GRPOConfig:
     mesh: str | None = None
     """Device mesh of the updates, like data=4,tensor=2; by default all devices on data.
     Each host samples on its own devices, as many of them on tensor as suits the model."""
+    rollout_mesh: str | None = None
+    """With rollout.ahead: 1, the devices of each host that sample and do not learn, like
+    data=1,tensor=2, which mesh then leaves out; null: all devices do both in turn."""
     wandb: str | None = None
     """Weights & Biases project that gets the metrics too; null: none."""
 
@@ -542,6 +549,11 @@ class GRPOConfig:
             raise UserError(
                 "data.budget_text is set, but rollout.state_budgets is false; set that, "
                 "or leave the text out"
+            )
+        if self.rollout_mesh is not None and not rollout.ahead:
+            raise UserError(
+                f"rollout_mesh={shown(self.rollout_mesh)} samples beside the updates, and "
+                "with rollout.ahead=0 one waits for the other; set rollout.ahead: 1"
             )
         if rollout.cuts:
             _check_loss_of_cuts(self.loss)

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from e1jax.grpo.rollouts import (
     make_batch,
     mean_over_processes,
     pair_metrics,
+    sampling_mesh,
 )
 from e1jax.nn.model import GatherParams, abstract_params, init_adapter
 from e1jax.nn.quantize import Params
@@ -67,11 +69,13 @@ class Learner:
         self.schedule = learning_rates(config.optimizer, config.steps)
         self.entropy_coefs = entropy_coefs(config.loss, config.steps)
         self.frozen, self.shapes = trained_shapes(config.adapter, loaded)
-        local = local_mesh(loaded.config, loaded.mesh)
-        sampled = abstract_params(
-            loaded.config, local, self.dtype, loaded.quantize, config.adapter
+        self.to_local = make_local_copy(
+            loaded.mesh, self._sampled(local_mesh(loaded.config, loaded.mesh))
         )
-        self.to_local = make_local_copy(loaded.mesh, sampled)
+        self.apart = None  # shardings on devices that only sample
+        if config.rollout_mesh is not None:
+            apart = self._sampled(sampling_mesh(config, loaded))
+            self.apart = jax.tree.map(lambda s: s.sharding, apart)
         self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
         shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
         self.update = make_update(
@@ -97,6 +101,17 @@ class Learner:
         self.base: Params | None = None  # the frozen ones
         self.state: Any = None
         self.reference: Params | None = None
+        # With rollout.ahead, the trained parameters that the next responses come from.
+        self.sampled: Params | None = None
+        # An adapter is cast after it is scaled.
+        self.sampled_dtype = jnp.float32 if config.adapter.rank else self.dtype
+
+    def _sampled(self, mesh: Mesh) -> Params:
+        """Abstract parameters to sample from on a mesh."""
+        loaded, adapter = self.loaded, self.config.adapter
+        return abstract_params(
+            loaded.config, mesh, self.dtype, loaded.quantize, adapter
+        )
 
     def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
         """Goes on from the latest checkpoint, or begins with the model; the step."""
@@ -104,13 +119,14 @@ class Learner:
         if self.config.adapter.rank:
             self.base = self.loaded.read_params()
             init = functools.partial(init_adapter, self.shapes, self.config.seed)
+        init_state, shapes = self.optimizer.init, self.state_shapes
+        if self.config.rollout.ahead:
+            init_state, shapes = self._init_ahead, (shapes, self.sampled_shapes)
         step, self.params, self.state = restore_or_init(
-            checkpoints,
-            self.optimizer,
-            (self.shapes, self.state_shapes),
-            init,
-            batches,
+            checkpoints, init_state, (self.shapes, shapes), init, batches
         )
+        if self.config.rollout.ahead:
+            self.state, self.sampled = self.state
         if self.config.loss.kl_coef:
             self.reference = self.base or self._initial(step)
         return step
@@ -121,19 +137,66 @@ class Learner:
         # Copied, because the update donates its input.
         return _cast(initial, self.dtype, copy=initial is self.params)
 
+    def _init_ahead(self, params: Params) -> tuple[Any, Params]:
+        """The state of a new run with rollout.ahead: the optimizer's, and the parameters
+        that the first responses come from."""
+        sampled = _cast(params, self.sampled_dtype, copy=True)
+        return self.optimizer.init(params), sampled
+
+    @property
+    def sampled_shapes(self) -> Params:
+        """The abstract parameters that are sampled from with rollout.ahead."""
+
+        def shape(x):
+            dtype, place = self.sampled_dtype, x.sharding
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+
+        return jax.tree.map(shape, self.shapes)
+
+    @property
+    def saved_state(self) -> Any:
+        """The part of a checkpoint besides the trained parameters."""
+        return self.state if self.sampled is None else (self.state, self.sampled)
+
     def sampling_params(self) -> Params:
         """The policy where the engine samples: on this process's own devices."""
-        return self.to_local(self.join(self.base, self.params))
+        return self._placed(self.params)
+
+    def params_ahead(self, *, latest: bool) -> Params:
+        """The parameters that responses are sampled from while others are learned: with
+        `latest` the policy as it is now, which an update then does not change, else the one
+        of the last call."""
+        if latest:
+            # Copied, because the update donates its input.
+            self.sampled = _cast(self.params, self.sampled_dtype, copy=True)
+        assert self.sampled is not None
+        return self._placed(self.sampled)
+
+    def _placed(self, trained: Params) -> Params:
+        params = self.to_local(self.join(self.base, trained))
+        return params if self.apart is None else jax.device_put(params, self.apart)
 
     def learn(self, rollouts: Rollouts, step: int) -> dict[str, float]:
-        """Updates the policy by the responses that were sampled after `step` steps; the
+        """Updates the policy by the responses to be learned after `step` steps; the
         metrics of this one."""
+        return self.start_learning(rollouts, step)()
+
+    def start_learning(
+        self, rollouts: Rollouts, step: int
+    ) -> Callable[[], dict[str, float]]:
+        """`learn` that does not wait for the devices: the function that it gives does."""
         start = time.perf_counter()
         config = self.config.at_step(step)
         temperature = jnp.float32(config.rollout.temperature)
         entropy_coef = None  # the constant one
         if config.loss.entropy_coef_end is not None:
             entropy_coef = jnp.float32(self.entropy_coefs(step))
+        tokens = sum(len(c.token_ids) for c in rollouts.completions)
+        tokens = process_allgather(tokens).sum()
+        of_rollouts = {
+            **mean_over_processes(rollouts.metrics),
+            **pair_metrics(config, process_allgather(rollouts.of_pairs).sum(axis=0)),
+        }
         measured = []
         for batch in self._minibatches(rollouts, temperature):
             # The first update is of the parameters that sampled.
@@ -148,17 +211,18 @@ class Learner:
                 self.base,
             )
             measured.append(metrics)
-        means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
-        tokens = sum(len(c.token_ids) for c in rollouts.completions)
-        tokens = process_allgather(tokens).sum()
-        seconds = time.perf_counter() - start
-        return {
-            **mean_over_processes(rollouts.metrics),
-            **pair_metrics(config, process_allgather(rollouts.of_pairs).sum(axis=0)),
-            **means,
-            "sampler_gap": measured[0]["sampler_gap"].item(),
-            "update_tokens_per_second": tokens * config.update.epochs / seconds,
-        }
+
+        def metrics() -> dict[str, float]:
+            means = jax.tree.map(lambda *values: np.mean(values).item(), *measured)
+            seconds = time.perf_counter() - start
+            return {
+                **of_rollouts,
+                **means,
+                "sampler_gap": measured[0]["sampler_gap"].item(),
+                "update_tokens_per_second": tokens * config.update.epochs / seconds,
+            }
+
+        return metrics
 
     def _minibatches(self, rollouts: Rollouts, temperature: jax.Array) -> list[Batch]:
         """Of each update in turn. The old log-probabilities are the sampler's. If they

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.config.checks import UserError
@@ -21,8 +22,14 @@ from e1jax.rewards import Grader, RewardFunction, call_function, grade
 from e1jax.sampling.completion import Completion
 from e1jax.sampling.engine import Engine
 from e1jax.sampling.request import Following
-from e1jax.sharding.hosts import allgather_rows, is_first, local_mesh, process_allgather
-from e1jax.sharding.mesh import note_undivided
+from e1jax.sharding.hosts import (
+    allgather_rows,
+    divided_devices,
+    is_first,
+    local_mesh,
+    process_allgather,
+)
+from e1jax.sharding.mesh import make_mesh, note_undivided
 from e1jax.tokenizer import Tokenizer
 from e1jax.training import computed_in
 
@@ -102,7 +109,7 @@ def make_engine(
         )
     longest_prompt = max(len(example.prompt_ids) for example in examples)
     cache_len = rollout_cache_len(config, longest_prompt)
-    mesh = local_mesh(loaded.config, loaded.mesh)
+    mesh = sampling_mesh(config, loaded)
     if mesh.shape != loaded.mesh.shape:
         shapes = abstract_params(loaded.config, mesh, computed_in(config))
         note_undivided(loaded.config, shapes)
@@ -117,6 +124,15 @@ def make_engine(
     # Refuses budgets that do not fit the model now, not after the weights are read.
     engine.stream([[0] * longest_prompt], rollout_request(config, 0), names=["rollout"])
     return engine
+
+
+def sampling_mesh(config: GRPOConfig, loaded: LoadedModel) -> Mesh:
+    """The mesh of this process's engine: its own devices out of the mesh of the updates, or
+    the ones that `rollout_mesh` sets apart."""
+    if config.rollout_mesh is None:
+        return local_mesh(loaded.config, loaded.mesh)
+    _, devices = divided_devices(config.rollout_mesh)
+    return make_mesh(config.rollout_mesh, loaded.config, devices)
 
 
 def rollout_cache_len(config: GRPOConfig, longest_prompt: int) -> int:
@@ -170,6 +186,7 @@ class Rollouts(NamedTuple):
     # [P, 5], of each pair of budgets that can be drawn: the number of responses, and sums
     # over them, see `pair_sums`
     of_pairs: np.ndarray
+    seconds: float = 0.0  # of sampling and grading
 
 
 def sample_rollouts(
@@ -230,7 +247,7 @@ def sample_rollouts(
     by_pair = (x.reshape(len(pairs), -1) for x in (rewards, base == 1))
     sums = pair_sums(config, pairs, completions, *by_pair)
     rows = cut.rows() if config.rollout.cuts else completions
-    return Rollouts(rows, rewards, metrics, sums)
+    return Rollouts(rows, rewards, metrics, sums, seconds)
 
 
 def length_cost(config: GRPOConfig, completion: Completion) -> float:
@@ -269,7 +286,8 @@ def unequal_groups(
         "kept_mixed": float(1 - is_equal[chosen].mean()),
     }
     of_pairs = np.sum([part.of_pairs for part in parts], axis=0)
-    return Rollouts(kept, rewards[chosen], metrics, of_pairs)
+    seconds = sum(part.seconds for part in parts)
+    return Rollouts(kept, rewards[chosen], metrics, of_pairs, seconds)
 
 
 def rollout_request(config: GRPOConfig, position: int) -> SamplingParams:

@@ -64,7 +64,17 @@ from e1jax.training import computed_in
 def plan_training(
     config: GRPOConfig, sizes: ModelConfig, slice_: Slice, args: argparse.Namespace
 ) -> Report:
-    """The update, the passes before it, and everything in memory meanwhile."""
+    """The update, the passes before it, and everything in memory meanwhile.
+
+    Raises UserError for a mesh of the rollouts, as a program for a part of a slice cannot
+    be compiled.
+    """
+    if config.rollout_mesh is not None:
+        raise UserError(
+            f"rollout_mesh={config.rollout_mesh} divides each host's devices, and only "
+            "complete slices are planned; plan --part train on a slice of as many devices "
+            "as learn, and --part sample on one of a host's others, without rollout_mesh"
+        )
     named = args.mesh or config.mesh
     config = dataclasses.replace(config, mesh=named, dtype=computed_dtype(config).name)
     mesh = slice_mesh(slice_, named or default_mesh(len(slice_.devices)), sizes)
@@ -93,6 +103,7 @@ def plan_training(
             _cost_of_training(report, name, program.text, learner, slice_)
     phases = training_phases(learner, programs)
     phases |= rollout_phases(report, learner, slice_)
+    phases = with_rollouts_beside(phases, learner)
     report.settings["phases"] = phases
     set_most(report, phases)
     held["temporaries"] = programs["update"].temporaries
@@ -165,6 +176,8 @@ def resident(learner: Learner) -> dict[str, int]:
     elif learner.config.loss.kl_coef:
         computed = abstract_params(sizes, mesh, learner.dtype)
         held["reference"] = device_bytes(computed)
+    if learner.config.rollout.ahead:
+        held["sampled"] = device_bytes(learner.sampled_shapes)
     return held
 
 
@@ -197,8 +210,9 @@ def training_phases(learner: Learner, programs: dict[str, Program]) -> dict[str,
     """Bytes on a device while each runs, with the arrays that wait beside it."""
     held = resident(learner)
     waiting = {"update": 0, "logprobs": held["optimizer"]}
+    beside = held["reference"] + held.get("sampled", 0)
     return {
-        name: program.total + waiting[name] + held["reference"]
+        name: program.total + waiting[name] + beside
         for name, program in programs.items()
     }
 
@@ -219,11 +233,14 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     sampler, loaded = host_sampler(learner, slice_), learner.loaded
     copied, phases = {}, {}
     beside, own, shared = resident(learner), learner.shapes, "parameters"
+    dtype = loaded.dtype
+    if learner.config.rollout.ahead:
+        own, shared, dtype = learner.sampled_shapes, "sampled", learner.sampled_dtype
     if learner.frozen.shapes is not None:
         form = loaded.quantize, learner.config.adapter
         own = abstract_params(loaded.config, loaded.mesh, learner.dtype, *form)
-        shared = "frozen"
-    if (sampler.dtype, sampler.mesh.shape) == (loaded.dtype, loaded.mesh.shape):
+        shared, dtype = "frozen", loaded.dtype
+    if (sampler.dtype, sampler.mesh.shape) == (dtype, loaded.mesh.shape):
         del beside[shared]  # the engine's are these
     else:
         given = jax.tree.map(_by_process, own)
@@ -238,6 +255,15 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     note(report, copied | programs)
     most = max(sampling_phases(sampler, programs).values())
     return phases | {"rollouts": sum(beside.values()) + most}
+
+
+def with_rollouts_beside(phases: dict[str, int], learner: Learner) -> dict[str, int]:
+    """The phases where responses are sampled while others are learned: whatever the
+    engine has is there during an update too."""
+    if not learner.config.rollout.ahead:
+        return phases
+    engine = phases["rollouts"] - sum(resident(learner).values())
+    return phases | {"update": phases["update"] + max(0, engine)}
 
 
 def _by_process(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

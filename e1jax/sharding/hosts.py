@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import faulthandler
 import json
+import math
 import os
 import re
 import reprlib
@@ -32,7 +33,7 @@ from e1jax.cli.command import sentence_of
 from e1jax.config.checks import UserError
 from e1jax.config.model import ModelConfig
 from e1jax.config.training import HostsConfig
-from e1jax.sharding.mesh import make_mesh
+from e1jax.sharding.mesh import make_mesh, parse_mesh
 from e1jax.sharding.runtime import COMPILER_OPTIONS
 
 # After so long without a sign of life, a process is given up by the others. JAX's own
@@ -293,6 +294,32 @@ def allgather_rows(rows: Any, group: int) -> Any:
         return x.reshape(-1, *x.shape[3:])
 
     return jax.tree.map(in_order, multihost_utils.process_allgather(rows))
+
+
+def divided_devices(
+    rollout_mesh: str | None,
+) -> tuple[list[jax.Device], list[jax.Device]]:
+    """The devices of all processes that learn, and the devices of this one that sample:
+    all, or with a `rollout_mesh` the last ones of each process, which do not learn.
+
+    Raises UserError if none would be left to learn.
+    """
+    if rollout_mesh is None:
+        return jax.devices(), jax.local_devices()
+    count = math.prod(parse_mesh(rollout_mesh).values())
+    per_process = jax.local_device_count()
+    if count >= per_process:
+        raise UserError(
+            f"rollout_mesh {rollout_mesh} takes {count} devices of each host, which has "
+            f"{per_process}; leave one or more to the updates"
+        )
+    ids = [
+        sorted(d.id for d in jax.devices() if d.process_index == p)
+        for p in range(jax.process_count())
+    ]
+    sampling = {i for own in ids for i in own[-count:]}
+    learning = [d for d in jax.devices() if d.id not in sampling]
+    return learning, [d for d in jax.local_devices() if d.id in sampling]
 
 
 def local_mesh(config: ModelConfig, mesh: Mesh) -> Mesh:

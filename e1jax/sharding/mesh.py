@@ -49,7 +49,7 @@ def make_mesh(
     Raises UserError if it does not match the device count or does not divide the heads.
     """
     devices = jax.devices() if devices is None else devices
-    shape = _default_shape(config, len(devices)) if text is None else _parse(text)
+    shape = _default_shape(config, len(devices)) if text is None else parse_mesh(text)
     needed = math.prod(shape.values())
     if needed != len(devices):
         hosts = jax.process_count()
@@ -215,7 +215,8 @@ def _default_shape(config: ModelConfig, num_devices: int) -> dict[str, int]:
     return {"data": num_devices // max(sizes), "tensor": max(sizes)}
 
 
-def _parse(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes of the axes that `text` names. Raises UserError if it is no mesh."""
     shape: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch("(data|tensor)=([1-9][0-9]{0,8})", part.strip())

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from e1jax.checkpoint.huggingface import read_config
 from e1jax.checkpoint.load import LoadedModel, load_model
@@ -53,12 +52,14 @@ def load_trainable(
     mesh: str | None,
     param_dtype: str,
     adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (frozen)
+    devices: Sequence[jax.Device] | None = None,
 ) -> LoadedModel:
     """The model that training begins with, on the mesh of the updates, by default all
-    devices on `data`. Raises UserError for an adapter to another model, and for weights of
+    devices (or `devices`) on `data`. Raises UserError for an adapter to another model, and for weights of
     int8 unless an `adapter` is trained beside them."""
-    mesh = mesh or default_mesh(jax.device_count())
-    loaded = load_model(model, mesh, param_dtype, adapter.quantize)
+    devices = jax.devices() if devices is None else devices
+    mesh = mesh or default_mesh(len(devices))
+    loaded = load_model(model, mesh, param_dtype, adapter.quantize, devices=devices)
     if loaded.adapter:
         raise UserError(
             f"{model} is an adapter, which training cannot begin with; merge it first: "
@@ -221,15 +222,15 @@ def _write_run(
 
 def restore_or_init(
     checkpoints: RunCheckpoints,
-    optimizer: optax.GradientTransformation,
+    init_state: Callable[[Params], Any],
     shapes: tuple[Params, Any],
     init_params: Callable[[], Params],
     batches: "grain.DatasetIterator",
 ) -> tuple[int, Params, Any]:
-    """Step, parameters and optimizer state of the latest checkpoint, else of a new run.
+    """Step, parameters and training state of the latest checkpoint, else of a new run.
 
-    `shapes` are abstract parameters and optimizer state, with shardings. The iterator
-    `batches` is set to where the checkpoint left it. A new run has step 0.
+    `shapes` are abstract parameters and state, with shardings. The iterator `batches` is
+    set to where the checkpoint left it. A new run has step 0.
     """
     restored = checkpoints.restore(*shapes)
     if restored:
@@ -245,7 +246,7 @@ def restore_or_init(
         return step, params, state
     params = init_params()
     init = jax.jit(
-        optimizer.init,
+        init_state,
         out_shardings=jax.tree.map(lambda s: s.sharding, shapes[1]),
         compiler_options=COMPILER_OPTIONS,
     )
