@@ -272,7 +272,7 @@ def load_model(
     quantize: str | None = None,
     state_budgets: bool = True,
     adapter: str | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
     """A model ready to run, on the mesh that `mesh_text` names, of all devices or `devices`.
 

@@ -298,7 +298,7 @@ def allgather_rows(rows: Any, group: int) -> Any:
 
 def divided_devices(
     rollout_mesh: str | None,
-) -> tuple[list[jax.Device], list[jax.Device]]:
+) -> tuple[list[Any], list[Any]]:
     """The devices of all processes that learn, and the devices of this one that sample:
     all, or with a `rollout_mesh` the last ones of each process, which do not learn.
 

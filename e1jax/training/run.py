@@ -52,7 +52,7 @@ def load_trainable(
     mesh: str | None,
     param_dtype: str,
     adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (frozen)
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> LoadedModel:
     """The model that training begins with, on the mesh of the updates, by default all
     devices (or `devices`) on `data`. Raises UserError for an adapter to another model, and for weights of
