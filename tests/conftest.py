@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -46,6 +47,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             )
     if item.get_closest_marker("libtpu") and not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_end_with_their_file():
+    """Files share hardly a program, and all of them would take up gigabytes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def several_devices(count: int) -> str:

@@ -207,6 +207,7 @@ def test_eight_devices_sample_the_tokens_of_one(run, tiny_hf, tmp_path):
         assert eight[ours["id"]]["token_ids"] == ours["token_ids"]
 
 
+@pytest.mark.slow
 def test_trained_from_scratch_and_on(run, tmp_path):
     """SFT of random parameters, then GRPO of what it gave; transformers reads the end."""
     sizes = ModelConfig(

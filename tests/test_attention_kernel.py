@@ -163,7 +163,9 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(*map(np.float32, (one, other)), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(
     "positions, heads, kv_heads, head_dim",

@@ -93,6 +93,7 @@ def test_a_curriculum_of_the_wrong_kind(workplace, value):
     assert "{a whole number: a whole number or null or" in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_run_by_a_curriculum_resumes_bit_for_bit(workplace, tmp_path):
     moments = f"sampling:3:{int(signal.SIGKILL)} update:5:{int(signal.SIGTERM)}"
     run_dir = interrupted_run(workplace, tmp_path, FLAGS, moments)

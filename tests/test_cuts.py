@@ -378,6 +378,7 @@ def test_lengths_have_room_for_a_solution_to_the_longest_thought(workplace):
 # A run.
 
 
+@pytest.mark.slow
 def test_a_run_with_cuts_resumes_bit_for_bit(workplace, tmp_path):
     """Killed while it samples, and after an update."""
     flags = [*CUTS, "--loss.entropy_coef", "0.01", "--reward.length_cost", "2"]
@@ -403,6 +404,7 @@ train.train(test_train.settings(Path(sys.argv[2]), *sys.argv[4:]), Path(sys.argv
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one(workplace, tmp_path):
     """Each with one thought of two prompts, and its solutions."""
     flags = [*CUTS, "--steps", "2", "--validation.limit", "1", "--loss.kl_coef", "0.1"]

@@ -508,6 +508,7 @@ def on_eight_devices(path: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_eight_devices_and_micro_batches_are_one_device(tiny_hf):
     path = tiny_hf(num_heads=4, head_dim=16)
     script = f"import test_finetuning as t\nt.on_eight_devices({str(path)!r})"
@@ -653,6 +654,7 @@ def test_other_content_and_settings_are_refused_by_name(workplace, unbroken, tmp
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_go_on_alone(workplace, unbroken):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -121,6 +121,7 @@ def disk(tmp_path):
 
 
 FULL = "No space left on device"
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,8 @@ FULL = "No space left on device"
             "48k",
             FULL,
         ),
-        ([*TRAIN, "DISK/run"], "12k", FULL),
-        ([*SFT_RUN, "DISK/run"], "128k", "no step is there"),
+        pytest.param([*TRAIN, "DISK/run"], "12k", FULL, marks=SLOW),
+        pytest.param([*SFT_RUN, "DISK/run"], "128k", "no step is there", marks=SLOW),
         ([*SFT_RUN, "DISK/run"], "8k", FULL),
         (["e1jax.convert", "to-hf", "run", "DISK/to"], "256k", FULL),
         (
@@ -142,7 +143,7 @@ FULL = "No space left on device"
             "cannot be written",
         ),
         ([*SAMPLE, "x", "-n", "60", "--output", "DISK/o.jsonl"], "16k", FULL),
-        ([*EVALUATE, "DISK"], "4k", FULL),
+        pytest.param([*EVALUATE, "DISK"], "4k", FULL, marks=SLOW),
         ([*EVALUATE, "DISK"], "16k", FULL),
         (
             [
@@ -220,6 +221,7 @@ def test_too_few_open_files_are_refused(place, command, number):
     assert_one_sentence(done, f"only {number} files", "ulimit -n")
 
 
+@pytest.mark.slow
 def test_the_fewest_open_files_are_enough(place):
     for command in ([*TRAIN, "fewest"], ["e1jax.convert", "to-hf", "run", "fewest-hf"]):
         done = run(command, "ulimit -n 128")

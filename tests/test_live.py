@@ -1,6 +1,7 @@
 """Requests that come, are sampled and leave at any time: `add`, `step`, `abort`."""
 
 import dataclasses
+import itertools
 import random
 import threading
 
@@ -14,6 +15,7 @@ from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.sampling import decode
 from e1jax.sampling.budget import DONE
+from e1jax.sampling.completion import join_events
 from e1jax.tokenizer import THINK_END
 
 __all__ = ["make", "params", "tokenizer"]  # fixtures
@@ -95,6 +97,38 @@ def test_events_joined_are_the_completion(make):
         assert text == {"thinking": done.thinking + closer, "solution": done.solution}
         order = [event.phase for event in events]
         assert order == sorted(order, reverse=True)  # thinking, then the solution
+
+
+@pytest.mark.parametrize("together", [2, 5, 10**6])
+def test_events_of_several_steps_are_one_a_sample_and_phase(make, together):
+    """The same tokens and text, in fewer events."""
+    engine = make(slots=3)
+    for prompt, request in zip(*mixed_requests(), strict=True):
+        engine.add(prompt, request)
+    steps = run(engine)
+    groups = [steps[at : at + together] for at in range(0, len(steps), together)]
+    merged = [join_events(itertools.chain(*group)) for group in groups]
+    for events in merged:
+        keys = [(event.request_id, event.sample, event.phase) for event in events]
+        assert len(set(keys)) == len(keys)
+    assert sum(map(len, merged)) < sum(map(len, steps))
+    apart, together = joined(steps), joined(merged)
+    assert apart.keys() == together.keys()
+    for key, events in apart.items():
+        for name in ("token_ids", "logprobs", "forced", "text"):
+            assert parts_of(events, name) == parts_of(together[key], name), name
+        assert together[key][-1].completion is events[-1].completion
+        assert [event.completion for event in together[key][:-1]] == [None] * (
+            len(together[key]) - 1
+        )
+
+
+def parts_of(events, name):
+    """By phase, all of a field."""
+    found = {"thinking": [], "solution": []}
+    for event in events:
+        found[event.phase] += getattr(event, name)
+    return found
 
 
 def test_a_text_of_bytes_that_are_no_characters(make):

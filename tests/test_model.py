@@ -284,7 +284,9 @@ def test_later_tokens_change_nothing_before_them(tiny_hf):
     assert (after[:, 6:] != before[:, 6:]).any(axis=-1).all()
 
 
-@pytest.mark.parametrize("length", [2, 128, 129, 300, 1100])
+@pytest.mark.parametrize(
+    "length", [2, 128, 129, 300, pytest.param(1100, marks=pytest.mark.slow)]
+)
 def test_causal_attention_and_its_gradients_are_those_of_torch(length):
     # 1,100 queries are 8 parts of 138 (the last of 134), 300 are 3 of 128 (of 44).
     rng = np.random.default_rng(length)

@@ -222,6 +222,7 @@ BEYOND = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_beyond_the_paper_resumes_bit_for_bit(workplace, tmp_path):
     """Killed while it samples another batch of prompts for a step, and after an update."""
     moments = f"sampling:4:{int(signal.SIGKILL)} update:3:{int(signal.SIGTERM)}"

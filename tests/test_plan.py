@@ -539,7 +539,7 @@ def test_an_adapter_is_all_that_is_trained(form, fake, config, monkeypatch, caps
     # The engine samples from the frozen parameters themselves, and a copy of A and B.
     phases = train["settings"]["phases"]
     assert "copy" not in phases
-    rollouts = own + (4 + 8 + 2) * count + 6 * ROW + ROW // 2
+    rollouts = own + (4 + 8 + 2) * count + 6 * ROW + PREFIX
     assert rollouts < phases["rollouts"] < rollouts + 10**4
     update = own + (4 + 8) * count
     assert update < phases["update"] < update + 10**4

@@ -275,6 +275,7 @@ def on_meshes(tmp) -> None:
         assert got == want, text
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_tokens_of_one(tmp_path):
     code = (
         "import pathlib, test_prefill as t\n"

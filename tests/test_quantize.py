@@ -342,8 +342,9 @@ BOTH = {"quantize": "int8", "kv_dtype": "int8"}
     "mesh, rows, tied",
     [
         ("data=2,tensor=2", 2, True),  # a row a place
-        ("data=4,tensor=2", 8, False),  # a part of each of two rows at each place
-        ("data=8,tensor=1", 16, True),
+        # A part of each of two rows at each place.
+        pytest.param("data=4,tensor=2", 8, False, marks=pytest.mark.slow),
+        pytest.param("data=8,tensor=1", 16, True, marks=pytest.mark.slow),
     ],
 )
 def test_meshes_give_the_tokens_of_one_device(tiny_hf, mesh, rows, tied):

@@ -404,6 +404,7 @@ def test_remembered_comparisons_are_bounded(monkeypatch):
             assert len(grader._known) <= 3
 
 
+@pytest.mark.slow
 def test_rewards_are_the_same_on_a_busy_machine():
     """At load 16, where a second of processor time takes several of wall clock."""
     terms = [f"{i + 2}x^{{{i}}}" for i in range(60)]

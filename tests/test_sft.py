@@ -106,6 +106,7 @@ def saved_params(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     return named_leaves(load_params(path, MODEL, one, np.float32))
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(workplace, unbroken):
     broken = workplace / "broken"
     endings = (
@@ -182,6 +183,7 @@ def test_other_settings_are_refused_by_name(workplace, unbroken):
     assert (unbroken / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_mesh_of_four_devices_computes_the_same(workplace, unbroken):
     meshed = workplace / "meshed"
     process = start(workplace, "meshed", "--mesh", "data=2,tensor=2", devices=4)

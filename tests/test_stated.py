@@ -393,6 +393,7 @@ def test_the_longest_prompt_has_the_longest_statement(workplace):
         make_engine(small, loaded, read_examples(small, loaded, ""))
 
 
+@pytest.mark.slow
 def test_a_run_that_states_budgets(workplace, tmp_path, monkeypatch):
     """Each prompt states what its position draws; killed at two places, it resumes bit
     for bit; its model states budgets too."""

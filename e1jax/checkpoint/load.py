@@ -288,8 +288,9 @@ def load_model(
     if quantize is not None:
         check_choice("quantize", quantize, QUANTIZED)
     files, added = find_with_adapter(model, adapter)
-    config = files.config
+    # First, as a tokenizer of another model explains more than the shapes of tensors.
     tokenizer = (added if added and added.kind == RUN else files).tokenizer
+    config = files.config
     if not state_budgets:
         tokenizer = dataclasses.replace(tokenizer, budget_text=None)
     mesh = make_mesh(mesh_text, config, devices)

@@ -240,7 +240,8 @@ class Learner:
             batch = jax.tree.map(put, whole)
             if self.reference is None:
                 return batch
-            logprobs = self.reference_logprobs(self.reference, batch, temperature)
+            # None is written, as `recomputed` passes it: one program serves both.
+            logprobs = self.reference_logprobs(self.reference, batch, temperature, None)
             return batch._replace(ref_logprobs=logprobs)
 
         def recomputed(batch: Batch) -> Batch:

@@ -4,8 +4,8 @@ import bisect
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from e1jax.config.checks import UserError
 from e1jax.sampling.budget import FINISH_REASONS, STOP, THINKING_ENDS, BudgetState
@@ -52,12 +52,32 @@ class Event:
     forced: list[bool]
     completion: Completion | None  # comes with the sample's last tokens
     cached_tokens: int  # of the prompt, that were in the cache before
-    decode: Callable[[], str] = dataclasses.field(repr=False)
+    start: int = dataclasses.field(repr=False)  # index of the first token
+    decode: Callable[[int], str] = dataclasses.field(repr=False)  # by `start`
 
     @functools.cached_property
     def text(self) -> str:
         """Text of the tokens. A character that later tokens end comes with these."""
-        return self.decode()
+        return self.decode(self.start)
+
+
+def join_events(events: Iterable[Event]) -> list[Event]:
+    """Events of several steps with one for each sample and phase, its tokens together."""
+    parts: dict[tuple[int, int, str], list[Event]] = {}
+    for event in events:
+        key = event.request_id, event.sample, event.phase
+        parts.setdefault(key, []).append(event)
+    return [_joined(part) if len(part) > 1 else part[0] for part in parts.values()]
+
+
+def _joined(events: Sequence[Event]) -> Event:
+    """Events in turn of a sample, of one phase, as one."""
+
+    def of_all(field: str) -> list[Any]:
+        return [value for event in events for value in getattr(event, field)]
+
+    tokens = {name: of_all(name) for name in ("token_ids", "logprobs", "forced")}
+    return dataclasses.replace(events[-1], start=events[0].start, **tokens)
 
 
 @dataclasses.dataclass
@@ -161,7 +181,8 @@ class Sample:
                     self.forced[first : part.end],
                     completion if part.end == len(self.token_ids) else None,
                     self.cached_tokens,
-                    functools.partial(self._new_text, part, first),
+                    first,
+                    functools.partial(self._new_text, part),
                 )
 
     def _parts(self, is_done: bool) -> tuple["_Part", "_Part"]:

@@ -186,30 +186,35 @@ class LiveAnswer(Response):
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
         headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        async for part in self._parts():
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        async for part, more in self._parts():
+            body = {"type": "http.response.body", "body": part, "more_body": more}
+            await send(body)
 
-    async def _parts(self) -> AsyncIterator[bytes]:
-        """Server-sent events: all of a step at once."""
+    async def _parts(self) -> AsyncIterator[tuple[bytes, bool]]:
+        """Server-sent events, all of a step at once, and whether more will come: what ends
+        the answer goes with the last step, as each call of `send` is a system call."""
         started: set[int] = set()
         try:
-            async for step in self.live.steps():
+            async for step, more in self.live.steps():
                 chunks = []
                 for index, event in step:
                     if index not in started:
                         started.add(index)
                         chunks.append(self.shape.start(index))
                     chunks.append(self.shape.chunk(index, event))
-                yield b"".join(server_sent(chunk) for chunk in chunks if chunk)
+                part = b"".join(server_sent(chunk) for chunk in chunks if chunk)
+                yield (part, True) if more else (part + self._end(), False)
         except ApiError as error:
-            yield server_sent(error_body(error.status, str(error), error.code))
-            return
-        if self.wanted.include_usage:
-            live = self.live
-            of_all = live.completions, self.prompts, live.cached_tokens
-            yield server_sent(self.shape.usage_chunk(*of_all))
-        yield server_sent("[DONE]")
+            yield server_sent(error_body(error.status, str(error), error.code)), False
+
+    def _end(self) -> bytes:
+        """The last events of an answer."""
+        done = server_sent("[DONE]")
+        if not self.wanted.include_usage:
+            return done
+        live = self.live
+        usage = live.completions, self.prompts, live.cached_tokens
+        return server_sent(self.shape.usage_chunk(*usage)) + done
 
 
 async def _disconnected(receive: Receive) -> None:

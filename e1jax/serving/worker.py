@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.nn.quantize import Params
-from e1jax.sampling.completion import Completion, Event
+from e1jax.sampling.completion import Completion, Event, join_events
 from e1jax.sampling.engine import Engine
 from e1jax.serving.metrics import Metrics, Timing
 from e1jax.serving.protocol import ApiError, longest_prompt
@@ -55,16 +55,16 @@ class Live:
         """Hands out what a step gave, or the error that ends the request."""
         self._steps.put_nowait(step)
 
-    async def steps(self) -> AsyncIterator[list[tuple[int, Event]]]:
-        """The events of each step, by sample, until all samples are done; raises ApiError
-        if the engine fails."""
+    async def steps(self) -> AsyncIterator[tuple[list[tuple[int, Event]], bool]]:
+        """The events of each step, by sample, and whether more will come, until all
+        samples are done; raises ApiError if the engine fails."""
         seen = 0
         while seen < self.samples:
             step = await self._steps.get()
             if isinstance(step, ApiError):
                 raise step
             seen += sum(event.completion is not None for _, event in step)
-            yield step
+            yield step, seen < self.samples
 
 
 class EngineThread:
@@ -188,7 +188,7 @@ class EngineThread:
             is_idle = not (self.engine.running or self.engine.waiting)
             is_due = time.monotonic() - handed_out >= _PIECE_SECONDS
             if events and (is_due or is_idle):
-                self._loop.call_soon_threadsafe(self._hand_out, events)
+                self._loop.call_soon_threadsafe(self._hand_out, join_events(events))
                 events, handed_out = [], time.monotonic()
 
     def _hand_out(self, events: list[Event]) -> None:
