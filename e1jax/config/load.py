@@ -35,8 +35,8 @@ def load_config(
     """The configuration (a dataclass) and run directory that a training command names.
 
     `--config FILE.yaml` is read first, then flags `--section.key value` change values
-    in it: YAML keys, flags and dataclass fields are the same names. The run
-    directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
+    in it: YAML keys, flags and dataclass fields are the same names (in a flag, `-` may
+    stand for `_`). The run directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
     or flag, a value of the wrong type, and whatever the dataclasses refuse.
     """
     config, run_dir, _ = load_config_and_flags(cls, NoFlags, argv, prog)
@@ -52,6 +52,7 @@ def load_config_and_flags(
     cls: type[ConfigT], flags: type[FlagsT], argv: Sequence[str], prog: str
 ) -> tuple[ConfigT, Path, FlagsT]:
     """As `load_config`, and the flags that are no settings of the run, a dataclass."""
+    argv = _with_underscores(argv, _flag_names(cls, flags))
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=prog, description=cls.__doc__, exit_on_error=False, allow_abbrev=False
@@ -192,9 +193,24 @@ def _not_yaml(path: Path, error: Exception) -> UserError:
     )
 
 
+def _flag_names(*classes: Any) -> list[str]:
+    return [f"--{name}" for cls in classes for name, _ in flatten(_types(cls))]
+
+
+def _with_underscores(argv: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The command line with settings named as in YAML, `--rollout-mesh` among them."""
+    found = {name.replace("_", "-"): name for name in names}
+
+    def named(word: str) -> str:
+        name, equals, value = word.partition("=")
+        return f"{found.get(name, name)}{equals}{value}"
+
+    return [named(word) for word in argv]
+
+
 def _check_names(cls: Any, flags: Any, argv: Sequence[str], prog: str) -> None:
     """Refuses flags and YAML keys that name no setting, offering the nearest one."""
-    names = [f"--{name}" for kind in (cls, flags) for name, _ in flatten(_types(kind))]
+    names = _flag_names(cls, flags)
     # The last one comes with jsonargparse, which explains it in --help.
     known = [*names, "--config", "--run-dir", "--print_config"]
     given = [word.partition("=")[0] for word in argv if word.startswith("--")]
