@@ -253,6 +253,12 @@ def _time_rows(report: Report) -> Iterator[tuple[str, str, str]]:
         yield "", "", f"{on_chip} on the chip, {moved} on the interconnect"
         yield "step without rollouts", _time(seconds), "at best"
         yield from _both_rows(report)
+        if "rollout_seconds" in settings:
+            step = _time(settings["decode_seconds"])
+            note = (
+                f"{step} a decode step, at best; all responses as long as they can be"
+            )
+            yield "rollouts", _time(settings["rollout_seconds"]), note
         ratio = report.flops["matrix_to_useful"]
         yield "matrix flops", f"{ratio:.2f} x 6ND", "with what is computed again"
     yield "", "", f"without {' and '.join(report.not_in_estimate)}"

@@ -16,7 +16,7 @@ from e1jax.grpo.rollouts import least_room
 from e1jax.nn.cache import CACHE_AXES, KVCache, cache_sizes, init_cache, whole_slots
 from e1jax.nn.model import abstract_params
 from e1jax.nn.scores import BLOCK_LEN
-from e1jax.plan.account import account
+from e1jax.plan.account import Account, account
 from e1jax.plan.interconnect import Torus, torus_of, traffic
 from e1jax.plan.programs import (
     Program,
@@ -289,15 +289,9 @@ def largest_slots(report: Report, sampler: Sampler, prefill: Program | None) -> 
     return most or bisect(fits, unit - 1)
 
 
-def _cost_of_decoding(
-    report: Report,
-    text: str,
-    sampler: Sampler,
-    chip: Chip,
-    torus: Torus,
-    live: int,
-) -> None:
-    """Bytes and time of a step of all slots, each with `live` positions."""
+def count_step(text: str, sampler: Sampler, live: int) -> tuple[Account, Account]:
+    """A program of decode steps: all of it once, and one step with `live` positions in each
+    slot."""
     rows, _ = sampler.cache_sizes
     parts = rows // sampler.slots
     blocks = -(-live // (BLOCK_LEN * parts))  # of a row of the cache
@@ -308,13 +302,30 @@ def _cost_of_decoding(
         return 1 if loops == 1 else blocks
 
     whole = account(text, trip_count)
-    step = whole.per_iteration().filled(blocks * BLOCK_LEN)
-    report.bytes_per_step = step.bytes
-    assert report.floor_bytes is not None
+    return whole, whole.per_iteration().filled(blocks * BLOCK_LEN)
+
+
+def chip_seconds(step: Account, chip: Chip) -> float:
+    """What a step takes on the chip, its kernels at the speed of what they state."""
     kernels = [op for op in step.custom_calls if op.states_cost]
-    seconds = step.cycles / chip.hertz + sum(
+    return step.cycles / chip.hertz + sum(
         op.times * chip.seconds(op.bytes, op.flops) for op in kernels
     )
+
+
+def _cost_of_decoding(
+    report: Report,
+    text: str,
+    sampler: Sampler,
+    chip: Chip,
+    torus: Torus,
+    live: int,
+) -> None:
+    """Bytes and time of a step of all slots, each with `live` positions."""
+    whole, step = count_step(text, sampler, live)
+    report.bytes_per_step = step.bytes
+    assert report.floor_bytes is not None
+    seconds = chip_seconds(step, chip)
     add_seconds(report, seconds, traffic(step.collectives, torus))
     assert report.estimated_seconds is not None
     floor = report.floor_bytes / chip.bytes_per_second
@@ -325,7 +336,7 @@ def _cost_of_decoding(
     rest = sum((op.cycles or 0) * op.times for op in outside)
     report.settings["sampling_share"] = rest / chip.hertz / seconds
     report.not_in_estimate = ["the latency of collectives"]
-    if kernels:
+    if any(op.states_cost for op in step.custom_calls):
         report.not_in_estimate.append(
             "what kernels take beyond the bytes and flops that they state, at full speed"
         )

@@ -51,6 +51,8 @@ from e1jax.plan.report import (
 )
 from e1jax.plan.sampling import (
     Sampler,
+    chip_seconds,
+    count_step,
     rollout_sampler,
     sampling_phases,
     sampling_programs,
@@ -254,7 +256,30 @@ def rollout_phases(report: Report, learner: Learner, slice_: Slice) -> dict[str,
     programs = sampling_programs(sampler)
     note(report, copied | programs)
     most = max(sampling_phases(sampler, programs).values())
+    if text := programs["decode"].text:
+        _time_of_rollouts(report, text, sampler, learner, slice_)
     return phases | {"rollouts": sum(beside.values()) + most}
+
+
+def _time_of_rollouts(
+    report: Report, text: str, sampler: Sampler, learner: Learner, slice_: Slice
+) -> None:
+    """Adds to a report how long a step's responses take to be sampled if all are as long as
+    they can be and no slot is empty: each host has its share of them. Prefills are not in
+    it."""
+    rollout, (_, longest) = learner.config.rollout, learner.longest
+    tokens = rollout.prompts * rollout.samples * longest
+    if rollout.cuts:
+        thought, solution = rollout.cuts[-1], rollout.solution_budgets[0] or 0
+        each = thought + rollout.solutions * solution
+        tokens = rollout.prompts * rollout.samples * each
+    live = min(sampler.prompt_len + longest // 2, sampler.cache_len)
+    _, step = count_step(text, sampler, live)
+    moved = traffic(step.collectives, torus_of(host_slice(slice_), sampler.mesh))
+    seconds = moved.with_work(chip_seconds(step, slice_.chip))
+    report.settings["decode_seconds"] = seconds
+    steps = tokens / (slice_.hosts * sampler.slots)
+    report.settings["rollout_seconds"] = steps * seconds
 
 
 def with_rollouts_beside(phases: dict[str, int], learner: Learner) -> dict[str, int]:
