@@ -60,6 +60,7 @@ BASES = {"base": "nano_sft", "stated_base": "nano_stated_sft"}
 STATED = ("--rollout.state_budgets", "true", "--data.max_prompt_len", "40")
 METHODS = {
     "fixed": Method("fixed (the paper)", "base"),
+    "stated": Method("drawn and stated", "stated_base"),
     "unconstrained": Method(
         "without budgets",
         "base",
@@ -78,7 +79,6 @@ METHODS = {
         330,
     ),
     "fixed_stated": Method("fixed, stated", "stated_base", STATED),
-    "stated": Method("drawn and stated", "stated_base"),
 }
 
 
