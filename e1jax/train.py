@@ -20,8 +20,9 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,9 +191,10 @@ def take_steps(
     prompts were read.
     """
 
-    def sample(step: int) -> Rollouts | None:
+    def sample(step: int, agree: Agree = any_process) -> Rollouts | None:
+        settings, signals = config.at_step(step), run.signals
         return sample_unless_stopped(
-            config.at_step(step), engine, batches, grader, run.signals, function
+            settings, engine, batches, grader, signals, function, agree
         )
 
     take = side_by_side if config.rollout.ahead else one_after_the_other
@@ -214,6 +216,12 @@ def take_steps(
         run.save(learner.params, learner.saved_state, position, {})
 
 
+Agree = Callable[[Any], bool]  # as `any_process`
+
+
+Sample = Callable[..., Rollouts | None]  # (step, agree)
+
+
 Steps = Iterator[tuple[dict[str, float], Any]]
 
 
@@ -222,7 +230,7 @@ def one_after_the_other(
     learner: Learner,
     engine: Engine,
     batches: "grain.DatasetIterator[list[Prompt]]",
-    sample: Callable[[int], Rollouts | None],
+    sample: Sample,
 ) -> Steps:
     """The metrics of each step, and the position in the data of the next one: responses are
     sampled from the latest parameters, and then learned."""
@@ -244,13 +252,14 @@ def side_by_side(
     learner: Learner,
     engine: Engine,
     batches: "grain.DatasetIterator[list[Prompt]]",
-    sample: Callable[[int], Rollouts | None],
+    sample: Sample,
 ) -> Steps:
     """As `one_after_the_other`, but the responses of a step are sampled while the ones of
     the step before are learned: from the parameters before that.
 
     A thread waits for the update; this one gives the devices all of their work, so that
-    programs come to each of them in the same order.
+    programs come to each of them in the same order. Processes do not talk while an update
+    goes on: of CPUs, both would go through one connection and be mixed up.
     """
     rollouts = None
     with ThreadPoolExecutor(1) as pool:
@@ -268,7 +277,9 @@ def side_by_side(
             with enough_memory("an update", ADVICE):
                 wait = learner.start_learning(rollouts, step)
                 learned = pool.submit(timed, wait)
-                rollouts = sample(step + 1) if step + 1 < run.steps else None
+                rollouts = None
+                if step + 1 < run.steps:
+                    rollouts = sample(step + 1, partial(after, learned, any_process))
                 metrics, learning = learned.result()
             sampling += rollouts.seconds if rollouts else 0
             seconds = time.perf_counter() - start
@@ -276,6 +287,12 @@ def side_by_side(
             metrics["sampler_idle"] = 1 - sampling / seconds
             metrics["learner_idle"] = 1 - learning / seconds
             yield metrics, position
+
+
+def after(learned: Future[Any], agree: Agree, flag: Any) -> bool:
+    """`agree(flag)`, once the update is done."""
+    learned.result()
+    return agree(flag)
 
 
 def timed(wait: Callable[[], dict[str, float]]) -> tuple[dict[str, float], float]:
@@ -291,9 +308,11 @@ def sample_unless_stopped(
     grader: Grader,
     signals: list[int],
     function: RewardFunction | None,
+    agree: Agree,
 ) -> Rollouts | None:
     """The responses of a step, to one batch of prompts, or to several where equal groups
-    are dropped; None if a process got a signal before it had its own."""
+    are dropped; None if a process got a signal before it had its own. `agree` is called
+    where the processes tell each other."""
 
     def stop_if_asked(new_tokens: int = 0) -> None:
         if signals:
@@ -305,7 +324,7 @@ def sample_unless_stopped(
             rollouts = sample_rollouts(
                 config, engine, next(batches), grader, stop_if_asked, function=function
             )
-        return None if any_process(rollouts is None) else rollouts
+        return None if agree(rollouts is None) else rollouts
 
     if not config.rollout.drop_equal_groups:
         return sample()
@@ -316,7 +335,7 @@ def sample_unless_stopped(
             return None
         parts.append(rollouts)
         count = len(rollouts.rewards)
-        if not any_process(num_unequal(parts) < count):
+        if not agree(num_unequal(parts) < count):
             break
     return unequal_groups(config, parts, count)
 

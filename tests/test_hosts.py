@@ -63,7 +63,9 @@ SETTINGS = {
     },
     "checkpoint": {"every": 2, "keep": 9},
 }
-TIMED = {"seconds", "rollout_tokens_per_second", "update_tokens_per_second"}
+TIMED = {"seconds", "rollout_tokens_per_second", "update_tokens_per_second"} | {
+    *("sampler_idle", "learner_idle"),
+}
 # Of the whole, whoever sampled what.
 EXACT = {"step", "reward", "accuracy", "solved", "mixed", "forced_share"} | {
     *("response_tokens", "thinking_tokens", "solution_tokens", "unfinished_share"),
@@ -138,14 +140,19 @@ def metrics(run_dir: Path) -> list[dict]:
 def assert_same(run_dir: Path, other: Path, step: int) -> None:
     """Equal but for the order of sums in float32."""
     ours, theirs = saved(run_dir, step), saved(other, step)
+    params = [(ours["params"], theirs["params"])]
+    states = ours["optimizer"], theirs["optimizer"]
+    if isinstance(states[0], list | tuple) and len(states[0]) == 2:  # rollout.ahead
+        states, sampled = zip(*states, strict=True)
+        params.append(sampled)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
-        *(ours["optimizer"], theirs["optimizer"]),
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *states
     )
     # Adam makes whole steps of the few gradients that are nothing but rounding.
-    pairs = zip(*map(jax.tree.leaves, (ours["params"], theirs["params"])), strict=True)
-    gaps = np.concatenate([np.abs(a - b).ravel() for a, b in pairs])
-    assert np.quantile(gaps, 0.999) < 1e-5 and gaps.max() < 3e-4 * step
+    for trees in params:
+        pairs = zip(*map(jax.tree.leaves, trees), strict=True)
+        gaps = np.concatenate([np.abs(a - b).ravel() for a, b in pairs])
+        assert np.quantile(gaps, 0.999) < 1e-5 and gaps.max() < 3e-4 * step
     for one, two in zip(metrics(run_dir), metrics(other), strict=False):
         assert set(one) == set(two)
         for name in set(one) - TIMED - {"rollout_waste", "sampler_gap"}:
@@ -179,6 +186,22 @@ def test_lost_processes_and_the_run_of_one(place, alone):
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4]
     assert_same(run_dir, alone, 4)
     assert [r["data"] for r in records(run_dir)] == [r["data"] for r in records(alone)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "devices, flags", [(1, []), (2, ["--rollout-mesh", "data=1,tensor=1"])]
+)
+def test_two_processes_sample_ahead(devices, flags, place, monkeypatch):
+    """Each on a device that learns as well, and on one of its own."""
+    ahead = ["--rollout.ahead", "1"]
+    if not (place / "ahead_of_one").exists():
+        train.train(settings(*ahead), place / "ahead_of_one")
+    run_dir = place / f"ahead_of_two_{devices}"
+    monkeypatch.setenv("XLA_FLAGS", several_devices(devices))
+    codes, outputs = start(run_dir, [COMMAND, COMMAND], *ahead, *flags)
+    assert codes == [0, 0], outputs
+    assert_same(run_dir, place / "ahead_of_one", 2)
 
 
 @pytest.mark.slow
