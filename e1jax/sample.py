@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from e1jax import chat_template, data
-from e1jax.checkpoint.load import LoadedModel, load_flagged
+from e1jax.checkpoint.load import BUNDLED, LoadedModel, load_flagged
 from e1jax.cli.command import run_command
 from e1jax.cli.flags import EngineFlags, flag, read_flags, sampling_flags
 from e1jax.cli.outputs import JsonlOutput, Progress, digest
@@ -295,7 +295,7 @@ def _items(args: SampleFlags, defaults: SamplingParams) -> list[Item]:
             _item({"prompt": text}, i, f"prompt {i}", defaults, args.raw)
             for i, text in enumerate(args.prompt)
         ]
-    if args.model not in ("nano", "nano-e1"):
+    if args.model not in BUNDLED:
         raise UserError("no prompt was given; write one, or --prompts FILE.jsonl")
     return _demo(defaults)
 

@@ -231,5 +231,8 @@ def test_a_field_of_a_base_and_a_percent_sign():
     text = " ".join(parser.format_help().split())
     assert "Shows 100 % of it. options:" in text and text.endswith("The end.")
     assert "--share X In %, of all of it --mesh" in text
-    assert "nano or nano-e1 (default nano) --slots N Its own words --" in text
+    assert (
+        "nano, nano-e1 or nano-elastic (default nano) --slots N Its own words --"
+        in text
+    )
     assert read_flags(Flags, ["--share", "5"], "prog") == Flags(share=5.0)

@@ -1,5 +1,6 @@
 """What the bundled models promise: nano is right if it may think and wrong if it is cut;
-nano-e1, trained under budgets, is right in both cases, and brief."""
+nano-e1, trained under budgets, is right in both cases, and brief; nano-elastic does what its
+prompt states."""
 
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import e1jax
 from e1jax import Engine, SamplingParams, sft
+from e1jax.checkpoint.load import BUNDLED
 from e1jax.data.nano import held_out_problems, nano_problems
 
 MODELS = Path(e1jax.__file__).parent / "models"
@@ -43,6 +45,25 @@ def test_trained_under_budgets(engine, e1_engine, budgets, low):
     assert budgets != (None, None) or tokens <= tokens_before / 2
 
 
+@pytest.mark.parametrize(
+    ("budgets", "low", "most_tokens"),
+    [
+        ((8, 28), 0.65, 37),
+        ((16, 28), 0.97, 37),
+        ((32, 28), 0.97, 28),
+        ((16, 11), 0.45, 28),
+        ((32, 11), 0.97, 28),
+        ((None, None), 0.97, 28),
+    ],
+)
+def test_one_policy_for_stated_budgets(budgets, low, most_tokens):
+    """nano-e1 has 3 % at (8, 28) and 43 % at (16, 28)."""
+    accuracy, tokens = share_solved(
+        Engine.from_pretrained("nano-elastic", slots=32), budgets
+    )
+    assert accuracy >= low and tokens <= most_tokens
+
+
 def share_solved(engine, budgets):
     """Of 200 held-out problems, and the mean tokens of a response."""
     problems = held_out_problems(200)
@@ -74,7 +95,7 @@ def test_a_step_costs_nine_tokens_or_five(engine):
         assert len(engine.tokenizer.encode(problem.terse())) == 5 * steps
 
 
-@pytest.mark.parametrize("name", ["nano", "nano-e1"])
+@pytest.mark.parametrize("name", BUNDLED)
 def test_it_is_small(name):
     params = Engine.from_pretrained(name).params
     assert sum(p.size for p in jax.tree.leaves(params)) == 317_520

@@ -403,10 +403,11 @@ def test_two_devices_compute_what_one_does(workplace, unbroken):
 def test_devices_are_on_data_unless_a_mesh_is_given(
     flags, mesh, workplace, monkeypatch
 ):
-    def load(model, mesh_text, *form):
+    def load(model, mesh_text, *form, devices):
+        assert devices == list("abcdef")
         raise UserError(mesh_text)
 
-    monkeypatch.setattr(jax, "device_count", lambda: 6)
+    monkeypatch.setattr(jax, "devices", lambda: list("abcdef"))
     monkeypatch.setattr(training.run, "load_model", load)
     with pytest.raises(UserError, match=f"^{mesh}$"):
         train.train(settings(workplace, *flags), workplace / "nowhere")

@@ -57,6 +57,9 @@ from e1jax.tokenizer import FILES, GENERATION, Tokenizer, copy_files
 
 _BUNDLED = Path(__file__).parent.parent / "models"
 
+# Models that come with the package: docs/nano.md.
+BUNDLED = ("nano", "nano-e1", "nano-elastic")
+
 
 FORMAT_VERSION = 1  # of the manifest, and with it of the directory
 
@@ -427,7 +430,7 @@ def resolve(model: str, kind: str = "model") -> Path:
 
     Raises UserError if there is no such directory or the hub does not give it.
     """
-    if model in ("nano", "nano-e1"):
+    if model in BUNDLED:
         if not (_BUNDLED / model).is_dir():
             raise UserError(
                 f"the model {shown(model)} is not in this installation of e1jax"

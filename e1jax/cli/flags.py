@@ -56,7 +56,7 @@ class EngineFlags(QuantizeFlags):
 
     model: str = flag("MODEL")
     """Hub id, Hugging Face or e1jax directory, run directory (each directory also as
-    gs://BUCKET/PATH), nano or nano-e1."""
+    gs://BUCKET/PATH), nano, nano-e1 or nano-elastic."""
     mesh: str | None = flag("data=1,tensor=4", None)
     """Device mesh: rows over data, heads over tensor (default: all devices, as many on
     tensor as the model's heads allow)."""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from e1jax.config.buckets import open_path
-from e1jax.config.checks import UserError, shown
+from e1jax.config.checks import UserError, shortened, shown
 from e1jax.config.texts import check_backslashes
 from e1jax.data.problems import dataset_files, read_rows
 from e1jax.data.prompts import prompt_text
@@ -95,12 +95,11 @@ def read_examples(
 
 def find_form(record: dict[str, Any], raw: bool) -> str:
     """The one of FORMS that a record has; raises UserError for none or several."""
-    given = {name for name, value in record.items() if value is not None}
-    found = [form for form, fields in FORMS.items() if given.issuperset(fields)]
+    given = [name for name, value in record.items() if value is not None]
+    found = [form for form, fields in FORMS.items() if set(fields) <= set(given)]
     if len(found) != 1:
-        has = (
-            "several of these" if found else f"the fields {', '.join(given) or 'none'}"
-        )
+        names = shortened(", ".join(given), 200) or "none"
+        has = "several of these" if found else f"the fields {names}"
         raise UserError(f"{_RULE}, and this one has {has}")
     [form] = found
     if raw and form != "prompt":
