@@ -162,6 +162,7 @@ def test_from_weights_to_a_served_policy(tmp_path, monkeypatch):
     assert of_run["token_ids"] == of_hf["token_ids"]
 
     argv = ("--model", f"{BUCKET}/hf", "--port", "0", "--cache-len", "96")
+    argv = (*argv, "--thinking-budget", "16", "--solution-budget", "11")
     server = command("serve", *argv)
     lines = iter(server.stderr.readline, "")
     url = next(line for line in lines if "is served at" in line).split(" at ")[1]
