@@ -70,11 +70,11 @@ class Learner:
         self.entropy_coefs = entropy_coefs(config.loss, config.steps)
         self.frozen, self.shapes = trained_shapes(config.adapter, loaded)
         self.to_local = make_local_copy(
-            loaded.mesh, self._sampled(local_mesh(loaded.config, loaded.mesh))
+            loaded.mesh, self._abstract_sampled(local_mesh(loaded.config, loaded.mesh))
         )
         self.apart = None  # shardings on devices that only sample
         if config.rollout_mesh is not None:
-            apart = self._sampled(sampling_mesh(config, loaded))
+            apart = self._abstract_sampled(sampling_mesh(config, loaded))
             self.apart = jax.tree.map(lambda s: s.sharding, apart)
         self.state_shapes = abstract_state(self.optimizer, self.shapes, loaded.mesh)
         shardings = jax.tree.map(lambda s: s.sharding, (self.shapes, self.state_shapes))
@@ -106,7 +106,7 @@ class Learner:
         # An adapter is cast after it is scaled.
         self.sampled_dtype = jnp.float32 if config.adapter.rank else self.dtype
 
-    def _sampled(self, mesh: Mesh) -> Params:
+    def _abstract_sampled(self, mesh: Mesh) -> Params:
         """Abstract parameters to sample from on a mesh."""
         loaded, adapter = self.loaded, self.config.adapter
         return abstract_params(
