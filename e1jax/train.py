@@ -258,8 +258,8 @@ def side_by_side(
     the step before are learned: from the parameters before that.
 
     A thread waits for the update; this one gives the devices all of their work, so that
-    programs come to each of them in the same order. Processes do not talk while an update
-    goes on: of CPUs, both would go through one connection and be mixed up.
+    programs come to each of them in the same order. Processes exchange no numbers while an
+    update goes on: Gloo, which connects CPUs, mixes up two collectives at the same time.
     """
     rollouts = None
     with ThreadPoolExecutor(1) as pool:

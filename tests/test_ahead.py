@@ -31,7 +31,7 @@ def test_each_step_is_sampled_from_the_parameters_before_the_last_update(
     tmp_path,
     monkeypatch,
 ):
-    """Of a step, params and data are those of a run that is not ahead, one step earlier."""
+    """The engine's parameters at each step are compared with the saved checkpoints."""
     seen, prompts = [], []
     original = train.sample_rollouts
 
@@ -64,7 +64,7 @@ def test_each_step_is_sampled_from_the_parameters_before_the_last_update(
 KILL, STOP = signal.SIGKILL, signal.SIGTERM
 MOMENTS = [
     ("sampling", 1, KILL),  # the first step's responses
-    ("sampling", 4, KILL),  # those of step 4, while step 3 is learned
+    ("sampling", 4, KILL),  # the responses of step 4, while step 3 is learned
     ("sampling", 3, STOP),  # the step that is learned meanwhile is saved
     ("saved", 1, KILL),
 ]

@@ -67,7 +67,7 @@ def command(name: str, *argv: str, devices: int = 1, **options) -> subprocess.Po
 
 
 def finished(*processes: subprocess.Popen) -> str:
-    """What the first of them wrote to stdout; all must end well."""
+    """Waits for the processes, which must exit with 0; the stdout of the first one."""
     outputs = [process.communicate(timeout=PATIENCE) for process in processes]
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error

@@ -36,8 +36,9 @@ def load_config(
 
     `--config FILE.yaml` is read first, then flags `--section.key value` change values
     in it: YAML keys, flags and dataclass fields are the same names (in a flag, `-` may
-    stand for `_`). The run directory is `--run-dir`, by default runs/FILE. Raises UserError for an unknown key
-    or flag, a value of the wrong type, and whatever the dataclasses refuse.
+    stand for `_`). The run directory is `--run-dir`, by default runs/FILE. Raises
+    UserError for an unknown key or flag, a value of the wrong type, and whatever the
+    dataclasses refuse.
     """
     config, run_dir, _ = load_config_and_flags(cls, NoFlags, argv, prog)
     return config, run_dir

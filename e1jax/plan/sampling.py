@@ -306,7 +306,8 @@ def count_step(text: str, sampler: Sampler, live: int) -> tuple[Account, Account
 
 
 def chip_seconds(step: Account, chip: Chip) -> float:
-    """What a step takes on the chip, its kernels at the speed of what they state."""
+    """The time of a decode step on the chip, in seconds. A kernel's time is computed from
+    the bytes and flops that it states."""
     kernels = [op for op in step.custom_calls if op.states_cost]
     return step.cycles / chip.hertz + sum(
         op.times * chip.seconds(op.bytes, op.flops) for op in kernels
