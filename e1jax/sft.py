@@ -59,7 +59,13 @@ from e1jax.data.nano import (
 )
 from e1jax.data.packing import Packed, packed_batches
 from e1jax.data.prompts import default_instruction
-from e1jax.nn.model import abstract_params, forward, init_params, unembed
+from e1jax.nn.model import (
+    abstract_params,
+    forward,
+    init_adapter,
+    init_params,
+    unembed,
+)
 from e1jax.nn.quantize import Params
 from e1jax.sharding.hosts import is_first, joined
 from e1jax.sharding.mesh import make_mesh, note_undivided, sharding
@@ -83,6 +89,7 @@ from e1jax.training import (
     prepare_run,
     restore_or_init,
     running,
+    trained_shapes,
     write_model_files,
 )
 
@@ -169,7 +176,10 @@ def fine_tune(config: FineTuningConfig, run_dir: Path) -> None:
     """
     if config.wandb:
         import_wandb(config.wandb)  # or says, now, that it is missing
-    loaded = load_trainable(config.model, config.mesh, config.update.param_dtype)
+    dtype = config.update.param_dtype
+    if config.adapter.rank:
+        dtype = computed_in(config).name
+    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter)
     data = loaded.mesh.shape["data"]
     if config.update.microbatch % data:
         raise UserError(
@@ -212,24 +222,33 @@ def _fine_tune(
     if steps is None:
         steps = sum(1 for _ in batches_of_run())
     optimizer = make_optimizer(config.optimizer, steps)
-    shapes = abstract_params(loaded.config, loaded.mesh, loaded.dtype)
+    frozen, shapes = trained_shapes(config.adapter, loaded)
     shapes = (shapes, abstract_state(optimizer, shapes, loaded.mesh))
     shardings = jax.tree.map(lambda s: s.sharding, shapes)
     dtype, microbatch = computed_in(config), config.update.microbatch
     update = finetuning.make_update(
-        loaded.config, optimizer, dtype, shardings, remat=config.update.remat
+        *(loaded.config, optimizer, dtype, shardings),
+        remat=config.update.remat,
+        frozen=frozen,
     )
+    base, init = None, loaded.read_params
+    if config.adapter.rank:
+        base = loaded.read_params()
+        init = functools.partial(init_adapter, shapes[0], config.seed)
 
     def learn(params, state, packed: Packed):
         rows = finetuning.place_rows(packed.rows, microbatch, loaded.mesh)
-        params, state, metrics = update(params, state, rows)
+        params, state, metrics = update(params, state, rows, base)
         metrics["epoch"] = packed.passed / len(examples)
         return params, state, metrics, packed.tokens
 
     measure = None
     if held_out:
         rows = [packed.rows for packed in pack(config, held_out, microbatch, epochs=1)]
-        measure = finetuning.make_validation(loaded.config, dtype, shardings[0], rows)
+        validate = finetuning.make_validation(
+            loaded.config, dtype, shardings[0], rows, frozen
+        )
+        measure = functools.partial(validate, base=base)
     task = Task(
         batches,
         learn,
@@ -241,7 +260,7 @@ def _fine_tune(
     best = "validation_loss" if held_out else None
     checkpoints = RunCheckpoints(run_dir, config.checkpoint, best, lower_is_better=True)
     step, params, state = restore_or_init(
-        checkpoints, optimizer.init, shapes, loaded.read_params, batches
+        checkpoints, optimizer.init, shapes, init, batches
     )
     with running(
         run_dir,

@@ -447,9 +447,9 @@ def workplace(tmp_path_factory, compilations_in):
         yield path
 
 
-def training(workplace: Path, run_dir: Path):
+def training(workplace: Path, run_dir: Path, *flags: str):
     argv = ["--config", str(workplace / "tiny.yaml"), "--run-dir", str(run_dir)]
-    return load_config(GRPOConfig, argv, "train")
+    return load_config(GRPOConfig, [*argv, *flags], "train")
 
 
 def content_of(run_dir: Path) -> dict:
@@ -516,6 +516,22 @@ def test_a_run_in_a_bucket_goes_on_after_a_kill_as_if_unbroken(
 @pytest.mark.parametrize("seed", range(10))
 def test_kills_of_runs_in_a_bucket(bucket, workplace, seed):
     killed_and_resumed(workplace, bucket / str(seed), seed)
+
+
+def test_an_adapter_in_a_bucket(bucket, workplace, monkeypatch, capsys, tmp_path):
+    """The run that trained it, and what peft would read."""
+    argv = ["--adapter.rank", "2", "--adapter.targets", "[q, down]", "--steps", "2"]
+    argv += ["--optimizer.learning_rate", "0.1"]
+    config, _ = training(workplace, tmp_path, *argv)
+    train.train(config, tmp_path / "run")
+    train.train(config, bucket / "run")
+    expected = completions(monkeypatch, capsys, tmp_path / "run")
+    assert completions(monkeypatch, capsys, "nano") != expected
+    assert completions(monkeypatch, capsys, bucket / "run") == expected
+    to_hf = ("to-hf", bucket / "run", bucket / "peft", "--peft")
+    assert call(monkeypatch, convert, *to_hf) == 0
+    capsys.readouterr()
+    assert completions(monkeypatch, capsys, bucket / "peft") == expected
 
 
 def test_a_run_in_no_bucket_is_one_sentence(workplace, refusal):

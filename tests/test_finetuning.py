@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,19 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pyarrow.parquet
 import pytest
 import torch
 import yaml
 from conftest import PATIENCE, edit_json, run_on_devices, several_devices
+from test_adapter import of_peft, peft_model
+from test_grpo import KEEP
 from test_sft import metrics, torch_parts, wait_for_step
 from transformers import AutoModelForCausalLM
 
 from e1jax import Engine, SamplingParams, sft
+from e1jax.checkpoint.adapter import as_adapter, read_adapter
 from e1jax.checkpoint.load import find_model, load_model, resolve
 from e1jax.checkpoint.params import named_leaves
 from e1jax.checkpoint.runs import RunCheckpoints
 from e1jax.cli.files import read_json
+from e1jax.config.adapter import TARGETS, AdapterConfig
 from e1jax.config.checks import UserError
 from e1jax.config.finetuning import FineTuningConfig
 from e1jax.config.load import load_config
@@ -37,7 +43,7 @@ from e1jax.data.nano import nano_problems
 from e1jax.data.packing import Rows, packed_batches
 from e1jax.plan.__main__ import main as plan_main
 from e1jax.tokenizer import Tokenizer, write_byte_tokenizer
-from e1jax.training import finetuning
+from e1jax.training import finetuning, trained_shapes
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ["nano_traces_sft", "e1_math_1_5b_sft"]
@@ -463,6 +469,44 @@ def test_packed_rows_are_what_torch_computes_one_by_one(tiny_hf, tied, architect
             )
 
 
+def test_an_update_of_an_adapter_is_that_of_peft(tiny_hf, tmp_path):
+    """Packed rows in micro-batches, against one example after the other."""
+    path, adapter = tiny_hf(hidden_size=20, head_dim=6), AdapterConfig(3, 7.0)
+    theirs = peft_model(path, adapter)
+    loaded = load_model(str(path), "data=1,tensor=1", "float32")
+    examples = random_examples(LENGTHS, loaded.config.vocab_size)
+    total = torch.tensor(0.0)
+    for ids, mask in examples:
+        tokens, learned = torch.from_numpy(ids).long(), torch.from_numpy(mask[1:])
+        logits = theirs(tokens[None]).logits[0, :-1]
+        nll = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        total = total + nll[learned].sum()
+    loss = total / sum(int(example.loss_mask.sum()) for example in examples)
+    loss.backward()
+
+    frozen, shapes = trained_shapes(adapter, loaded)
+    shardings = jax.tree.map(lambda s: s.sharding, (shapes, shapes))
+    update = finetuning.make_update(
+        *(loaded.config, KEEP, jnp.float32, shardings), remat=True, frozen=frozen
+    )
+    theirs.save_pretrained(tmp_path)
+    pairs = as_adapter(read_adapter(tmp_path, loaded.config, adapter), shapes)
+    rows, base = packed_rows(examples, 4), loaded.read_params()
+    validate = finetuning.make_validation(
+        loaded.config, jnp.float32, shardings[0], [rows], frozen
+    )
+    measured = validate(pairs, base=base)
+    placed = finetuning.place_rows(rows, 2, loaded.mesh)
+    assert len(placed.tokens) > 1
+    _, grads, metrics = update(pairs, KEEP.init(pairs), placed, base)
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    np.testing.assert_allclose(measured["validation_loss"], loss.item(), rtol=1e-5)
+    for name, array in named_leaves(grads).items():
+        _, linear, which = name.split("/")
+        expected = of_peft(theirs, linear, which, grad=True)
+        np.testing.assert_allclose(array, expected, rtol=1e-3, atol=2e-6, err_msg=name)
+
+
 def on_eight_devices(path: str) -> None:
     """Updates by micro-batches on meshes of several devices are the one of all rows at
     once, on one device; run in its own process."""
@@ -628,6 +672,46 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(workplace, unbroken)
     expected = saved(unbroken, last)
     for name, array in saved(broken, last).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_an_adapter_is_trained_and_goes_on(workplace, tmp_path):
+    """Beside int8 weights; the last step is thrown away, and taken again."""
+    settings = yaml.safe_load((workplace / "tune.yaml").read_text()) | {"epochs": 1}
+    settings["adapter"] = {"rank": 4, "quantize": "int8"}
+    for section, name in (("data", "traces"), ("validation", "held_out")):
+        settings[section]["examples"] = str(workplace / f"{name}.jsonl")
+    settings["optimizer"]["learning_rate"] = 3e-3
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(settings))
+    argv = ["--config", str(tmp_path / "lora.yaml"), "--run-dir", str(tmp_path / "run")]
+    config, run_dir = load_config(FineTuningConfig, argv, "sft")
+    sft.fine_tune(config, run_dir)
+    lines = metrics(run_dir)
+    last = lines[-1]["step"]
+    assert lines[-1]["validation_loss"] < 0.3 * lines[0]["loss"]
+    # A step is nano with the adapter, which is all that was saved.
+    loaded = load_model(str(run_dir / str(last)))
+    assert loaded.adapter.adapter.base == "nano" and loaded.quantize == "int8"
+    names = {name.split("/")[1] for name in loaded.adapter.tensors}
+    assert names == set(TARGETS)
+    held_out = sft.kept_examples(
+        config, config.validation.examples, loaded.tokenizer, instruction=""
+    )
+    packed = sft.pack(config, held_out, 2, epochs=1)
+    rows = [jax.tree.map(jnp.asarray, batch.rows) for batch in packed]
+    params = loaded.read_params()
+    sums = [finetuning.token_sums(loaded.config, params, part) for part in rows]
+    count = sum(part.loss_mask.sum() for part in rows)
+    loss = sum(part["loss"] for part in sums) / count
+    np.testing.assert_allclose(lines[-1]["validation_loss"], loss, rtol=1e-4)
+
+    steps = run_dir / "checkpoints"
+    shutil.move(steps / str(last), tmp_path / "before")
+    sft.fine_tune(config, run_dir)
+    before, after = (
+        ocp.PyTreeCheckpointer().restore(step / "params")
+        for step in (tmp_path / "before", steps / str(last))
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_other_content_and_settings_are_refused_by_name(workplace, unbroken, tmp_path):

@@ -53,6 +53,7 @@ def test_trained_under_budgets(engine, e1_engine, budgets, low):
         ((32, 28), 0.97, 28),
         ((16, 11), 0.45, 28),
         ((32, 11), 0.97, 28),
+        ((20, 5), 0.5, 24),
         ((None, None), 0.97, 28),
     ],
 )

@@ -39,7 +39,12 @@ from e1jax.plan.slices import (
     check_topology,
     host_slice,
 )
-from e1jax.plan.training import _kernel_flops, abstract_learner, update_flops
+from e1jax.plan.training import (
+    _kernel_flops,
+    _time_of_rollouts,
+    abstract_learner,
+    update_flops,
+)
 from e1jax.sharding.mesh import make_mesh
 
 SIZES = ModelConfig(
@@ -314,6 +319,35 @@ def test_bytes_of_a_step_of_few_slots(config):
     assert report.bytes_per_step == 2 * 4 * 2 * 64 + kernel
 
 
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 60),  # of thinking, the forced end and the solution
+        (
+            {"thinking_budget": 1024, "cuts": [10, 30], "solutions_per_cut": 3},
+            30 + 6 * 29,
+        ),
+    ],
+)
+def test_the_time_of_a_steps_responses(changes, tokens, config, monkeypatch):
+    """Of 1 us a decode step; each of two hosts samples half of 4 x 2 responses in 6 slots."""
+    settings, _ = load_config(GRPOConfig, ["--config", str(config)], "train")
+    rollout = dataclasses.replace(settings.rollout, **changes)
+    loss = dataclasses.replace(settings.loss, scale_rewards=not rollout.cuts)
+    settings = dataclasses.replace(settings, rollout=rollout, loss=loss)
+    mesh = make_mesh("data=1,tensor=1", SIZES, jax.devices()[:1])
+    slice_ = Slice("v5e:2x4", CHIPS["v5e"], [Chip(i, i // 4) for i in range(8)])
+    learner, _ = abstract_learner(settings, SIZES, mesh)
+    sampler = Sampler(SIZES, mesh, jnp.bfloat16, 6, 2048, 40)
+    report = Report("train", "v5e:2x4", "data=1,tensor=1")
+    set_everywhere(monkeypatch, "host_slice", lambda slice_: slice_)
+    set_everywhere(monkeypatch, "torus_of", lambda slice_, mesh: ALONE)
+    _time_of_rollouts(report, STEP.replace("STATED", ""), sampler, learner, slice_)
+    assert report.settings["decode_seconds"] == pytest.approx(1e-6)
+    steps = 4 * 2 * tokens / (2 * 6)
+    assert report.settings["rollout_seconds"] == pytest.approx(steps * 1e-6)
+
+
 @pytest.mark.parametrize(("rows", "warns"), [(5, False), (6, True)])
 def test_weights_that_are_sent_around_are_told_of(rows, warns):
     """In the loop over layers nothing is larger than five slots' float32 [5, 96]."""
@@ -482,6 +516,7 @@ FIELDS = [
     *("max_slots", "bytes_per_step", "floor_bytes", "estimated_seconds"),
     *("compile_seconds", "warnings"),
 ]
+RESIDENT = ("parameters", "optimizer", "reference", "sampled")
 PARAMETERS = sum(map(math.prod, named_shapes(SIZES).values()))
 # Keys and values of 3 layers, 2 heads of 16 dims, in bfloat16, a block of 128 positions.
 ROW = 2 * 3 * 2 * 16 * 2 * 128
@@ -517,6 +552,31 @@ def test_both_parts_with_all_fields(fake, config, monkeypatch, capsys):
     unprinted = [text for text in train["warnings"] if "memory only" in text]
     assert "print update, logprobs for" in unprinted[0]
     assert "print copy, decode, prefill, admit for" in unprinted[1]
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v5e:2x2"])
+def test_responses_ahead_are_in_memory_beside_the_update(
+    topology, fake, config, monkeypatch, capsys
+):
+    fake(10**8)
+    argv = ["--config", config, "--topology", topology, "--json", "--part", "train"]
+    argv += ["--rollout.samples", 4, "--update.microbatch", 4]
+    _, (in_turn,) = run(monkeypatch, capsys, *argv)
+    _, (ahead,) = run(monkeypatch, capsys, *argv, "--rollout.ahead", 1)
+    # What responses are sampled from stays while the parameters change.
+    held = ahead["memory"]
+    assert "sampled" not in in_turn["memory"]
+    chips = 4 if topology == "v5e:2x2" else 1
+    assert held["sampled"] == held["reference"]
+    assert held["sampled"] == pytest.approx(2 * PARAMETERS / chips, rel=0.03)
+    # The engine's cache, and where its mesh is another one its copy of the parameters.
+    phases, before = ahead["settings"]["phases"], in_turn["settings"]["phases"]
+    state = sum(size for name, size in held.items() if name in RESIDENT)
+    assert phases["update"] - before["update"] == pytest.approx(
+        held["sampled"] + phases["rollouts"] - state, abs=10**3
+    )
+    engine = phases["rollouts"] - state
+    assert engine > 6 * ROW + (2 * PARAMETERS if chips > 1 else 0)
 
 
 @pytest.mark.parametrize("form", [None, "int8"])

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from e1jax.config.adapter import NO_ADAPTER, AdapterConfig
 from e1jax.config.checks import UNLIMITED, UserError, check_integer
 from e1jax.config.texts import check_backslashes
 from e1jax.config.training import AdamWConfig, CheckpointConfig
@@ -90,6 +91,7 @@ class FineTuningConfig:
     """Fixes the order of the examples."""
     optimizer: AdamWConfig = AdamWConfig(learning_rate=1e-5)  # noqa: RUF009 (frozen)
     update: FineTuningUpdateConfig = FineTuningUpdateConfig()
+    adapter: AdapterConfig = NO_ADAPTER
     validation: HeldOutConfig = HeldOutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()  # noqa: RUF009 (frozen)
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -15,13 +15,9 @@ from e1jax.data.packing import Rows
 from e1jax.nn.chunks import map_logits, target_logprobs
 from e1jax.nn.model import GatherParams, forward
 from e1jax.nn.quantize import Params
-from e1jax.sharding.fsdp import (
-    data_specs,
-    make_gather_params,
-    map_over_data,
-    sum_over_data,
-)
+from e1jax.sharding.fsdp import data_specs, map_over_data, sum_over_data
 from e1jax.sharding.runtime import COMPILER_OPTIONS
+from e1jax.training.frozen import ALL_TRAINED, Frozen
 from e1jax.training.optimizer import apply_gradients, jit_update, sum_gradients
 
 
@@ -85,23 +81,24 @@ def make_update(
     shardings: tuple[Any, Any],
     *,
     remat: bool,
+    frozen: Frozen = ALL_TRAINED,
 ):
-    """One jitted update by the rows of a step: (params, state, rows [M, B, T]) -> (params,
-    state, metrics).
+    """One jitted update by the rows of a step: (params, state, rows [M, B, T], base=None) ->
+    (params, state, metrics).
 
     The loss is the mean over all learned tokens of the step, whichever micro-batch and
-    device they are in. The first two arguments are donated, and sharded as `shardings`
-    says. Each place on the mesh axis `data` goes through its own rows with the parameters
+    device they are in. `base` are the frozen parameters, if there are any. The first two
+    arguments are donated, and sharded as `shardings` says. Each place on the mesh axis `data` goes through its own rows with the parameters
     gathered layer by layer, in `dtype`; gradients are summed up in float32.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
-    gather_params = make_gather_params(shardings[0], dtype)
+    gather_params = frozen.make_gather_params(shardings[0], dtype)
 
-    def of_shard(params, rows, num_learned):
+    def of_shard(params, base, rows, num_learned):
         def loss(params, microbatch):
             sums = token_sums(
                 model,
-                params,
+                frozen.join(base, params),
                 microbatch,
                 mesh=mesh,
                 remat=remat,
@@ -113,12 +110,12 @@ def make_update(
         return sum_gradients(loss, params, rows)
 
     specs, rows = data_specs(shardings[0]), PartitionSpec(None, "data")
-    in_specs, out_specs = (specs, rows, PartitionSpec()), (specs, PartitionSpec())
-    of_shards = map_over_data(of_shard, mesh, in_specs, out_specs)
+    in_specs = (specs, data_specs(frozen.shardings), rows, PartitionSpec())
+    of_shards = map_over_data(of_shard, mesh, in_specs, (specs, PartitionSpec()))
 
-    def update(params, state, rows):
+    def update(params, state, rows, base=None):
         num_learned = rows.loss_mask.sum(dtype=jnp.float32)
-        grads, metrics = of_shards(params, rows, num_learned)
+        grads, metrics = of_shards(params, base, rows, num_learned)
         params, state, norm = apply_gradients(optimizer, params, state, grads)
         return params, state, metrics | {"tokens": num_learned, "grad_norm": norm}
 
@@ -126,26 +123,32 @@ def make_update(
 
 
 def make_validation(
-    model: ModelConfig, dtype: Any, shardings: Any, batches: Sequence[Rows]
-) -> Callable[[Params], dict[str, float]]:
-    """params -> `validation_loss` and `validation_token_accuracy`, means over the learned
-    tokens of all `batches`, each of which ([B, T], on the host) is gone through at once."""
+    model: ModelConfig,
+    dtype: Any,
+    shardings: Any,
+    batches: Sequence[Rows],
+    frozen: Frozen = ALL_TRAINED,
+) -> Callable[..., dict[str, float]]:
+    """(params, base=None) -> `validation_loss` and `validation_token_accuracy`, means over
+    the learned tokens of all `batches`, each of which ([B, T], on the host) is gone through
+    at once; see make_update."""
     mesh = jax.tree.leaves(shardings)[0].mesh
-    gather_params = make_gather_params(shardings, dtype)
+    gather_params = frozen.make_gather_params(shardings, dtype)
     num_learned = sum(int(rows.loss_mask.sum()) for rows in batches)
     placed = [place_rows(rows, len(rows.tokens), mesh) for rows in batches]
 
-    def of_shard(params, rows):
-        only = jax.tree.map(lambda x: x[0], rows)
+    def of_shard(params, base, rows):
+        params, only = frozen.join(base, params), jax.tree.map(lambda x: x[0], rows)
         sums = token_sums(model, params, only, mesh=mesh, gather_params=gather_params)
         return sum_over_data(sums)
 
-    in_specs = (data_specs(shardings), PartitionSpec(None, "data"))
+    in_specs = (data_specs(shardings), data_specs(frozen.shardings))
+    in_specs += (PartitionSpec(None, "data"),)
     of_shards = map_over_data(of_shard, mesh, in_specs, PartitionSpec())
     compiled = jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)
 
-    def validate(params: Params) -> dict[str, float]:
-        sums = [compiled(params, rows) for rows in placed]
+    def validate(params: Params, base: Params | None = None) -> dict[str, float]:
+        sums = [compiled(params, base, rows) for rows in placed]
         total = jax.tree.map(lambda *each: np.sum(each, dtype=np.float64), *sums)
         return {
             f"validation_{name}": float(value / num_learned)

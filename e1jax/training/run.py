@@ -68,7 +68,7 @@ def load_trainable(
     if loaded.quantize and not adapter.rank:
         raise UserError(
             f"{model} has its weights as int8, which cannot be trained; train an adapter "
-            "with python -m e1jax.train (adapter.rank), or the model that it was made from"
+            "beside them (adapter.rank), or the model that it was made from"
         )
     return loaded
 
