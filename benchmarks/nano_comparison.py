@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,22 +222,41 @@ def report(output: Path, folders: Sequence[Path]) -> None:
         means = {name: mean_rows(runs) for name, runs in per_seed.items()}
         record[times] = {"per_seed": per_seed, "mean": means, "trained": work}
         tables += [f"**{words}**\n", markdown(means), summary(per_seed, work)]
-        draw(output, times, means)
+        draw(output / f"{times}.png", means)
     (output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
     (output / "table.md").write_text("\n".join(tables))
     print("\n".join(tables))
 
 
-def draw(output: Path, times: str, means: dict[str, list[dict]]) -> None:
-    """Accuracy against tokens with room for the solution."""
-    files = []
+def draw(file: Path, means: dict[str, list[dict]]) -> None:
+    """Accuracy at each thinking budget, with bands of a standard error, where the solution
+    has room and where it has little; and against the tokens that are sampled."""
+    figure, panels = plt.subplots(
+        1, 3, figsize=(13, 4.5), sharey=True, layout="constrained"
+    )
+    *by_budget, by_tokens = panels
     for name, rows in means.items():
-        shown = [row for row in rows if row["solution_budget"] in (28, None)]
-        content = {"model": title(name), "dataset": "nano", "n": 1, "rows": shown}
-        files.append(output / f"{name}_{times}.json")
-        files[-1].write_text(json.dumps(content, indent=1) + "\n")
-    argv = [sys.executable, "-m", "e1jax.evaluate", "plot", *map(str, files)]
-    subprocess.run([*argv, "--output", str(output / f"{times}.png")], check=True)
+        for panel, solution in zip(by_budget, SUMMED, strict=True):
+            same = [row for row in rows if row["solution_budget"] == solution]
+            budgets = [row["thinking_budget"] for row in same]
+            accuracy = 100 * np.array([row["accuracy"] for row in same])
+            error = 100 * np.array([row["stderr"] for row in same])
+            (line,) = panel.plot(budgets, accuracy, marker=".", label=title(name))
+            low, high = accuracy - error, accuracy + error
+            panel.fill_between(budgets, low, high, alpha=0.3, color=line.get_color())
+        tokens, best = frontier(rows)
+        by_tokens.plot(tokens[1:], 100 * np.array(best[1:]), marker=".")
+    for panel, solution in zip(by_budget, SUMMED, strict=True):
+        panel.set_xlabel(f"thinking budget, with {solution} for the solution")
+    by_tokens.set_xlabel("mean tokens of a response, the best budgets")
+    for panel in panels:
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.grid(color="0.9")
+    by_budget[0].set_ylabel("accuracy (%)")
+    lines = by_budget[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(means))
+    figure.savefig(file, dpi=110)
 
 
 def title(name: str) -> str:

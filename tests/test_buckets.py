@@ -523,15 +523,15 @@ def test_an_adapter_in_a_bucket(bucket, workplace, monkeypatch, capsys, tmp_path
     argv = ["--adapter.rank", "2", "--adapter.targets", "[q, down]", "--steps", "2"]
     argv += ["--optimizer.learning_rate", "0.1"]
     config, _ = training(workplace, tmp_path, *argv)
-    train.train(config, tmp_path / "run")
     train.train(config, bucket / "run")
-    expected = completions(monkeypatch, capsys, tmp_path / "run")
-    assert completions(monkeypatch, capsys, "nano") != expected
-    assert completions(monkeypatch, capsys, bucket / "run") == expected
-    to_hf = ("to-hf", bucket / "run", bucket / "peft", "--peft")
-    assert call(monkeypatch, convert, *to_hf) == 0
+    for place in (tmp_path, bucket):
+        to_hf = ("to-hf", bucket / "run", place / "peft", "--peft")
+        assert call(monkeypatch, convert, *to_hf) == 0
     capsys.readouterr()
-    assert completions(monkeypatch, capsys, bucket / "peft") == expected
+    expected = completions(monkeypatch, capsys, tmp_path / "peft")
+    assert completions(monkeypatch, capsys, "nano") != expected
+    for name in ("run", "peft"):
+        assert completions(monkeypatch, capsys, bucket / name) == expected
 
 
 def test_a_run_in_no_bucket_is_one_sentence(workplace, refusal):
