@@ -91,6 +91,7 @@ def test_random_kills_and_resumed_is_the_unbroken_run(workplace, tmp_path, seed)
         interrupted_run(workplace, parent, AHEAD, f"{where}:{nth}:{KILL:d}")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_sampled_ahead_too(workplace, tmp_path):  # noqa: F811
     flags = (*AHEAD, "--adapter.rank", "2")
     interrupted_run(workplace, tmp_path, flags, f"sampling:4:{KILL:d}")

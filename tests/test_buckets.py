@@ -518,6 +518,7 @@ def test_kills_of_runs_in_a_bucket(bucket, workplace, seed):
     killed_and_resumed(workplace, bucket / str(seed), seed)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_a_bucket(bucket, workplace, monkeypatch, capsys, tmp_path):
     """The run that trained it, and what peft would read."""
     argv = ["--adapter.rank", "2", "--adapter.targets", "[q, down]", "--steps", "2"]

@@ -945,7 +945,9 @@ def test_texts_of_two_plans_are_not_mixed(config, tmp_path, monkeypatch, refusal
 
 
 @pytest.mark.libtpu
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "architecture", ["qwen2", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_a_tiny_model_is_compiled_for_a_tpu(config, tmp_path, architecture):
     sizes = dataclasses.replace(SIZES, architecture=architecture).to_hf("bfloat16")
     (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
