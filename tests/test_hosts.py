@@ -204,13 +204,21 @@ def test_two_processes_sample_ahead(devices, flags, place, monkeypatch):
     assert_same(run_dir, place / "ahead_of_one", 2)
 
 
+CUTS = [
+    *("--rollout.thinking_budget", "1024", "--rollout.cuts", "[4, 9]"),
+    *("--rollout.samples", "2", "--rollout.solutions_per_cut", "3"),
+    *("--update.microbatch", "14", "--loss.scale_rewards", "false"),
+]
+
+
 @pytest.mark.slow
-def test_two_processes_train_an_adapter(place):
-    flags = ["--adapter.rank", "3", "--steps", "2"]
-    train.train(settings(*flags), place / "adapter_of_one")
-    codes, outputs = start(place / "adapter_of_two", [COMMAND, COMMAND], *flags)
+@pytest.mark.parametrize("flags", [["--adapter.rank", "3"], CUTS], ids=["lora", "cuts"])
+def test_two_processes_are_one(flags, place, tmp_path):
+    flags = [*flags, "--steps", "2"]
+    train.train(settings(*flags), tmp_path / "one")
+    codes, outputs = start(tmp_path / "two", [COMMAND, COMMAND], *flags)
     assert codes == [0, 0], outputs
-    assert_same(place / "adapter_of_two", place / "adapter_of_one", 2)
+    assert_same(tmp_path / "two", tmp_path / "one", 2)
 
 
 def test_processes_that_differ_or_whose_directory_is_taken_are_all_refused(place):
