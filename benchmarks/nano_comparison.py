@@ -305,7 +305,8 @@ def summary(per_seed: dict[str, list[list[dict]]], trained: dict[str, Any]) -> s
     without budgets, the most that accuracy falls below the paper's way at as many tokens,
     and what the training took; means over seeds with standard errors."""
     heads = [f"mean over t, s = {s}" for s in SUMMED]
-    heads += ["t = 8, s = 28", "unlimited", "tokens", "below the paper", "steps", "s"]
+    heads += ["t = 8, s = 28", "unlimited", "its tokens", "below the paper"]
+    heads += ["steps", "seconds"]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     for name, runs in per_seed.items():
         cells = [
