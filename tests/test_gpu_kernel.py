@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_on_devices, set_everywhere
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from e1jax import Engine, SamplingParams
 from e1jax.checkpoint.load import load_model
@@ -145,10 +145,12 @@ def test_triton_takes_the_kernel(dtype):
     scales = (scale, scale) if dtype == jnp.int8 else None
     at = jax.ShapeDtypeStruct((2, 1), jnp.int32)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.jit(gpu_decode_attention).trace(
-        q, cache, cache, layer, at, scales=scales
-    )
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):
+        traced = jax.jit(gpu_decode_attention).trace(
+            q, cache, cache, layer, at, scales=scales
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gpu_decode_attention" in text and "triton" in text
 
 

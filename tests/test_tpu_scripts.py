@@ -277,6 +277,7 @@ def make_home(path: Path) -> Path:
     python.symlink_to(sys._base_executable)
     package = home / "e1jax/e1jax"
     package.mkdir()
+    (package / "__init__.py").touch()
     for name in ("convert", "sample", "evaluate", "train"):
         (package / f"{name}.py").write_text(
             "import json, os, pathlib, signal, sys, time\n"
