@@ -14,8 +14,8 @@ solution, of which the paper's way saw one; at four with 11; at seven with 5, th
 answer there is; and without budgets.
 
 A part that is finished is not run again, and one that was interrupted goes on, so the
-command can be repeated; `--seeds 0` is a part of it. About an hour a seed on 2 idle CPU
-cores; wall times are compared, so run nothing beside it. Writes comparison.json, table.md
+command can be repeated; `--seeds 0` is a part of it. Over an hour a seed on one CPU core;
+wall times are compared, so run nothing beside it on that core. Writes comparison.json, table.md
 and a figure for each of both times.
 """
 

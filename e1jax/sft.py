@@ -176,10 +176,7 @@ def fine_tune(config: FineTuningConfig, run_dir: Path) -> None:
     """
     if config.wandb:
         import_wandb(config.wandb)  # or says, now, that it is missing
-    dtype = config.update.param_dtype
-    if config.adapter.rank:
-        dtype = computed_in(config).name
-    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter)
+    loaded = load_trainable(config)
     data = loaded.mesh.shape["data"]
     if config.update.microbatch % data:
         raise UserError(

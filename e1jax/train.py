@@ -74,7 +74,6 @@ from e1jax.sharding.runtime import enough_memory, use_compilation_cache
 from e1jax.training import (
     Run,
     check_processes,
-    computed_in,
     load_trainable,
     owning_run,
     prepare_run,
@@ -355,11 +354,8 @@ def load_policy(config: GRPOConfig) -> LoadedModel:
             "half a step of bfloat16 and round to nothing; leave it float32 (the "
             "computation is bfloat16 by --dtype)"
         )
-    dtype = config.update.param_dtype
-    if config.adapter.rank:
-        dtype = computed_in(config).name
     devices, _ = divided_devices(config.rollout_mesh)
-    loaded = load_trainable(config.model, config.mesh, dtype, config.adapter, devices)
+    loaded = load_trainable(config, devices)
     text = config.data.budget_text or loaded.tokenizer.budget_text or BUDGET_TEXT
     text = text if config.rollout.state_budgets else None
     tokenizer = dataclasses.replace(loaded.tokenizer, budget_text=text)

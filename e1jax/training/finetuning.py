@@ -88,8 +88,9 @@ def make_update(
 
     The loss is the mean over all learned tokens of the step, whichever micro-batch and
     device they are in. `base` are the frozen parameters, if there are any. The first two
-    arguments are donated, and sharded as `shardings` says. Each place on the mesh axis `data` goes through its own rows with the parameters
-    gathered layer by layer, in `dtype`; gradients are summed up in float32.
+    arguments are donated, and sharded as `shardings` says. Each place on the mesh axis
+    `data` goes through its own rows with the parameters gathered layer by layer, in
+    `dtype`; gradients are summed up in float32.
     """
     mesh = jax.tree.leaves(shardings[0])[0].mesh
     gather_params = frozen.make_gather_params(shardings[0], dtype)
@@ -142,8 +143,8 @@ def make_validation(
         sums = token_sums(model, params, only, mesh=mesh, gather_params=gather_params)
         return sum_over_data(sums)
 
-    in_specs = (data_specs(shardings), data_specs(frozen.shardings))
-    in_specs += (PartitionSpec(None, "data"),)
+    specs, rows = data_specs(shardings), PartitionSpec(None, "data")
+    in_specs = (specs, data_specs(frozen.shardings), rows)
     of_shards = map_over_data(of_shard, mesh, in_specs, PartitionSpec())
     compiled = jax.jit(of_shards, compiler_options=COMPILER_OPTIONS)
 

@@ -21,7 +21,6 @@ from e1jax.cli.command import stop_signals
 from e1jax.cli.files import read_json
 from e1jax.cli.locks import owning
 from e1jax.cli.outputs import digest
-from e1jax.config.adapter import AdapterConfig
 from e1jax.config.buckets import in_bucket, temporary_directory, write_whole
 from e1jax.config.checks import UserError, writing
 from e1jax.config.finetuning import FineTuningConfig
@@ -48,18 +47,21 @@ if TYPE_CHECKING:
 
 
 def load_trainable(
-    model: str,
-    mesh: str | None,
-    param_dtype: str,
-    adapter: AdapterConfig = AdapterConfig(),  # noqa: B008 (frozen)
-    devices: Sequence[Any] | None = None,
+    config: FineTuningConfig | GRPOConfig, devices: Sequence[Any] | None = None
 ) -> LoadedModel:
     """The model that training begins with, on the mesh of the updates, by default all
-    devices (or `devices`) on `data`. Raises UserError for an adapter to another model, and for weights of
-    int8 unless an `adapter` is trained beside them."""
+    devices (or `devices`) on `data`.
+
+    Its dtype is `update.param_dtype`, or beside an adapter that of the computation. Raises
+    UserError for a model that is an adapter itself, and for weights of int8 unless an
+    adapter is trained beside them.
+    """
+    model, adapter, dtype = config.model, config.adapter, config.update.param_dtype
+    if adapter.rank:
+        dtype = computed_in(config).name
     devices = jax.devices() if devices is None else devices
-    mesh = mesh or default_mesh(len(devices))
-    loaded = load_model(model, mesh, param_dtype, adapter.quantize, devices=devices)
+    mesh = config.mesh or default_mesh(len(devices))
+    loaded = load_model(model, mesh, dtype, adapter.quantize, devices=devices)
     if loaded.adapter:
         raise UserError(
             f"{model} is an adapter, which training cannot begin with; merge it first: "
