@@ -1,4 +1,4 @@
-"""The decode kernel for TPUs, run by Pallas' interpreter, against the XLA version."""
+"""The kernels for TPUs, run by Pallas' interpreter, against the XLA versions."""
 
 import functools
 from typing import Any
@@ -15,6 +15,7 @@ from e1jax.nn.attention import cached_attention, causal_attention
 from e1jax.nn.cache import KVCache, init_cache, write
 from e1jax.nn.heads import Vectors
 from e1jax.nn.kernels.decode_attention import (
+    _tile_len,
     decode_attention,
     live_blocks,
 )
@@ -22,7 +23,7 @@ from e1jax.nn.kernels.decode_heads import decode_heads, prepare_heads
 from e1jax.nn.model import forward
 from e1jax.nn.norm import rms_normalise
 from e1jax.nn.rope import apply_rope, rope_angles, rope_frequencies
-from e1jax.sampling.decode import prefill
+from e1jax.sampling.decode import extend, prefill
 from e1jax.sampling.draw import top_k_top_p_mask
 from e1jax.sharding.mesh import make_mesh, sharding
 
@@ -38,11 +39,14 @@ def short_blocks(monkeypatch):
     set_everywhere(monkeypatch, "TPU_BLOCK_LEN", BLOCK)
 
 
-def arrays(positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32):
-    """Queries and caches; whatever lies beyond a row's position is poison."""
+def arrays(
+    positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32, length=1
+):
+    """Queries and caches; whatever lies beyond a row's position, which is its last query's,
+    is poison."""
     rng = np.random.default_rng(7)
     rows = len(positions)
-    q = rng.normal(size=(rows, heads, 1, head_dim))
+    q = rng.normal(size=(rows, heads, length, head_dim))
     shape = (LAYERS, rows, kv_heads, capacity, head_dim)
     k, v = rng.normal(size=shape), rng.normal(size=shape)
     positions = np.array(positions, np.int32)[:, None]
@@ -51,12 +55,13 @@ def arrays(positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32):
     poison = rng.choice([np.nan, np.inf, -np.inf, 3e38], size=shape)
     k, v = np.where(beyond, poison, k), np.where(beyond, poison, v)
     clean = np.where(beyond, 0, k), np.where(beyond, 0, v)
+    positions = positions + np.arange(1 - length, 1, dtype=np.int32)
     return [jnp.asarray(x, dtype) for x in (q, k, v, *clean)] + [jnp.asarray(positions)]
 
 
-def both(positions, *sizes, layer=1, interpreter: Any = True):
-    """The kernel's result, with poison, and that of the XLA version, without."""
-    q, k, v, clean_k, clean_v, at = arrays(positions, *sizes)
+def both(positions, *sizes, layer=1, interpreter: Any = True, length=1):
+    """The kernel's result, with poison, and the XLA version's, without."""
+    q, k, v, clean_k, clean_v, at = arrays(positions, *sizes, length=length)
     layer = jnp.int32(layer)
     visits = live_blocks(at, k.shape[3])
     with pltpu.force_tpu_interpret_mode(interpreter):
@@ -71,6 +76,23 @@ EDGES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 39, 0, 22]
 @pytest.mark.parametrize("heads, kv_heads", [(7, 1), (4, 2), (3, 3)])
 def test_equals_the_xla_version_at_every_edge(heads, kv_heads):
     ours, theirs = both(EDGES, heads, kv_heads, 40, 16)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, length, most, tile",
+    [(7, 1, 16, 28, 4), (4, 2, 4, 100, 4), (4, 2, 12, 9, 2), (3, 3, 5, 100, 1)],
+)
+def test_pieces_of_prompts(monkeypatch, heads, kv_heads, length, most, tile):
+    """Every query of a row sees the positions up to its own: in tiles within a block and
+    across blocks, and rows that begin with the piece."""
+    set_everywhere(monkeypatch, "_MOST_QUERIES", most)
+    ends = [length - 1, *(end for end in EDGES if end >= length), 38]
+    queries = arrays(ends, heads, kv_heads, 40, 16, length=length)[0]
+    assert _tile_len(queries) == tile
+    interpreter = pltpu.InterpretParams()
+    sizes = heads, kv_heads, 40, 16
+    ours, theirs = both(ends, *sizes, interpreter=interpreter, length=length)
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
 
@@ -231,6 +253,41 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
     np.testing.assert_allclose(cache.v, plain_cache.v, atol=1e-5, rtol=1e-5)
 
 
+def test_a_prompt_is_extended_by_the_kernel_as_by_the_xla_version(
+    tiny_hf, monkeypatch
+):
+    """By a short piece and a long one, from the middle of the prompt to its end."""
+    loaded = load_model(str(tiny_hf()))
+    config, params = loaded.config, loaded.read_params()
+    mesh = make_mesh("data=1,tensor=1", config, jax.devices()[:1])
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (1, 512))
+    args = config, mesh, params, jnp.asarray(tokens, jnp.int32)
+    begun = prefill(*args, jnp.int32(128))
+    begun = begun._replace(k=begun.k.at[..., 128:, :].set(jnp.nan))
+
+    def extended():
+        extend.clear_cache()
+        return extend(*args, jnp.int32(128), jnp.int32(500), jax.tree.map(jnp.copy, begun))
+
+    plain = extended()
+    called = []
+
+    def kernel(q, *rest, **options):
+        called.append(q.shape[2])
+        return decode_attention(q, *rest, **options)
+
+    set_everywhere(monkeypatch, "PREFILL_LEN", 256)
+    set_everywhere(monkeypatch, "on_tpu", lambda mesh: True, within="e1jax.nn")
+    set_everywhere(monkeypatch, "decode_attention", kernel)
+    with pltpu.force_tpu_interpret_mode(True):
+        ours = extended()
+    extend.clear_cache()
+    assert set(called) == {128, 256}
+    for one, other in zip(ours[:2], plain[:2], strict=True):
+        one, other = one[..., :500, :], other[..., :500, :]
+        np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_prefill_at_once_is_prefill_in_pieces(tiny_hf, monkeypatch):
     """What TPUs do with a prompt: queries see the new keys, not those of the cache."""
     loaded = load_model(str(tiny_hf()))
@@ -261,19 +318,21 @@ def on_a_mesh(data: int, tensor: int, monkeypatch: pytest.MonkeyPatch):
     devices = np.array(jax.devices()[: data * tensor]).reshape(data, tensor)
     mesh = jax.sharding.Mesh(devices, ("data", "tensor"))
     positions = [0, 39, 8, 7]
-    q, k, v, clean_k, clean_v, at = arrays(positions, 12, 4, 40, 16)
-    theirs = cached_attention(q, clean_k, clean_v, jnp.int32(1), at)
     axes = ("layers", "rows", "kv_heads", None, None)
-    k, v = (jax.device_put(x, sharding(mesh, axes, k.shape)) for x in (k, v))
 
     @jax.jit
-    def decode(q, k, v, layer, at):
+    def attend(q, k, v, layer, at):
         visits = live_blocks(at, 40, mesh)
         return decode_attention(q, k, v, layer, at, visits, mesh)
 
-    with pltpu.force_tpu_interpret_mode(True):
-        ours = decode(q, k, v, jnp.int32(1), at)
-    np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+    # A token of each row; a piece of a prompt, whose row all devices have.
+    for ends, length in ((positions, 1), ([21], 8)):
+        q, k, v, clean_k, clean_v, at = arrays(ends, 12, 4, 40, 16, length=length)
+        theirs = cached_attention(q, clean_k, clean_v, jnp.int32(1), at)
+        k, v = (jax.device_put(x, sharding(mesh, axes, k.shape)) for x in (k, v))
+        with pltpu.force_tpu_interpret_mode(True):
+            ours = attend(q, k, v, jnp.int32(1), at)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
 
     # Of the products of all rows, each device takes its own; with a row in shards, all
     # take it, and one writes.

@@ -199,11 +199,12 @@ def test_an_int8_cache_is_the_cache_of_its_rounded_vectors(shards):
         k, v = (jnp.asarray(x[:, :, step : step + 1]) for x in new)
         cache = write(cache, layer, k, v, write_positions)
     assert not np.asarray(cache.k[0]).any() and not np.asarray(cache.k_scale[0]).any()
-    q = jnp.asarray(rng.normal(size=(rows, 4, 1, size)), jnp.float32)
+    num_queries = 4 if shards == 1 else 1  # a piece of a prompt, or a token
+    q = jnp.asarray(rng.normal(size=(rows, 4, num_queries, size)), jnp.float32)
     whole = np.pad(rounded, ((0, 0),) * 3 + ((0, 384 - length), (0, 0)))
     whole = jnp.asarray(whole)[:, None]
-    for ends in ([299, 130], [127, 128], [0, 255]):
-        at = jnp.asarray(ends)[:, None]
+    for ends in ([299, 130], [127, 128], [num_queries - 1, 255]):
+        at = jnp.asarray(ends)[:, None] + jnp.arange(1 - num_queries, 1)[None]
         expected = cached_attention(q, whole[0], whole[1], jnp.int32(0), at)
         last, _ = sequence_shards(at, shards, capacity)
         args = (q, cache.k, cache.v, layer, last)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-SCRIPT = """
+SETUP = """
 import json, sys
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ def everywhere(tree):
     )
 
 number = everywhere(jnp.int32(0))
+"""
+
+DECODE = """
 traced = decode.decode.trace(
     config, mesh, params, TokenIds(number, number),
     cache.KVCache(buffer, buffer), everywhere(decode.empty_rows(slots, 8)), number, number,
@@ -71,6 +74,40 @@ print(json.dumps({
 }))
 """
 
+EXTEND = """
+shape = (3, 1, kv_heads, 2048, 128)
+place = sharding(mesh, cache.CACHE_AXES, shape)
+buffer = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+tokens = everywhere(jax.ShapeDtypeStruct((1, 2048), jnp.int32))
+traced = decode.extend.trace(
+    config, mesh, params, tokens, number, number, cache.KVCache(buffer, buffer)
+)
+program = account(
+    traced.lower(lowering_platforms=("tpu",)).compile().as_text(), lambda op_name: 1
+)
+print(json.dumps({
+    "depth": max(op.depth for op in program.ops),
+    "kernels": sorted(
+        [op.op_name.split("/")[-2], op.times, op.bytes, op.flops]
+        for op in program.custom_calls if op.target == "tpu_custom_call"
+    ),
+}))
+"""
+
+
+def compiled(script: str, kv_heads: int, mesh: str, slots: int, architecture: str):
+    """The figures that a script prints of a program, which it compiles in a process of its
+    own."""
+    argv = [str(kv_heads), mesh, str(slots), architecture]
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + script, *argv],
+        env={**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
 
 @pytest.mark.libtpu
 @pytest.mark.parametrize(
@@ -89,14 +126,7 @@ def test_a_decode_step_reads_weights_once_and_copies_no_cache(
 ):
     """Also where a device holds several heads, which XLA would lay out otherwise, and
     where it holds a shard of every row. Norms of heads add no operation."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(kv_heads), mesh, str(slots), architecture],
-        env={**os.environ, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = compiled(DECODE, kv_heads, mesh, slots, architecture)
     cache = 2 * 3 * slots * kv_heads * 4096 * 128 * 2 // 8
     assert found["aliased"] >= cache
     assert found["temporary"] <= 2**21 < cache
@@ -141,3 +171,19 @@ def stated_by_hand(kv_heads: int, mesh: str, slots: int, architecture: str) -> l
         ["decode_heads", 3, *made],
         ["top_k_top_p", 1, *drawn],
     ]
+
+
+@pytest.mark.libtpu
+def test_pieces_of_prompts_are_attended_to_by_the_kernel():
+    """Short and long pieces: no loop over blocks within the loops over pieces and layers, and
+    the last layer, whose result nobody needs, has none."""
+    found = compiled(EXTEND, 4, "data=2,tensor=4", 16, "qwen2")
+    assert found["depth"] == 2
+    heads, position = 2, 2 * 128 * 2
+    expected = []
+    for length in (128, 512):
+        queries = length * heads * 128
+        tiles = length * heads // min(length * heads, 1024)
+        moved = tiles * 2048 * position + 2 * queries * 2
+        expected.append(["decode_attention", 2, moved, 4 * queries * 2048])
+    assert found["kernels"] == expected

@@ -134,11 +134,11 @@ def choose_path(
     )
     if from_start:
         attend = _attend_to_sequence(causal)
-    elif on_tpu(mesh) and positions.shape[1] == 1:
+    elif on_tpu(mesh):
         visits = live_blocks(last, capacity, mesh, cache.k.dtype)
         kernel = functools.partial(decode_attention, visits=visits, mesh=mesh)
         attend = _attend_to_cache(kernel, last)
-        if takes_heads(mesh, cache.k):
+        if positions.shape[1] == 1 and takes_heads(mesh, cache.k):
             prepare = _prepare_by_kernel(config, params, rope, write_positions, mesh)
     elif positions.shape[1] == 1 and takes_gpu_decode(mesh, cache.k):
         kernel = functools.partial(gpu_decode_attention, mesh=mesh)

@@ -1,5 +1,8 @@
-"""A kernel for TPUs (Pallas): attention of one query a row over the live blocks of the cache."""
+"""A kernel for TPUs (Pallas): attention over the live blocks of the cache, of one query a
+row, or of a piece of a prompt."""
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +14,21 @@ from jaxtyping import Array, Float, Int, Num
 
 from e1jax.nn.cache import merge_shards
 from e1jax.nn.quantize import LANES, dequantize
-from e1jax.nn.scores import MASKED, fold, scaled, wide_einsum
+from e1jax.nn.scores import MASKED, scaled, wide_einsum
 from e1jax.sharding.mesh import sharding
 
 # The same on TPUs. Longer blocks cost fewer steps (some 0.35 us each), and read more
 # positions that are not live: half a block a row.
 TPU_BLOCK_LEN = 512
 
+# Queries of all heads that meet a block at a time. More read the cache less often, and need
+# more of the memory on the chip for their scores.
+_MOST_QUERIES = 1024
+
 
 class Visits(NamedTuple):
-    """The blocks of the cache that a decode step reads, the same in all layers: for each
-    of the N devices that hold different rows, a list of all live blocks, row after row."""
+    """The blocks of the cache that a pass reads, the same in all layers: for each of the N
+    devices that hold different rows, a list of all live blocks, row after row."""
 
     count: jax.Array  # [N] int32: how many of the list count
     rows: jax.Array  # [N * most] int32
@@ -34,7 +41,7 @@ def tpu_block_len(dtype: Any) -> int:
 
 
 def live_blocks(
-    positions: Int[Array, "R 1"],
+    positions: Int[Array, "R T"],
     capacity: int,
     mesh: Mesh | None = None,
     dtype: Any = jnp.bfloat16,
@@ -45,7 +52,7 @@ def live_blocks(
 
     def local(positions):
         # One for a part that has nothing yet, too: its result has to be something.
-        counts = jnp.maximum(positions[:, 0], 0) // block_len + 1
+        counts = jnp.maximum(positions[:, -1], 0) // block_len + 1
         ends = jnp.cumsum(counts)[None]  # of rows in the list
         steps = jnp.arange(ends.size * pl.cdiv(capacity, block_len))
         passed = ends <= steps[:, None]
@@ -61,27 +68,28 @@ def live_blocks(
 
 
 def decode_attention(
-    q: Float[Array, "B H 1 C"],
+    q: Float[Array, "B H T C"],
     k_cache: Num[Array, "L R K S C"],
     v_cache: Num[Array, "L R K S C"],
     layer: Int[Array, ""],
-    positions: Int[Array, "R 1"],
+    positions: Int[Array, "R T"],
     visits: Visits,
     mesh: Mesh | None = None,
     *,
     scales: tuple[Float[Array, "L R K _N _C"], Float[Array, "L R K _N _C"]]
     | None = None,
-) -> Float[Array, "B H 1 C"]:
-    """`cached_attention` of one query a row, as a kernel for TPUs (Pallas).
+) -> Float[Array, "B H T C"]:
+    """`cached_attention`, as a kernel for TPUs (Pallas).
 
     Reads the blocks that a row has filled, and of the others nothing, row by row: the
-    longest row does not lengthen the rest. On a mesh, each device takes the rows and
-    heads of its own part of the cache.
+    longest row does not lengthen the rest. The T queries of a row are at consecutive
+    `positions`; T is a power of two, or some times one. On a mesh, each device takes the
+    rows and heads of its own part of the cache.
     """
     shards = k_cache.shape[1] // q.shape[0]
     q = jnp.tile(q, (shards, 1, 1, 1))
     caches = (k_cache, v_cache, *(scales or ()))
-    args = (q, caches, layer[None], positions[:, 0], *visits)
+    args = (q, caches, layer[None], positions[:, -1], *visits)
     if mesh is None:
         return merge_shards(*_decode_local(*args), shards)
     heads = sharding(mesh, ("rows", "heads", None, None), q.shape).spec
@@ -95,29 +103,31 @@ def decode_attention(
     return merge_shards(*local(*args), shards)
 
 
-def _decode_local(q, caches, layer, positions, count, rows, blocks):
+def _decode_local(q, caches, layer, last, count, rows, blocks):
     """`decode_attention` of one device, and the logarithm of each result's mass; `caches`
-    are keys, values and, of int8, the scales of both, `layer` [1], `positions` [R]. The
-    grid is the list of visits, so that no step goes to a block that is not live."""
+    are keys, values and, of int8, the scales of both, `layer` [1], `last` [R] the position
+    of a row's last query. The grid is the list of visits, so that no step goes to a block
+    that is not live, once for each tile of the queries."""
     _, _, kv_heads, capacity, head_dim = caches[0].shape
     block_len = min(tpu_block_len(caches[0].dtype), capacity)
-    folded = fold(q, kv_heads)
-    group = folded.shape[2]
+    tile = _tile_len(q)
+    tiles = _in_tiles(q, kv_heads, tile)
+    num_tiles, _, _, group, _ = tiles.shape
 
-    def row_at(step, layer, positions, rows, blocks):
-        return rows[step], 0, 0, 0
+    def row_at(tile, step, layer, last, rows, blocks):
+        return tile, rows[step], 0, 0, 0
 
-    def block_at(step, layer, positions, rows, blocks):
+    def block_at(tile, step, layer, last, rows, blocks):
         return layer[0], rows[step], 0, blocks[step], 0
 
-    of_row = pl.BlockSpec((None, kv_heads, group, head_dim), row_at)
-    mass_of_row = pl.BlockSpec((None, kv_heads, group, 1), row_at)
+    of_row = pl.BlockSpec((None, None, kv_heads, group, head_dim), row_at)
+    mass_of_row = pl.BlockSpec((None, None, kv_heads, group, 1), row_at)
     of_cache = pl.BlockSpec((None, None, kv_heads, block_len, head_dim), block_at)
     scale_rows = max(1, block_len // LANES)
     of_scales = pl.BlockSpec((None, None, kv_heads, scale_rows, LANES), block_at)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
-        grid=(count[0],),
+        grid=(num_tiles, count[0]),
         in_specs=[of_row, of_cache, of_cache, *[of_scales] * (len(caches) - 2)],
         out_specs=(of_row, mass_of_row),
         scratch_shapes=[
@@ -127,20 +137,41 @@ def _decode_local(q, caches, layer, positions, count, rows, blocks):
         ],
     )
     shapes = (
-        jax.ShapeDtypeStruct(folded.shape, q.dtype),
-        jax.ShapeDtypeStruct((*folded.shape[:3], 1), jnp.float32),
+        jax.ShapeDtypeStruct(tiles.shape, q.dtype),
+        jax.ShapeDtypeStruct((*tiles.shape[:4], 1), jnp.float32),
     )
     kernel = pl.pallas_call(
-        _visit_block,
+        functools.partial(_visit_block, tile=tile, length=q.shape[2]),
         grid_spec=grid,
         out_shape=shapes,
         name="decode_attention",
-        cost_estimate=_cost_when_full(folded, caches),
+        cost_estimate=_cost_when_full(tiles, caches),
         metadata={"positions": str(capacity), "block_len": str(block_len)},
     )
-    scalars = layer, positions, rows, blocks
-    out, log_mass = kernel(*scalars, folded, *caches)
-    return out.reshape(q.shape), log_mass.reshape(*q.shape[:3], 1)
+    results = kernel(layer, last, rows, blocks, tiles, *caches)
+    out, log_mass = (_out_of_tiles(x, tile, q.shape[1]) for x in results)
+    return out, log_mass
+
+
+def _tile_len(q: jax.Array) -> int:
+    """Of the queries of one head in a tile: a power of two that divides them."""
+    _, heads, length, _ = q.shape
+    fitting = max(1, _MOST_QUERIES // heads)
+    return math.gcd(length, 1 << fitting.bit_length() - 1)
+
+
+def _in_tiles(q: jax.Array, kv_heads: int, tile: int) -> jax.Array:
+    """[B, H, N * tile, C] -> [N, B, K, G * tile, C]"""
+    rows, heads, length, size = q.shape
+    x = q.reshape(rows, heads, length // tile, tile, size)
+    return x.transpose(2, 0, 1, 3, 4).reshape(length // tile, rows, kv_heads, -1, size)
+
+
+def _out_of_tiles(x: jax.Array, tile: int, heads: int) -> jax.Array:
+    """[N, B, K, G * tile, C] -> [B, H, N * tile, C]: undoes `_in_tiles`."""
+    num_tiles, rows, *_, size = x.shape
+    x = x.reshape(num_tiles, rows, heads, tile, size).transpose(1, 2, 0, 3, 4)
+    return x.reshape(rows, heads, num_tiles * tile, size)
 
 
 def _cost_when_full(q, caches) -> pl.CostEstimate:
@@ -151,17 +182,24 @@ def _cost_when_full(q, caches) -> pl.CostEstimate:
     one_layer = sum(x.size * x.dtype.itemsize // len(x) for x in caches)
     return pl.CostEstimate(
         flops=4 * q.size * capacity,  # scores, and sums of values
-        bytes_accessed=one_layer + 2 * q.size * q.dtype.itemsize,  # q in, sums out
+        # The cache for each tile; q in, sums out.
+        bytes_accessed=len(q) * one_layer + 2 * q.size * q.dtype.itemsize,
         transcendentals=q.size // q.shape[-1] * capacity,
     )
 
 
-def _visit_block(layer, positions, rows, blocks, *refs):
-    """Merges one block into a row's peak and total [K, G, 1] and sums [K, G, C]."""
+def _visit_block(layer, last, rows, blocks, *refs, tile: int, length: int):
+    """Merges one block into peak and total [K, G, 1] and sums [K, G, C] of a tile, out of
+    `length` queries a row; G is of all queries that share a key."""
     q_ref, k_ref, v_ref, *scales, out_ref, log_mass_ref, peak, total, sums = refs
-    step = pl.program_id(0)
-    position, block = positions[rows[step]], blocks[step]
+    step = pl.program_id(1)
+    end, block = last[rows[step]], blocks[step]
     block_len = k_ref.shape[1]
+    # Of the queries [1, G, 1], or of the only one.
+    positions = end
+    if length > 1:
+        index = jax.lax.broadcasted_iota(jnp.int32, (1, q_ref.shape[1], 1), 1)
+        positions = end - length + 1 + pl.program_id(0) * tile + index % tile
 
     @pl.when(block == 0)
     def start():
@@ -169,15 +207,15 @@ def _visit_block(layer, positions, rows, blocks, *refs):
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    def is_live(shape, dim):
+    def is_live(shape, dim, positions=end):
         index = jax.lax.broadcasted_iota(jnp.int32, shape, dim)
-        return block * block_len + index <= position
+        return block * block_len + index <= positions
 
     k, v = (dequantize(ref[...], q_ref.dtype) for ref in (k_ref, v_ref))
     scores = wide_einsum("kgc,ksc->kgs", scaled(q_ref[...]), k)
     if scales:
         scores *= _scale_row(scales[0], block_len)
-    scores = jnp.where(is_live(scores.shape, 2), scores, MASKED)
+    scores = jnp.where(is_live(scores.shape, 2, positions), scores, MASKED)
     new_peak = jnp.maximum(peak[...], scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - new_peak)
     shrink = jnp.exp(peak[...] - new_peak)
@@ -192,7 +230,7 @@ def _visit_block(layer, positions, rows, blocks, *refs):
         "kgs,ksc->kgc", weights.astype(v.dtype), v
     )
 
-    @pl.when(block == jnp.maximum(position, 0) // block_len)
+    @pl.when(block == jnp.maximum(end, 0) // block_len)
     def finish():
         out_ref[...] = (sums[...] / total[...]).astype(out_ref.dtype)
         log_mass_ref[...] = peak[...] + jnp.log(total[...])
