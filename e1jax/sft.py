@@ -62,7 +62,6 @@ from e1jax.data.prompts import default_instruction
 from e1jax.nn.model import (
     abstract_params,
     forward,
-    init_adapter,
     init_params,
     unembed,
 )
@@ -89,6 +88,7 @@ from e1jax.training import (
     prepare_run,
     restore_or_init,
     running,
+    starting_params,
     trained_shapes,
     write_model_files,
 )
@@ -228,10 +228,7 @@ def _fine_tune(
         remat=config.update.remat,
         frozen=frozen,
     )
-    base, init = None, loaded.read_params
-    if config.adapter.rank:
-        base = loaded.read_params()
-        init = functools.partial(init_adapter, shapes[0], config.seed)
+    base, init = starting_params(config.adapter, loaded, shapes[0], config.seed)
 
     def learn(params, state, packed: Packed):
         rows = finetuning.place_rows(packed.rows, microbatch, loaded.mesh)

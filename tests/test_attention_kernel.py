@@ -39,9 +39,7 @@ def short_blocks(monkeypatch):
     set_everywhere(monkeypatch, "TPU_BLOCK_LEN", BLOCK)
 
 
-def arrays(
-    positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32, length=1
-):
+def arrays(positions, heads, kv_heads, capacity, head_dim, dtype=jnp.float32, length=1):
     """Queries and caches; whatever lies beyond a row's position, which is its last query's,
     is poison."""
     rng = np.random.default_rng(7)
@@ -253,9 +251,7 @@ def test_a_model_decodes_by_kernels_as_by_the_xla_version(
     np.testing.assert_allclose(cache.v, plain_cache.v, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_is_extended_by_the_kernel_as_by_the_xla_version(
-    tiny_hf, monkeypatch
-):
+def test_a_prompt_is_extended_by_the_kernel_as_by_the_xla_version(tiny_hf, monkeypatch):
     """By a short piece and a long one, from the middle of the prompt to its end."""
     loaded = load_model(str(tiny_hf()))
     config, params = loaded.config, loaded.read_params()
@@ -267,7 +263,9 @@ def test_a_prompt_is_extended_by_the_kernel_as_by_the_xla_version(
 
     def extended():
         extend.clear_cache()
-        return extend(*args, jnp.int32(128), jnp.int32(500), jax.tree.map(jnp.copy, begun))
+        return extend(
+            *args, jnp.int32(128), jnp.int32(500), jax.tree.map(jnp.copy, begun)
+        )
 
     plain = extended()
     called = []

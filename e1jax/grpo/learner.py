@@ -1,6 +1,5 @@
 """The policy in training: optimizer, jitted updates, log-probabilities of the reference."""
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ from e1jax.grpo.rollouts import (
     pair_metrics,
     sampling_mesh,
 )
-from e1jax.nn.model import GatherParams, abstract_params, init_adapter
+from e1jax.nn.model import GatherParams, abstract_params
 from e1jax.nn.quantize import Params
 from e1jax.sharding.fsdp import data_specs, map_over_data
 from e1jax.sharding.hosts import local_mesh, make_local_copy, process_allgather
@@ -41,6 +40,7 @@ from e1jax.training import (
     learning_rates,
     make_optimizer,
     restore_or_init,
+    starting_params,
     sum_gradients,
     trained_shapes,
 )
@@ -115,10 +115,8 @@ class Learner:
 
     def restore(self, checkpoints: RunCheckpoints, batches: Any) -> int:
         """Goes on from the latest checkpoint, or begins with the model; the step."""
-        init = self.loaded.read_params
-        if self.config.adapter.rank:
-            self.base = self.loaded.read_params()
-            init = functools.partial(init_adapter, self.shapes, self.config.seed)
+        adapter, seed = self.config.adapter, self.config.seed
+        self.base, init = starting_params(adapter, self.loaded, self.shapes, seed)
         init_state, shapes = self.optimizer.init, self.state_shapes
         if self.config.rollout.ahead:
             init_state, shapes = self._init_ahead, (shapes, self.sampled_shapes)

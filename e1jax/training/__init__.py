@@ -1,6 +1,11 @@
 """Parts that `sft` and `train` share: the optimizer and its schedule, and the run."""
 
-from e1jax.training.frozen import ALL_TRAINED, Frozen, trained_shapes
+from e1jax.training.frozen import (
+    ALL_TRAINED,
+    Frozen,
+    starting_params,
+    trained_shapes,
+)
 from e1jax.training.optimizer import (
     apply_gradients,
     clip_by_norm,
@@ -41,6 +46,7 @@ __all__ = [
     "record_origin",
     "restore_or_init",
     "running",
+    "starting_params",
     "sum_gradients",
     "trained_shapes",
     "write_model_files",

@@ -1,5 +1,6 @@
 """Which parameters a run trains: all of a model's, or an adapter beside the frozen others."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from e1jax.checkpoint.load import LoadedModel
 from e1jax.config.adapter import AdapterConfig
 from e1jax.nn.lora import add_adapter, scaled
-from e1jax.nn.model import abstract_adapter, abstract_params
+from e1jax.nn.model import abstract_adapter, abstract_params, init_adapter
 from e1jax.nn.quantize import Params
 from e1jax.sharding.fsdp import make_gather_params
 from e1jax.sharding.runtime import COMPILER_OPTIONS
@@ -85,3 +86,13 @@ def trained_shapes(
         return ALL_TRAINED, own
     shapes = abstract_adapter(config, adapter, mesh, jnp.float32)
     return Frozen(own, adapter.scale), shapes
+
+
+def starting_params(
+    adapter: AdapterConfig, loaded: LoadedModel, shapes: Params, seed: int
+) -> tuple[Params | None, Callable[[], Params]]:
+    """The frozen parameters of a run, None if there are none, and a function that makes the
+    trained ones as a new run begins with them; `shapes` are those of `trained_shapes`."""
+    if not adapter.rank:
+        return None, loaded.read_params
+    return loaded.read_params(), functools.partial(init_adapter, shapes, seed)
