@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import socket
 import sys
 import time
 import uuid
@@ -134,25 +135,30 @@ class _TensorBoard:
 
     def __init__(self, directory: Path):
         # Slow to load, and `sample` needs none of it.
-        from tensorboardX import event_file_writer, summary
+        from tensorboardX import event_file_writer, record_writer, summary
 
         self.directory = directory
         directory.mkdir(exist_ok=True)
-        self.file = event_file_writer.EventsWriter(str(directory / "events"))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        # Not EventsWriter, which at a full disk leaves the file open, and Python tells of it.
+        self.file = record_writer.RecordWriter(str(directory / name))
         self.flushed = time.monotonic()
         self.scalar = summary.scalar
         self.event: Any = vars(event_file_writer.event_pb2)["Event"]
+        self._write(file_version="brain.Event:2")
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the numbers of a step; raises UserError if it cannot."""
         with writing(self.directory):
             for name, value in values.items():
-                summary = self.scalar(name, value)
-                event = self.event(step=step, summary=summary, wall_time=time.time())
-                self.file.write_event(event)
+                self._write(step=step, summary=self.scalar(name, value))
             if time.monotonic() - self.flushed > FLUSH_SECONDS:
                 self.file.flush()
                 self.flushed = time.monotonic()
+
+    def _write(self, **fields: Any) -> None:
+        event = self.event(wall_time=time.time(), **fields)
+        self.file.write(event.SerializeToString())
 
     def close(self) -> None:
         self.file.close()
