@@ -320,7 +320,8 @@ def test_the_base_may_be_int8(tied, tiny_hf):
 SIZES = ModelConfig(512, 16, 24, 2, 4, 2, 6, 64, 1e4)
 
 
-@pytest.mark.parametrize("form", [pytest.param(None, marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [None, "int8"])
 def test_eight_devices_update_as_one(form):
     run_on_devices(8, f"import test_adapter; test_adapter.update_on_meshes({form!r})")
 

@@ -97,6 +97,7 @@ def test_an_adapter_is_sampled_ahead_too(workplace, tmp_path):  # noqa: F811
     interrupted_run(workplace, tmp_path, flags, f"sampling:4:{KILL:d}")
 
 
+@pytest.mark.slow
 def test_devices_that_only_sample_give_the_run_of_one_device(
     workplace,  # noqa: F811
     tmp_path,

@@ -501,6 +501,7 @@ def killed_and_resumed(workplace: Path, run_dir: Path, seed: int) -> None:
     assert content_of(run_dir) == content_of(workplace / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_goes_on_after_a_kill_as_if_unbroken(
     bucket, workplace, monkeypatch, capsys
 ):

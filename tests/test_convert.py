@@ -687,7 +687,9 @@ def start(*args) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+@pytest.mark.parametrize(
+    "direction", ["from-hf", pytest.param("to-hf", marks=pytest.mark.slow)]
+)
 def test_interrupted_conversion_leaves_nothing(tmp_path, direction):
     """Killed in the middle, it leaves nothing at DST, and runs afresh; so at Ctrl-C."""
     source, dst = tmp_path / "src", tmp_path / "dst"

@@ -291,7 +291,13 @@ def tree_rows(rng, prompts=2, samples=3, seen=(0, 2, 7, 7, 9)):
     return jnp.array(np.stack(rows)), jnp.array(starts), np.array(mask)
 
 
-@pytest.mark.parametrize("samples", [3, 4], ids=["whole groups", "whole thoughts"])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        pytest.param(3, id="whole groups"),
+        pytest.param(4, id="whole thoughts", marks=pytest.mark.slow),
+    ],
+)
 def test_shared_thoughts_are_as_complete_rows(loaded, samples):
     """Values and gradients, where only thoughts are whole too (a group of 4 is not)."""
     tokens, prompt_len, mask = tree_rows(np.random.default_rng(0))

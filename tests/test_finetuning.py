@@ -646,6 +646,7 @@ def test_a_run_learns_and_is_a_model(unbroken):
     assert sum(terse) >= 12
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(workplace, unbroken):
     broken, last = workplace / "broken", metrics(unbroken)[-1]["step"]
     endings = (
@@ -674,6 +675,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_unbroken_run(workplace, unbroken)
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_and_goes_on(workplace, tmp_path):
     """Beside int8 weights; the last step is thrown away, and taken again."""
     settings = yaml.safe_load((workplace / "tune.yaml").read_text()) | {"epochs": 1}

@@ -188,7 +188,7 @@ def test_nothing_is_lost_on_a_disk_that_gets_room(place, disk):
 @pytest.mark.parametrize(
     ("command", "blocks"),
     [
-        ([*TRAIN, "limited"], 100),
+        pytest.param([*TRAIN, "limited"], 100, marks=SLOW),
         (["e1jax.convert", "to-hf", "run", "limited-hf"], 100),
         ([*SAMPLE, "x", "-n", "60", "--output", "limited.jsonl"], 8),
         (

@@ -197,6 +197,7 @@ def test_a_mesh_of_four_devices_computes_the_same(workplace, unbroken):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol)
 
 
+@pytest.mark.slow
 def test_a_mesh_that_does_not_divide_is_told_of_or_refused(workplace):
     flags = ["--mesh", "data=3,tensor=1", "--steps", "1"]
     process = start(workplace, "three", *flags, devices=3)

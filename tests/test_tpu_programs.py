@@ -114,11 +114,11 @@ def compiled(script: str, kv_heads: int, mesh: str, slots: int, architecture: st
     "kv_heads, mesh, slots, architecture",
     [
         (4, "data=2,tensor=4", 16, "qwen2"),
-        (8, "data=2,tensor=4", 16, "qwen2"),
+        pytest.param(8, "data=2,tensor=4", 16, "qwen2", marks=pytest.mark.slow),
         (4, "data=8,tensor=1", 16, "qwen2"),
         (4, "data=8,tensor=1", 4, "qwen2"),
         (4, "data=2,tensor=4", 16, "qwen3"),
-        (4, "data=8,tensor=1", 4, "qwen3"),
+        pytest.param(4, "data=8,tensor=1", 4, "qwen3", marks=pytest.mark.slow),
     ],
 )
 def test_a_decode_step_reads_weights_once_and_copies_no_cache(

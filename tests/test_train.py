@@ -319,6 +319,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(
     assert_same_run(run_dir, unbroken)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_does_no_harm(workplace, unbroken):
     """From outside, at a random time after the first step."""
     run_dir = workplace / "killed"
@@ -380,6 +381,7 @@ def test_a_model_of_other_sizes_is_refused(workplace, tiny_hf, tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_two_devices_compute_what_one_does(workplace, unbroken):
     """By default, rows of a micro-batch are divided."""
     flags = ["--validation.problems", "null", "--steps", "2", "--run-dir", "meshed"]
