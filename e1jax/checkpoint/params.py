@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from e1jax.checkpoint.lazy import (
@@ -156,15 +157,10 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Shape and dtype of every array saved at `path`, by name; UserError if it cannot be
     read."""
+    # By the handler: a Checkpointer would log why it cannot be read, and give None.
     handler = ocp.PyTreeCheckpointHandler()
-    with (
-        explain_orbax(broken_checkpoint(path)),
-        ocp.Checkpointer(handler) as checkpointer,
-    ):
-        metadata = checkpointer.metadata(str(path.absolute())).item_metadata
-        if metadata is None:
-            raise UserError(f"{broken_checkpoint(path)}: its metadata is missing")
-        return named_leaves(metadata.tree)
+    with explain_orbax(broken_checkpoint(path)), contextlib.closing(handler):
+        return named_leaves(handler.metadata(epath.Path(str(path.absolute()))).tree)
 
 
 def quantized(saved: Mapping[str, Any]) -> str | None:
