@@ -302,8 +302,9 @@ grader.close()
 
 
 def test_the_limit_ends_a_comparison_whatever_the_worker_inherited():
-    # Ignored and blocked signals stay so in a new program, unless it changes that. Not in
-    # this process, where libtpu has a handler of the signal, which Python cannot restore.
+    # Ignored and blocked signals stay so in a new program, unless it changes that. In a
+    # process of its own: libtpu ignores SIGPROF and receives it, and Python, which does not
+    # know, would restore the default, by which the signal ends this process.
     command = [sys.executable, "-c", WITHOUT_THE_SIGNAL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     # By the signal itself: a Python handler would have to wait for C code.

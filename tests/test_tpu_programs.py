@@ -175,15 +175,15 @@ def stated_by_hand(kv_heads: int, mesh: str, slots: int, architecture: str) -> l
 
 @pytest.mark.libtpu
 def test_pieces_of_prompts_are_attended_to_by_the_kernel():
-    """Short and long pieces: no loop over blocks within the loops over pieces and layers, and
-    the last layer, whose result nobody needs, has none."""
-    found = compiled(EXTEND, 4, "data=2,tensor=4", 16, "qwen2")
+    """Short and long pieces: within the loops over pieces and layers there is no loop over
+    blocks, and the last of three layers, whose result nobody needs, does not attend."""
+    found = compiled(EXTEND, 4, "data=8,tensor=1", 16, "qwen2")
     assert found["depth"] == 2
-    heads, position = 2, 2 * 128 * 2
+    heads, position = 8, 2 * 4 * 128 * 2  # bytes of a position's keys and values
     expected = []
     for length in (128, 512):
         queries = length * heads * 128
-        tiles = length * heads // min(length * heads, 1024)
+        tiles = length * heads // 1024
         moved = tiles * 2048 * position + 2 * queries * 2
         expected.append(["decode_attention", 2, moved, 4 * queries * 2048])
     assert found["kernels"] == expected

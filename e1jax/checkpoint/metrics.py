@@ -140,7 +140,8 @@ class _TensorBoard:
         self.directory = directory
         directory.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
-        # Not EventsWriter, which at a full disk leaves the file open, and Python tells of it.
+        # Not EventsWriter: on a full disk its close() leaves the file open, and Python prints
+        # an error of its own when it exits.
         self.file = record_writer.RecordWriter(str(directory / name))
         self.flushed = time.monotonic()
         self.scalar = summary.scalar

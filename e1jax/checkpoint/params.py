@@ -157,7 +157,7 @@ def check_saved(path: Path, config: ModelConfig) -> dict[str, Any]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Shape and dtype of every array saved at `path`, by name; UserError if it cannot be
     read."""
-    # By the handler: a Checkpointer would log why it cannot be read, and give None.
+    # By the handler: a Checkpointer logs the reason of a failure, and returns None.
     handler = ocp.PyTreeCheckpointHandler()
     with explain_orbax(broken_checkpoint(path)), contextlib.closing(handler):
         return named_leaves(handler.metadata(epath.Path(str(path.absolute()))).tree)

@@ -91,8 +91,8 @@ def trained_shapes(
 def starting_params(
     adapter: AdapterConfig, loaded: LoadedModel, shapes: Params, seed: int
 ) -> tuple[Params | None, Callable[[], Params]]:
-    """The frozen parameters of a run, None if there are none, and a function that makes the
-    trained ones as a new run begins with them; `shapes` are those of `trained_shapes`."""
+    """The frozen parameters of a run (None without an adapter), and a function that makes
+    the trained parameters of a new run, whose shapes `trained_shapes` gives."""
     if not adapter.rank:
         return None, loaded.read_params
     return loaded.read_params(), functools.partial(init_adapter, shapes, seed)

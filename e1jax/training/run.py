@@ -52,9 +52,9 @@ def load_trainable(
     """The model that training begins with, on the mesh of the updates, by default all
     devices (or `devices`) on `data`.
 
-    Its dtype is `update.param_dtype`, or beside an adapter that of the computation. Raises
-    UserError for a model that is an adapter itself, and for weights of int8 unless an
-    adapter is trained beside them.
+    Parameters are loaded in `update.param_dtype`; those beside which an adapter is trained,
+    in the dtype of the computation. Raises UserError for a model that is an adapter itself,
+    and for int8 weights unless an adapter is trained beside them.
     """
     model, adapter, dtype = config.model, config.adapter, config.update.param_dtype
     if adapter.rank:

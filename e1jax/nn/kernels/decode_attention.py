@@ -17,12 +17,12 @@ from e1jax.nn.quantize import LANES, dequantize
 from e1jax.nn.scores import MASKED, scaled, wide_einsum
 from e1jax.sharding.mesh import sharding
 
-# The same on TPUs. Longer blocks cost fewer steps (some 0.35 us each), and read more
-# positions that are not live: half a block a row.
+# Positions of a block on TPUs. Longer blocks cost fewer steps of the grid (some 0.35 us
+# each), and read more positions that are not live: half a block a row.
 TPU_BLOCK_LEN = 512
 
-# Queries of all heads that meet a block at a time. More read the cache less often, and need
-# more of the memory on the chip for their scores.
+# The most queries, those of all heads together, that are scored against a block at a time.
+# With more, the cache is read less often, and their scores take more memory on the chip.
 _MOST_QUERIES = 1024
 
 
@@ -83,8 +83,9 @@ def decode_attention(
 
     Reads the blocks that a row has filled, and of the others nothing, row by row: the
     longest row does not lengthen the rest. The T queries of a row are at consecutive
-    `positions`; T is a power of two, or some times one. On a mesh, each device takes the
-    rows and heads of its own part of the cache.
+    `positions`, and computed in tiles, which are the longer the larger the power of two
+    that divides T. On a mesh, each device takes the rows and heads of its own part of the
+    cache.
     """
     shards = k_cache.shape[1] // q.shape[0]
     q = jnp.tile(q, (shards, 1, 1, 1))
@@ -110,8 +111,8 @@ def _decode_local(q, caches, layer, last, count, rows, blocks):
     that is not live, once for each tile of the queries."""
     _, _, kv_heads, capacity, head_dim = caches[0].shape
     block_len = min(tpu_block_len(caches[0].dtype), capacity)
-    tile = _tile_len(q)
-    tiles = _in_tiles(q, kv_heads, tile)
+    tile_len = _tile_len(q)
+    tiles = _in_tiles(q, kv_heads, tile_len)
     num_tiles, _, _, group, _ = tiles.shape
 
     def row_at(tile, step, layer, last, rows, blocks):
@@ -141,7 +142,7 @@ def _decode_local(q, caches, layer, last, count, rows, blocks):
         jax.ShapeDtypeStruct((*tiles.shape[:4], 1), jnp.float32),
     )
     kernel = pl.pallas_call(
-        functools.partial(_visit_block, tile=tile, length=q.shape[2]),
+        functools.partial(_visit_block, tile_len=tile_len, length=q.shape[2]),
         grid_spec=grid,
         out_shape=shapes,
         name="decode_attention",
@@ -149,29 +150,30 @@ def _decode_local(q, caches, layer, last, count, rows, blocks):
         metadata={"positions": str(capacity), "block_len": str(block_len)},
     )
     results = kernel(layer, last, rows, blocks, tiles, *caches)
-    out, log_mass = (_out_of_tiles(x, tile, q.shape[1]) for x in results)
+    out, log_mass = (_out_of_tiles(x, tile_len, q.shape[1]) for x in results)
     return out, log_mass
 
 
 def _tile_len(q: jax.Array) -> int:
-    """Of the queries of one head in a tile: a power of two that divides them."""
+    """How many queries of each head are in a tile: a power of two that divides T."""
     _, heads, length, _ = q.shape
     fitting = max(1, _MOST_QUERIES // heads)
     return math.gcd(length, 1 << fitting.bit_length() - 1)
 
 
-def _in_tiles(q: jax.Array, kv_heads: int, tile: int) -> jax.Array:
-    """[B, H, N * tile, C] -> [N, B, K, G * tile, C]"""
+def _in_tiles(q: jax.Array, kv_heads: int, tile_len: int) -> jax.Array:
+    """[B, H, N * tile_len, C] -> [N, B, K, G * tile_len, C]"""
     rows, heads, length, size = q.shape
-    x = q.reshape(rows, heads, length // tile, tile, size)
-    return x.transpose(2, 0, 1, 3, 4).reshape(length // tile, rows, kv_heads, -1, size)
+    num_tiles = length // tile_len
+    x = q.reshape(rows, heads, num_tiles, tile_len, size)
+    return x.transpose(2, 0, 1, 3, 4).reshape(num_tiles, rows, kv_heads, -1, size)
 
 
-def _out_of_tiles(x: jax.Array, tile: int, heads: int) -> jax.Array:
-    """[N, B, K, G * tile, C] -> [B, H, N * tile, C]: undoes `_in_tiles`."""
+def _out_of_tiles(x: jax.Array, tile_len: int, heads: int) -> jax.Array:
+    """[N, B, K, G * tile_len, C] -> [B, H, N * tile_len, C]: undoes `_in_tiles`."""
     num_tiles, rows, *_, size = x.shape
-    x = x.reshape(num_tiles, rows, heads, tile, size).transpose(1, 2, 0, 3, 4)
-    return x.reshape(rows, heads, num_tiles * tile, size)
+    x = x.reshape(num_tiles, rows, heads, tile_len, size).transpose(1, 2, 0, 3, 4)
+    return x.reshape(rows, heads, num_tiles * tile_len, size)
 
 
 def _cost_when_full(q, caches) -> pl.CostEstimate:
@@ -188,18 +190,18 @@ def _cost_when_full(q, caches) -> pl.CostEstimate:
     )
 
 
-def _visit_block(layer, last, rows, blocks, *refs, tile: int, length: int):
-    """Merges one block into peak and total [K, G, 1] and sums [K, G, C] of a tile, out of
-    `length` queries a row; G is of all queries that share a key."""
+def _visit_block(layer, last, rows, blocks, *refs, tile_len: int, length: int):
+    """Merges one block of the cache into peak and total [K, G, 1] and sums [K, G, C] of a
+    tile. A row has `length` queries; G counts a tile's queries for each key/value head."""
     q_ref, k_ref, v_ref, *scales, out_ref, log_mass_ref, peak, total, sums = refs
     step = pl.program_id(1)
     end, block = last[rows[step]], blocks[step]
     block_len = k_ref.shape[1]
-    # Of the queries [1, G, 1], or of the only one.
-    positions = end
+    positions = end  # of the row's only query, or of the tile's queries [1, G, 1]
     if length > 1:
         index = jax.lax.broadcasted_iota(jnp.int32, (1, q_ref.shape[1], 1), 1)
-        positions = end - length + 1 + pl.program_id(0) * tile + index % tile
+        first = end - length + 1 + pl.program_id(0) * tile_len
+        positions = first + index % tile_len
 
     @pl.when(block == 0)
     def start():
