@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -30,6 +31,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A machine under load is slow, and no failure.
 hypothesis.settings.register_profile("e1jax", deadline=None)
 hypothesis.settings.load_profile("e1jax")
+
+# Compiling would be half of the time of all tests. Without LLVM's optimizations, and with
+# the older of two emitters of fused operations, it is a tenth of that. XLA of jax 0.12 has
+# the newer emitter alone, and ends where it is given a flag that it does not know.
+QUICKLY = "--xla_backend_optimization_level=0"
+# Options of `compile`, for the tests that look at a program as users have it.
+AS_USERS_HAVE_IT = {"xla_backend_optimization_level": 3}
+if jax.__version_info__ < (0, 11):
+    QUICKLY += " --xla_cpu_use_fusion_emitters=false"
+    AS_USERS_HAVE_IT["xla_cpu_use_fusion_emitters"] = True
+os.environ.setdefault("XLA_FLAGS", QUICKLY)
+
 disable_progress_bar()  # what a command writes to stderr is tested
 torch.set_num_threads(1)  # tiny matrices: threads only get in each other's way
 
@@ -51,21 +64,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_end_with_their_file():
-    """Files share hardly a program, and all of them would take up gigabytes."""
+    """Files share hardly a program, and all of them would take up gigabytes. What is left
+    are modules, which the garbage collector need not look at over and over."""
     yield
     jax.clear_caches()
     gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def programs_for_tpus_are_as_users_have_them(request, monkeypatch):
+    """XLA's flags are for every backend."""
+    if request.node.get_closest_marker("libtpu"):
+        monkeypatch.delenv("XLA_FLAGS", raising=False)
 
 
 def several_devices(count: int) -> str:
-    """XLA's flags for so many devices, none for one. The latter two halve the time of
-    compiling."""
-    if count == 1:
-        return ""
-    return (
-        f"--xla_force_host_platform_device_count={count} "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    )
+    """XLA's flags for so many devices."""
+    return f"--xla_force_host_platform_device_count={count} {QUICKLY}"
 
 
 def run_on_devices(count: int, code: str) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import edit_json, set_everywhere, several_devices
+from conftest import AS_USERS_HAVE_IT, edit_json, set_everywhere, several_devices
 from transformers import AutoModelForCausalLM
 
 from e1jax import convert
@@ -336,7 +336,7 @@ def lowered_decode(engine):
         1,
         8,
     )
-    return decode.lower(*args).compile()
+    return decode.lower(*args).compile(AS_USERS_HAVE_IT)
 
 
 def test_cache_is_updated_in_place(make):

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from conftest import set_everywhere, several_devices
+from conftest import AS_USERS_HAVE_IT, set_everywhere, several_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 from transformers import AutoModelForCausalLM
@@ -348,7 +348,8 @@ def program_of(logprobs_by, response_len: int):
     def total(*arguments):
         return sum(result.sum() for result in logprobs_by(*arguments))
 
-    return jax.jit(jax.grad(total)).lower(params, tokens, prompt_len).compile()
+    lowered = jax.jit(jax.grad(total)).lower(params, tokens, prompt_len)
+    return lowered.compile(AS_USERS_HAVE_IT)
 
 
 def test_responses_of_two_tokens_to_one_prompt():
@@ -419,7 +420,8 @@ def test_chunks_save_memory():
             )
             return (logprobs + entropy).sum()
 
-        program = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
+        lowered = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes)
+        program = lowered.compile(AS_USERS_HAVE_IT)
         return program.memory_analysis().temp_size_in_bytes
 
     # A sixteenth of the logits, and what does not depend on the chunk.
@@ -736,7 +738,8 @@ def test_an_update_on_a_cpu_has_no_product_that_sums_over_rows(loaded, completio
         config, loaded.config, optimizer, "float32", shardings, longest_response=9
     )
     batch = batch_of(config, completions)
-    text = update.lower(*shapes, batch, False, jnp.float32(1)).compile().as_text()
+    lowered = update.lower(*shapes, batch, False, jnp.float32(1))
+    text = lowered.compile(AS_USERS_HAVE_IT).as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
     assert len(products) > 20
     sums = "lhs_contracting_dims={0}, rhs_contracting_dims={0}"

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import AS_USERS_HAVE_IT
 
 from e1jax.plan.account import account
 
@@ -13,7 +14,8 @@ pytestmark = pytest.mark.cpu
 
 def compiled(function, *arguments, donate=()) -> str:
     jitted = jax.jit(function, donate_argnums=donate)
-    return jitted.lower(*map(jnp.zeros, arguments)).compile().as_text()
+    lowered = jitted.lower(*map(jnp.zeros, arguments))
+    return lowered.compile(AS_USERS_HAVE_IT).as_text()
 
 
 # Programs compiled here.

@@ -374,8 +374,8 @@ def test_the_kernel_for_tpus_keeps_the_same_tokens(vocab, monkeypatch):
     np.testing.assert_array_equal(got, top_k_top_p_mask(gaps, off, top_p))
 
 
-@pytest.mark.parametrize("vocab", [7, 333, 152064])
-def test_draws_until_a_token_is_kept_are_draws_among_the_kept(vocab):
+@pytest.mark.parametrize("vocab, draws", [(7, 40), (333, 40), (152064, 12)])
+def test_draws_until_a_token_is_kept_are_draws_among_the_kept(vocab, draws):
     """The same tokens, whatever the options of the rows beside."""
     rng = np.random.default_rng(vocab)
     logits = rng.normal(size=(8, vocab)).astype(np.float32) * 3
@@ -390,12 +390,12 @@ def test_draws_until_a_token_is_kept_are_draws_among_the_kept(vocab):
     among_kept = top_k_top_p_mask(gaps, top_k, top_p)
     draw = jax.jit(_draw_until_kept)
     rejected = 0
-    for seed in range(40):
+    for seed in range(draws):
         noisy = jax.random.gumbel(jax.random.key(seed), gaps.shape) - gaps
         want = jnp.argmax(jnp.where(among_kept, noisy, -jnp.inf), axis=-1)
         np.testing.assert_array_equal(draw(noisy, gaps, top_k, top_p), want)
         rejected += int((noisy.argmax(axis=-1) != want).sum())
-    assert rejected > 30
+    assert rejected > 0.75 * draws
     nothing = jnp.full_like(gaps, jnp.nan)
     assert draw(nothing, nothing, top_k, top_p).shape == (8,)  # it ends
 
