@@ -222,10 +222,10 @@ def test_gradients_keep_all_digits_of_float32_where_products_would_not():
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("length", [5, 128, 700])
-def test_splash_attention(length):
+@pytest.mark.parametrize("heads, length", [((6, 2), 5), ((6, 2), 128), ((3, 1), 700)])
+def test_splash_attention(heads, length):
     """On a mesh and inside a shard_map over `data`."""
-    given, exact = arrays(2, 6, 2, length, 128, jnp.bfloat16)
+    given, exact = arrays(2, *heads, length, 128, jnp.bfloat16)
     rows = jax.sharding.PartitionSpec("data")
     inside = jax.shard_map(
         splash,

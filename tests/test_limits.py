@@ -20,7 +20,7 @@ PYTHON = sys.executable
 TINY = {
     "model": "nano",
     "steps": 4,
-    "data": {"problems": "nano-train", "max_prompt_len": 32},
+    "data": {"problems": "problems.jsonl", "max_prompt_len": 32},
     "rollout": {
         "prompts": 2,
         "samples": 2,
@@ -127,7 +127,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "size", "part"),
     [
-        ([*TRAIN, "DISK/run"], "2m", "no step is there"),
+        ([*TRAIN, "DISK/run"], "1m", "no step is there"),
         (
             [*TRAIN, "DISK/run", "--steps", "300", "--checkpoint.every", "300"],
             "48k",
