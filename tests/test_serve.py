@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from live_server import DEFAULTS, nano_engine, serving, wait_for
@@ -26,6 +27,8 @@ from e1jax.config.checks import UserError
 from e1jax.config.sampling import SamplingParams
 from e1jax.data.nano import held_out_problems
 from e1jax.serving.protocol import MAX_BODY_BYTES, fit_budgets, parse_request
+from e1jax.serving.server import Server
+from e1jax.serving.worker import EngineThread
 from e1jax.tokenizer import THINK_END
 
 PROMPTS = [problem["problem"] for problem in held_out_problems(12)]
@@ -703,7 +706,6 @@ def test_health_while_loading_and_after_a_failure(capsys):
         check_error(client.post("/v1/completions"), 503, "being loaded")
         may_load.set()
         wait_for(lambda: client.get("/health").status_code == 200)
-        wait_for(lambda: live.server.told == "ready")
         stream = start_stream(live)
         answers = []
         waiting = threading.Thread(
@@ -729,6 +731,19 @@ def test_health_while_loading_and_after_a_failure(capsys):
         stream.close()
         wait_for(lambda: live.server.told == "failed")
     assert "RuntimeError: the device\n is gone" in capsys.readouterr().err
+
+
+def test_a_failure_right_after_the_start_is_no_failed_start(capsys):
+    """Before the server has told that it is ready; it goes on, and refuses requests."""
+    worker = EngineThread(nano_engine(slots=1), lambda: None, metrics=None)
+    worker.is_loaded, worker.state = True, "failed"
+    worker.error = RuntimeError("the device is gone")
+    server = Server(FastAPI(), worker, grace=1.0)
+    server.should_exit = False
+    assert server.told == "loading" and not asyncio.run(server.on_tick(1))
+    assert server.told == "failed" and not server.should_exit
+    err = capsys.readouterr().err
+    assert "RuntimeError: the device is gone" in err and "refused from now on" in err
 
 
 @pytest.fixture

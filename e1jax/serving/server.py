@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         """Called ten times a second; True ends the server."""
         worker = self.worker
         if worker.state != self.told:
-            self._tell(self.told, worker.state)
+            self._tell(worker.state)
             self.told = worker.state
         if self.deadline is not None:
             is_late = time.monotonic() >= self.deadline
@@ -63,13 +63,13 @@ class Server(uvicorn.Server):
             self.should_exit |= worker.open_samples == 0
         return await super().on_tick(counter)
 
-    def _tell(self, before: str, state: str) -> None:
+    def _tell(self, state: str) -> None:
         said = {
             READY: "ready",
             ENDING: f"ending: {self.worker.open_samples} samples may finish",
             FAILED: "the engine failed; requests are refused from now on",
         }
-        if state == FAILED and before == LOADING:
+        if state == FAILED and not self.worker.is_loaded:
             self.should_exit = True  # and the error is raised
             return
         if state == FAILED:

@@ -75,6 +75,7 @@ class EngineThread:
     ):
         self.engine, self.metrics = engine, metrics
         self.state = LOADING
+        self.is_loaded = False
         self.error: BaseException | None = None  # that ended the thread
         self.max_prompt_chars = longest_prompt(engine.tokenizer, engine.cache_len)
         self._read_params = read_params
@@ -174,6 +175,7 @@ class EngineThread:
         )
         # What is there by now stays: the garbage collector need not look at it again.
         gc.freeze()
+        self.is_loaded = True
         self._loop.call_soon_threadsafe(self._ready)
 
     def _ready(self) -> None:
