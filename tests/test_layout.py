@@ -1,6 +1,7 @@
 """The package reads from leaf to root, and hides no import."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_sampling_starts_without_what_it_does_not_need():
     loaded = set(done.stdout.split())
     assert "e1jax.sampling.engine" in loaded
     assert not slow & loaded
+
+
+def test_training_does_not_load_torch(tmp_path):
+    """Which TensorBoard's library would, where it is installed, as it is here."""
+    script = (
+        "import sys, e1jax.train\n"
+        "from pathlib import Path\n"
+        "from e1jax.checkpoint.metrics import MetricsLog\n"
+        f"MetricsLog(Path({str(tmp_path)!r}), 0, 1, []).close()\n"
+        "assert 'tensorboardX' in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert importlib.util.find_spec("torch")
 
 
 def test_the_checks_themselves():

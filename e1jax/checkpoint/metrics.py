@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,9 @@ class _TensorBoard:
     """
 
     def __init__(self, directory: Path):
-        # Slow to load, and `sample` needs none of it.
-        from tensorboardX import event_file_writer, record_writer, summary
+        with _without_torch():
+            # Slow to load, and `sample` needs none of it.
+            from tensorboardX import event_file_writer, record_writer, summary
 
         self.directory = directory
         directory.mkdir(exist_ok=True)
@@ -163,6 +164,20 @@ class _TensorBoard:
 
     def close(self) -> None:
         self.file.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX loads PyTorch where that is installed, for seconds, and does without it
+    where it is not."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class NoLog:
