@@ -32,9 +32,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("e1jax", deadline=None)
 hypothesis.settings.load_profile("e1jax")
 
-# Compiling would be half of the time of all tests. Without LLVM's optimizations, and with
-# the older of two emitters of fused operations, it is a tenth of that. XLA of jax 0.12 has
-# the newer emitter alone, and ends where it is given a flag that it does not know.
+# Compiling would be more than a third of the time of all tests. Without LLVM's optimizations,
+# and with the older of two emitters of fused operations, it is a sixth of that. XLA of jax
+# 0.12 has the newer emitter alone, and ends where it is given a flag that it does not know.
 QUICKLY = "--xla_backend_optimization_level=0"
 # Options of `compile`, for the tests that look at a program as users have it.
 AS_USERS_HAVE_IT = {"xla_backend_optimization_level": 3}
