@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -32,11 +31,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("e1jax", deadline=None)
 hypothesis.settings.load_profile("e1jax")
 
-# Compiling would be more than a third of the time of all tests. Without LLVM's optimizations,
-# and with the older of two emitters of fused operations, it is a sixth of that. XLA of jax
-# 0.12 has the newer emitter alone, and ends where it is given a flag that it does not know.
+# XLA flags with which the tests' programs compile in a sixth of the time; by default,
+# compiling takes more than a third of a test run. They turn LLVM's optimizations off, and
+# choose the older of XLA's two emitters of fused operations. XLA of jax 0.12 has only the
+# newer emitter, and aborts at a flag that it does not know.
 QUICKLY = "--xla_backend_optimization_level=0"
-# Options of `compile`, for the tests that look at a program as users have it.
+# Options of `compile` that restore XLA's defaults, for tests that inspect a compiled program.
 AS_USERS_HAVE_IT = {"xla_backend_optimization_level": 3}
 if jax.__version_info__ < (0, 11):
     QUICKLY += " --xla_cpu_use_fusion_emitters=false"
@@ -64,8 +64,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_end_with_their_file():
-    """Files share hardly a program, and all of them would take up gigabytes. What is left
-    are modules, which the garbage collector need not look at over and over."""
+    """Drops the compiled programs of a test file: few of them serve another file, and the
+    programs of all files would take gigabytes. Then exempts the objects that remain, mostly
+    loaded modules, from garbage collection, which would scan them again and again."""
     yield
     jax.clear_caches()
     gc.collect()
@@ -74,7 +75,7 @@ def programs_end_with_their_file():
 
 @pytest.fixture(autouse=True)
 def programs_for_tpus_are_as_users_have_them(request, monkeypatch):
-    """XLA's flags are for every backend."""
+    """XLA applies the flags of QUICKLY to every backend, so they are removed."""
     if request.node.get_closest_marker("libtpu"):
         monkeypatch.delenv("XLA_FLAGS", raising=False)
 

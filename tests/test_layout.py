@@ -144,7 +144,7 @@ def test_sampling_starts_without_what_it_does_not_need():
 
 
 def test_training_does_not_load_torch(tmp_path):
-    """Which TensorBoard's library would, where it is installed, as it is here."""
+    """tensorboardX imports PyTorch where it is installed, as it is for the tests."""
     script = (
         "import sys, e1jax.train\n"
         "from pathlib import Path\n"

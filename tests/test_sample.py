@@ -142,7 +142,7 @@ def test_raw_adds_nothing(run, tiny_hf):
 
 
 def test_prompts_from_a_pipe(run, tiny_hf):
-    """In a process that compiles as users' do; these here compile more quickly."""
+    """The process compiles with XLA's defaults, this one with the flags of QUICKLY."""
     options = ["--model", str(tiny_hf()), *SHORT, "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "e1jax.sample", "--prompts", "-", *options],

@@ -734,7 +734,7 @@ def test_health_while_loading_and_after_a_failure(capsys):
 
 
 def test_a_failure_right_after_the_start_is_no_failed_start(capsys):
-    """Before the server has told that it is ready; it goes on, and refuses requests."""
+    """The engine fails before the server has printed "ready": the server stays up."""
     worker = EngineThread(nano_engine(slots=1), lambda: None, metrics=None)
     worker.is_loaded, worker.state = True, "failed"
     worker.error = RuntimeError("the device is gone")

@@ -168,8 +168,8 @@ class _TensorBoard:
 
 @contextlib.contextmanager
 def _without_torch() -> Iterator[None]:
-    """tensorboardX loads PyTorch where that is installed, for seconds, and does without it
-    where it is not."""
+    """Hides PyTorch from imports: tensorboardX imports it if it is installed, which takes
+    seconds, and does not need it."""
     if "torch" in sys.modules:
         yield
         return

@@ -75,7 +75,7 @@ class EngineThread:
     ):
         self.engine, self.metrics = engine, metrics
         self.state = LOADING
-        self.is_loaded = False
+        self.is_loaded = False  # the weights, and the decode step is compiled
         self.error: BaseException | None = None  # that ended the thread
         self.max_prompt_chars = longest_prompt(engine.tokenizer, engine.cache_len)
         self._read_params = read_params
@@ -173,7 +173,8 @@ class EngineThread:
         self.engine.generate(
             [[0]], SamplingParams(thinking_budget=None, solution_budget=1)
         )
-        # What is there by now stays: the garbage collector need not look at it again.
+        # The objects that exist now live as long as the server: the garbage collector need
+        # not scan them again.
         gc.freeze()
         self.is_loaded = True
         self._loop.call_soon_threadsafe(self._ready)

@@ -21,8 +21,9 @@ from e1jax.sharding.mesh import sharding
 # each), and read more positions that are not live: half a block a row.
 TPU_BLOCK_LEN = 512
 
-# The most queries, those of all heads together, that are scored against a block at a time.
-# With more, the cache is read less often, and their scores take more memory on the chip.
+# The largest number of queries in a tile, counted over all heads. Each tile reads the row's
+# cache once, and its scores against a block are held in VMEM: larger tiles read the cache
+# fewer times and need more VMEM.
 _MOST_QUERIES = 1024
 
 
@@ -83,9 +84,8 @@ def decode_attention(
 
     Reads the blocks that a row has filled, and of the others nothing, row by row: the
     longest row does not lengthen the rest. The T queries of a row are at consecutive
-    `positions`, and computed in tiles, which are the longer the larger the power of two
-    that divides T. On a mesh, each device takes the rows and heads of its own part of the
-    cache.
+    `positions`, and computed in tiles of a power of two that divides T (odd T: one query a
+    tile). On a mesh, each device takes the rows and heads of its own part of the cache.
     """
     shards = k_cache.shape[1] // q.shape[0]
     q = jnp.tile(q, (shards, 1, 1, 1))
